@@ -1,0 +1,198 @@
+"""Every config as a dataclass with defaults and checks; `load_config` alone knows Hydra."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+POLICIES = ("keyboard", "scripted", "random", "idle", "spin", "walls")
+STAGES = ("collect", "autoencoder", "denoiser", "rollout", "evaluate")
+
+
+class UserError(Exception):
+    """Bad input. The message is one sentence that says what is wrong and what to do; programs print it and exit 2."""
+
+
+@dataclass
+class WorldConfig:
+    """A true game: which simulator, how it is drawn, and which keys it has."""
+
+    name: str = "doom_gathering"
+    kind: str = "doom"  # doom: a ViZDoom scenario · gym: any Gymnasium environment that renders RGB
+    scenario: str = ""  # doom: file among those that ship with ViZDoom, without .cfg
+    map: str = ""  # doom: map name where the scenario has several
+    id: str = ""  # gym: environment id, also in the form module:Env-v0
+    height: int = 96
+    width: int = 128
+    tics: int = 2  # simulator steps per frame
+    fps: float = 17.5  # frames a second that are real time
+    episode_frames: int = 1050  # an episode ends here at the latest
+    keys: dict[str, list[str]] = field(default_factory=dict)  # action name → scancode names (SDL), in action order
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("doom", "gym"):
+            raise UserError(f"world.kind must be doom or gym, not {self.kind!r}.")
+        if self.height % 32 or self.width % 32:
+            raise UserError(f"A frame must be a multiple of 32 on both sides, not {self.width}x{self.height}.")
+        if self.tics < 1 or self.fps <= 0 or self.episode_frames < 1:
+            raise UserError("world.tics, world.fps and world.episode_frames must be positive.")
+
+
+@dataclass
+class AutoencoderConfig:
+    """Frames ↔ latents at a spatial factor of 16, each frame alone."""
+
+    channels: int = 32  # of the latents
+    widths: list[int] = field(default_factory=lambda: [32, 64, 96, 128])  # from half resolution to a 16th
+    depth: int = 2  # residual layers at the coarsest level
+
+
+@dataclass
+class DenoiserConfig:
+    """The diffusion transformer over frame tokens and the geometry of its rolling window."""
+
+    width: int = 256
+    layers: int = 8
+    head_dim: int = 64
+    mlp_ratio: int = 4
+    patch: int = 2  # latents per token side
+    window: int = 4  # frames in flight
+    recent: int = 8  # finished frames remembered
+    sink: int = 1  # first frames remembered for ever
+    commit_position: int = 0  # window positions up to here show their own, final action
+    ladder: list[float] = field(default_factory=lambda: [0.4, 0.7, 0.9, 1.0])  # oldest to newest
+    correction: float = 0.9  # noise level to which the leaving frame is sent back after a key change; 0: never
+
+    def __post_init__(self) -> None:
+        if self.width % self.head_dim or self.head_dim % 4:
+            raise UserError(f"model.width {self.width} must be a multiple of head_dim {self.head_dim}, that of 4.")
+        if len(self.ladder) != self.window or sorted(self.ladder) != list(self.ladder) or self.ladder[-1] != 1:
+            raise UserError(f"The ladder needs {self.window} ascending levels that end at 1, not {self.ladder}.")
+        if not 0 <= self.commit_position < self.window or self.sink < 1 or self.recent < 1:
+            raise UserError("commit_position must lie in the window; sink and recent must be at least 1.")
+
+
+@dataclass
+class ModelConfig:
+    """All that must be known to rebuild the networks; travels inside the checkpoint."""
+
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+
+
+@dataclass
+class StageConfig:
+    """One training stage's pace."""
+
+    steps: int = 100_000
+    max_minutes: float = 30.0
+    batch: int = 32  # per process
+    learning_rate: float = 1e-3
+    warmup: int = 200  # steps
+    decay_share: float = 0.3  # of the run, at its end, over which the learning rate falls to zero
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    ema: float = 0.999
+    clip: int = 14  # frames in a training segment
+    windows: int = 4  # denoising windows laid over a segment
+    unroll: int = 8  # stage rollout: most steps that the model walks on its own frames
+    plain_share: float = 0.3  # stage rollout: share of iterations that stay plain
+    frames: int = 40_000  # stage autoencoder: frames kept in memory
+
+
+@dataclass
+class TrainConfig:
+    """`train.py`'s options."""
+
+    stage: str = "denoiser"
+    preset: str = "laptop"
+    world: WorldConfig = field(default_factory=WorldConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    data: str = "runs/data"  # directory of recordings
+    out: str = "runs/model"  # checkpoints, metrics and pictures
+    checkpoint: str = ""  # evaluate: which one; empty takes out's newest
+    frames: int = 200_000  # collect: how many; evaluate: frames per game
+    workers: int = 0  # collect: processes; 0 takes one per core
+    lossless: bool = False  # collect: store pixels exactly
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0  # torch threads; 0 leaves torch's default
+    precision: str = "auto"  # auto measures whether bfloat16 pays on this device · fp32 · bf16
+    compile: bool = False
+    max_minutes: float = 0.0  # 0 takes the stage's own
+    steps: int = 0  # 0 takes the stage's own
+    log_every: int = 20
+    save_minutes: float = 3.0
+    picture_minutes: float = 5.0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise UserError(f"There is no stage {self.stage!r}; choose one of {', '.join(STAGES)}.")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise UserError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
+
+    def pace(self) -> StageConfig:
+        """The stage's own pace with the options given on the command line laid over it."""
+        pace = StageConfig(**asdict(self.stages.get(self.stage, StageConfig())))
+        pace.max_minutes = self.max_minutes or pace.max_minutes
+        pace.steps = self.steps or pace.steps
+        return pace
+
+
+@dataclass
+class PlayConfig:
+    """`play.py`'s options."""
+
+    checkpoint: str = "assets/doom_gathering.safetensors"
+    world: WorldConfig = field(default_factory=WorldConfig)  # game=true only; a dream's world is in its checkpoint
+    game: str = "dream"  # dream: the network · true: the simulator
+    display: str = "auto"  # auto · window · headless
+    policy: str = "keyboard"  # keyboard · scripted · random · idle · spin · walls · directory of a recording
+    start: str = ""  # start clip: name in the checkpoint's folder, image file, or recording; empty: the first
+    frames: int = 0  # stop after so many; 0: when the player leaves
+    seed: int = 0
+    record: str = ""  # directory of the one session to write
+    video: str = ""  # mp4 file of what was seen
+    scale: int = 6  # window pixels per frame pixel at the start
+    smooth: bool = True  # smooth or integer scaling
+    hud: bool = True
+    fullscreen: bool = False
+    device: str = "auto"
+    precision: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.game not in ("dream", "true"):
+            raise UserError(f"game must be dream or true, not {self.game!r}.")
+        if self.display not in ("auto", "window", "headless"):
+            raise UserError(f"display must be auto, window or headless, not {self.display!r}.")
+
+
+def load_config(program: str, schema: type, overrides: list[str]) -> Any:
+    """Composes configs/{program}.yaml with command-line overrides into an instance of `schema`.
+
+    Hydra's compose call is used instead of its main decorator, so that a mistake is one sentence (UserError) and no
+    output folder appears. Unknown keys and wrong types are refused.
+    """
+    from pathlib import Path
+
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    folder = Path(__file__).resolve().parent.parent / "configs"
+    ConfigStore.instance().store(name=f"{program}_schema", node=schema)
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            config = compose(program, overrides=overrides)
+        return OmegaConf.to_object(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
+        if isinstance(cause, UserError):
+            raise cause from None
+        said = " ".join(str(error).split())
+        raise UserError(f"The options {' '.join(overrides)!r} were not understood: {said}") from None
