@@ -1,0 +1,123 @@
+"""ViZDoom scenarios as a `World`: headless, silent, the same bytes for the same seed and actions."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from ..config import UserError, WorldConfig
+from .base import ActionSpace
+
+BUTTONS = {
+    "forward": "MOVE_FORWARD",
+    "backward": "MOVE_BACKWARD",
+    "strafe_left": "MOVE_LEFT",
+    "strafe_right": "MOVE_RIGHT",
+    "turn_left": "TURN_LEFT",
+    "turn_right": "TURN_RIGHT",
+    "attack": "ATTACK",
+}
+VARIABLES = {
+    "x": "POSITION_X",
+    "y": "POSITION_Y",
+    "angle": "ANGLE",
+    "health": "HEALTH",
+    "ammo": "SELECTED_WEAPON_AMMO",
+}
+START_TICS = 14  # by then the weapon is raised in every scenario
+
+
+class DoomWorld:
+    """One ViZDoom scenario; `step` advances it by `config.tics` of 1/35 s."""
+
+    def __init__(self, config: WorldConfig) -> None:
+        """Starts the simulator. Raises UserError for a missing package, scenario, key or resolution."""
+        try:
+            import vizdoom
+        except ImportError:
+            raise UserError("The world needs ViZDoom; install it with: pip install -e .[doom]") from None
+        self.config = config
+        self.action_space = ActionSpace(tuple(config.keys), tuple(map(tuple, config.keys.values())))
+        self.fps = config.fps
+        self.done = True
+        self._frames = 0
+        self._variables = {name: getattr(vizdoom.GameVariable, value) for name, value in VARIABLES.items()}
+        # ViZDoom writes its .ini into the working directory unless told otherwise, and processes would share it
+        self._folder = tempfile.TemporaryDirectory(prefix="rollplay-doom-")
+        self._game = self._configure(vizdoom)
+        try:
+            self._game.init()
+        except Exception as error:  # ViZDoom has one exception class per cause; all mean that it did not start
+            self._folder.cleanup()
+            raise UserError(f"ViZDoom did not start {config.scenario!r}: {' '.join(str(error).split())}") from None
+
+    def _configure(self, vizdoom):
+        config = self.config
+        scenario = Path(vizdoom.scenarios_path) / f"{config.scenario}.cfg"
+        if not config.scenario or not scenario.is_file():
+            known = ", ".join(sorted(path.stem for path in scenario.parent.glob("*.cfg")))
+            raise UserError(f"ViZDoom has no scenario {config.scenario!r}; choose one of {known}.")
+        unknown = [name for name in config.keys if name not in BUTTONS]
+        if unknown or not config.keys:
+            raise UserError(f"world.keys needs some of {', '.join(BUTTONS)}, not {', '.join(unknown) or 'none'}.")
+        resolution = f"RES_{2 * config.width}X{2 * config.height}"
+        if not hasattr(vizdoom.ScreenResolution, resolution):
+            raise UserError(f"ViZDoom cannot draw {config.width}x{config.height}; 128x96 and 160x128 are safe sizes.")
+
+        game = vizdoom.DoomGame()
+        game.load_config(str(scenario))
+        game.set_doom_config_path(str(Path(self._folder.name) / "vizdoom.ini"))
+        if config.map:
+            game.set_doom_map(config.map)
+        game.set_screen_resolution(getattr(vizdoom.ScreenResolution, resolution))
+        game.set_screen_format(vizdoom.ScreenFormat.RGB24)
+        game.set_available_buttons([getattr(vizdoom.Button, BUTTONS[name]) for name in config.keys])
+        game.set_available_game_variables([])
+        game.set_mode(vizdoom.Mode.PLAYER)
+        game.set_window_visible(False)
+        game.set_sound_enabled(False)
+        game.set_render_weapon(True)
+        for draw in ("hud", "minimal_hud", "crosshair", "messages", "screen_flashes"):
+            getattr(game, f"set_render_{draw}")(False)
+        game.set_episode_start_time(START_TICS)
+        game.set_episode_timeout(0)  # `done` counts frames itself
+        return game
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Starts an episode → first frame, uint8 (h, w, 3)."""
+        self._game.set_seed(seed & 0x7FFFFFFF)
+        self._game.new_episode()
+        self.done = False
+        self._frames = 0
+        self._read()
+        return self._frame
+
+    def step(self, action: np.ndarray) -> np.ndarray:
+        """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3); on death the last one again."""
+        if self.done:
+            raise RuntimeError("the episode is over; reset the world before the next step")
+        self._game.make_action([float(held > 0.5) for held in action], self.config.tics)
+        self._frames += 1
+        if self._game.is_episode_finished():
+            self.done = True
+        else:
+            self._read()
+            self.done = self._frames >= self.config.episode_frames
+        return self._frame
+
+    def _read(self) -> None:
+        screen = self._game.get_state().screen_buffer.astype(np.uint16)  # (2h, 2w, 3)
+        rows = screen[0::2] + screen[1::2]
+        self._frame = ((rows[:, 0::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)  # (h, w, 3)
+        self._state = {name: self._game.get_game_variable(value) for name, value in self._variables.items()}
+
+    def state(self) -> dict[str, float]:
+        """True state at the last frame: x, y, angle (degrees), health, ammo."""
+        return dict(self._state)
+
+    def close(self) -> None:
+        """Ends the simulator."""
+        self._game.close()
+        self._folder.cleanup()
