@@ -1,0 +1,157 @@
+"""Stage `collect`: a mixture of policies plays the true world in parallel and writes recordings."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import shutil
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for_exit
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .config import TrainConfig, UserError, WorldConfig
+from .policies import PolicyMixture
+from .recording import Recorder
+from .worlds import make_world
+
+RECORDING_FRAMES = 6000  # frames in one recording; the unit of work and of resuming
+REPORT_FRAMES = 50  # a worker tells the progress bar after so many
+
+_played = None  # in a worker: frames played by all workers, shared with the parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recording to make; everything in it follows from (seed, number)."""
+
+    world: WorldConfig
+    directory: Path
+    seed: int
+    number: int
+    frames: int
+    lossless: bool
+
+
+def collect(config: TrainConfig) -> dict[str, float]:
+    """Writes `config.frames` frames of `config.world` as numbered recordings into `config.data`.
+
+    The bytes depend on the seed only, not on `workers`; finished recordings are kept and unfinished ones made anew.
+    Returns the figures of this call. Raises UserError when the world or the disk fails.
+    """
+    jobs = plan(config)
+    todo = [job for job in jobs if not job.directory.exists()]
+    kept = sum(job.frames for job in jobs) - sum(job.frames for job in todo)
+    try:
+        Path(config.data).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Recordings cannot be written to {config.data}: {error.strerror}.") from None
+    begin = time.monotonic()
+    episodes = _run(todo, config, kept) if todo else 0
+    seconds = time.monotonic() - begin
+    frames = sum(job.frames for job in todo)
+    return {
+        "frames": frames,
+        "seconds": round(seconds, 2),
+        "fps": round(frames / seconds, 1) if frames else 0.0,
+        "recordings": len(todo),
+        "episodes": episodes,
+        "kept_frames": kept,
+    }
+
+
+def plan(config: TrainConfig) -> list[Job]:
+    """The recordings that make up `config.frames`, finished or not."""
+    name = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, (config.world.name, config.world.id))))
+    jobs = []
+    for number, start in enumerate(range(0, config.frames, RECORDING_FRAMES)):
+        directory = Path(config.data) / f"{name}-{config.seed}-{number:05d}"
+        frames = min(RECORDING_FRAMES, config.frames - start)
+        jobs.append(Job(config.world, directory, config.seed, number, frames, config.lossless))
+    return jobs
+
+
+def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
+    """Plays all jobs in worker processes → number of episodes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(config.workers or cores or 1, len(todo))
+    # spawn, not fork: the parent may hold torch's threads, which do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    played = context.Value("q", 0)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(played,))
+    bar = tqdm(total=kept + sum(job.frames for job in todo), initial=kept, unit="frame", desc="collect")
+    try:
+        with bar:
+            return _follow([pool.submit(play, job) for job in todo], bar, played)
+    except BrokenProcessPool:
+        raise UserError("A collecting process was killed; run again with fewer workers to go on.") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _follow(futures: list[Future], bar: tqdm, played) -> int:
+    waiting, episodes, seen = set(futures), 0, 0
+    while waiting:
+        finished, waiting = wait(waiting, timeout=0.25, return_when=FIRST_COMPLETED)
+        bar.update(played.value - seen)
+        seen = bar.n - bar.initial
+        episodes += sum(future.result() for future in finished)
+    return episodes
+
+
+def _start_worker(played) -> None:
+    global _played
+    _played = played
+    parent = multiprocessing.parent_process()
+
+    def leave_with_parent() -> None:  # a killed parent cannot tell its workers to stop
+        wait_for_exit([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def play(job: Job) -> int:
+    """Makes one recording, under a name with .tmp until it is whole → number of episodes."""
+    draft = job.directory.with_name(job.directory.name + ".tmp")
+    try:
+        if draft.exists():
+            shutil.rmtree(draft)
+        world = make_world(job.world)
+        try:
+            with Recorder(draft, world=job.world, source="true", seed=job.seed, lossless=job.lossless) as recorder:
+                episodes = _play_into(recorder, world, job)
+        finally:
+            world.close()
+        draft.rename(job.directory)
+    except OSError as error:
+        said = error.strerror or str(error)
+        raise UserError(f"The recording {draft} could not be written: {said}; run again to go on.") from None
+    return episodes
+
+
+def _play_into(recorder: Recorder, world, job: Job) -> int:
+    rng = np.random.default_rng((job.seed, job.number))
+    policy = PolicyMixture(world.action_space, int(rng.integers(2**31)), job.world.fps)
+    nothing = np.zeros(len(world.action_space), np.float32)
+    episodes = 0
+    for count in range(1, job.frames + 1):
+        if world.done:
+            frame = world.reset(int(rng.integers(2**31)))
+            recorder.add(frame, nothing, reset=True, state=world.state())
+            episodes += 1
+        else:
+            action = policy(world.state(), world.action_space)
+            frame = world.step(action)
+            recorder.add(frame, action, state=world.state())
+        if _played is not None and (count % REPORT_FRAMES == 0 or count == job.frames):
+            with _played.get_lock():
+                _played.value += count - (count - 1) // REPORT_FRAMES * REPORT_FRAMES
+    return episodes

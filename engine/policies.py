@@ -1,0 +1,187 @@
+"""Players without a player: small seeded policies for collection, smoke runs and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .config import POLICIES, UserError
+from .worlds.base import ActionSpace
+
+Policy = Callable[[dict[str, float], ActionSpace], np.ndarray]
+
+OPPOSITES = (("forward", "backward"), ("strafe_left", "strafe_right"), ("turn_left", "turn_right"))
+OPPOSITES += (("left", "right"), ("up", "down"))
+SHARES = {"scripted": 0.40, "random": 0.30, "idle": 0.12, "walls": 0.09, "spin": 0.09}
+STRETCH_SECONDS = {"idle": (2.0, 6.0)}  # long stillness teaches nothing after its first seconds
+DEFAULT_STRETCH_SECONDS = (5.0, 20.0)
+
+
+def make_policy(name: str, action_space: ActionSpace, seed: int) -> Policy:
+    """The policy called `name`, deterministic by `seed`. Raises UserError for an unknown name."""
+    classes = {"scripted": Scripted, "random": Random, "idle": Idle, "spin": Spin, "walls": Walls}
+    if name not in classes:
+        known = ", ".join(known for known in POLICIES if known != "keyboard")
+        raise UserError(f"There is no policy {name!r} that plays alone; choose one of {known}.")
+    return classes[name](action_space, seed)
+
+
+class Held:
+    """A combination of keys that is held for a number of frames, then chosen anew by `choose`."""
+
+    def __init__(self, action_space: ActionSpace, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.names = action_space.names
+        self.held: tuple[str, ...] = ()
+        self.left = 0
+        self.position: tuple[float, float] | None = None
+        self.stuck = 0  # frames in which a walking key moved nothing
+
+    def __call__(self, state: dict[str, float], action_space: ActionSpace) -> np.ndarray:
+        """True state of the last frame (may be empty) → keys for the next one, multi-hot (k,)."""
+        self._feel(state)
+        if self.left <= 0:
+            self.held, self.left = self.choose()
+        self.left -= 1
+        return action_space.encode(name for name in self.held if name in action_space.names)
+
+    def choose(self) -> tuple[tuple[str, ...], int]:
+        """The next keys to hold and for how many frames."""
+        raise NotImplementedError
+
+    def _feel(self, state: dict[str, float]) -> None:
+        position = (state["x"], state["y"]) if "x" in state and "y" in state else None
+        walking = "forward" in self.held or "backward" in self.held
+        if position and self.position and walking:
+            moved = abs(position[0] - self.position[0]) + abs(position[1] - self.position[1])
+            self.stuck = self.stuck + 1 if moved < 2.0 else 0  # free walking covers about 10 units a frame
+        else:
+            self.stuck = 0
+        self.position = position
+
+    def some(self, *names: str) -> str:
+        """One of the named keys that this world has, or '' where it has none."""
+        there = [name for name in names if name in self.names]
+        return str(self.rng.choice(there)) if there else ""
+
+    def frames(self, low: int, high: int) -> int:
+        return int(self.rng.integers(low, high + 1))
+
+
+class Random(Held):
+    """Sticky random keys: each combination is held 4–20 frames, opposite keys never together."""
+
+    def choose(self) -> tuple[tuple[str, ...], int]:
+        count = min(int(self.rng.choice(4, p=[0.08, 0.42, 0.36, 0.14])), len(self.names))
+        held: list[str] = []
+        for name in self.rng.permutation(self.names)[:count]:
+            if not any({name, other} == set(pair) for other in held for pair in OPPOSITES):
+                held.append(str(name))
+        return tuple(held), self.frames(4, 20)
+
+
+class Idle(Held):
+    """Touches nothing."""
+
+    def choose(self) -> tuple[tuple[str, ...], int]:
+        return (), 1
+
+
+class Spin(Held):
+    """Turns long in one direction and reverses at random, now and then with a short rest."""
+
+    def choose(self) -> tuple[tuple[str, ...], int]:
+        if self.rng.random() < 0.15:
+            return (), self.frames(3, 12)
+        turn = self.some("turn_left", "turn_right", "left", "right") or self.some(*self.names)
+        return (turn,), self.frames(15, 90)
+
+
+class Walls(Held):
+    """Runs straight until a wall stops it, then slides along it, keeps pushing, or backs off and turns."""
+
+    def choose(self) -> tuple[tuple[str, ...], int]:
+        if not self.stuck:
+            return (self.some("forward", "up") or self.some(*self.names),), self.frames(8, 30)
+        kind = self.rng.random()
+        if kind < 0.45:
+            return ("forward", self.some("strafe_left", "strafe_right")), self.frames(8, 30)
+        if kind < 0.65:
+            return ("forward",), self.frames(5, 20)
+        if kind < 0.85:
+            return ("forward", self.some("turn_left", "turn_right")), self.frames(8, 25)
+        return ("backward", self.some("turn_left", "turn_right")), self.frames(8, 25)
+
+
+class Scripted(Held):
+    """Plays like a person: long walks, purposeful turns, some strafes, bursts of fire, never stuck for long."""
+
+    def __init__(self, action_space: ActionSpace, seed: int) -> None:
+        super().__init__(action_space, seed)
+        self.generic = Random(action_space, seed) if "turn_left" not in self.names else None
+        self.fire = 0
+
+    def __call__(self, state: dict[str, float], action_space: ActionSpace) -> np.ndarray:
+        if self.generic:  # the keys have no meaning that we know
+            return self.generic(state, action_space)
+        if self.stuck >= 4:
+            self.left = 0
+        action = super().__call__(state, action_space)
+        if "attack" in self.names:
+            if self.fire <= -1 and self.rng.random() < 0.03:
+                self.fire = self.frames(3, 14)
+            action[self.names.index("attack")] = self.fire > 0
+            self.fire = max(self.fire - 1, -1)
+        return action
+
+    def choose(self) -> tuple[tuple[str, ...], int]:
+        turn = self.some("turn_left", "turn_right")
+        if "forward" not in self.names:  # a fixed place: sweep and rest
+            return ((turn,), self.frames(3, 25)) if self.rng.random() < 0.7 else ((), self.frames(2, 10))
+        if self.stuck >= 4:
+            if self.rng.random() < 0.25:
+                return ("backward", turn), self.frames(6, 14)
+            return (turn,), self.frames(6, 18)  # 36–110 degrees at two tics a frame
+        kind = self.rng.random()
+        if kind < 0.42:
+            return ("forward",), self.frames(10, 45)
+        if kind < 0.66:
+            return ("forward", turn), self.frames(3, 14)
+        if kind < 0.80:
+            return (turn,), self.frames(2, 12)
+        if kind < 0.88:
+            return ("forward", self.some("strafe_left", "strafe_right")), self.frames(5, 20)
+        if kind < 0.94:
+            return (self.some("strafe_left", "strafe_right"),), self.frames(4, 14)
+        if kind < 0.97:
+            return ("backward",), self.frames(4, 14)
+        return (), self.frames(4, 14)
+
+
+class PolicyMixture:
+    """Switches every few seconds among the policies of `SHARES`, which are shares of play time."""
+
+    def __init__(self, action_space: ActionSpace, seed: int, fps: float) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.fps = fps
+        self.name = ""
+        self._left = 0
+        # a policy with short stretches must be drawn more often to get its share of the time
+        weights = {name: share / sum(_stretch(name)) for name, share in SHARES.items()}
+        self._chances = [weight / sum(weights.values()) for weight in weights.values()]
+        self._policies = {
+            name: make_policy(name, action_space, int(self.rng.integers(2**31))) for name in SHARES
+        }
+
+    def __call__(self, state: dict[str, float], action_space: ActionSpace) -> np.ndarray:
+        """True state of the last frame (may be empty) → keys for the next one, multi-hot (k,)."""
+        if self._left <= 0:
+            self.name = str(self.rng.choice(list(SHARES), p=self._chances))
+            self._left = max(round(self.rng.uniform(*_stretch(self.name)) * self.fps), 1)
+        self._left -= 1
+        return self._policies[self.name](state, action_space)
+
+
+def _stretch(name: str) -> tuple[float, float]:
+    return STRETCH_SECONDS.get(name, DEFAULT_STRETCH_SECONDS)
