@@ -1,0 +1,345 @@
+"""A play session on disk: one directory with `session.json`, `actions.jsonl` and `frames.mkv`.
+
+`Recorder` writes it, readable at any moment, also after `kill -9`; `Recording` reads it.
+Alignment: `action[t]` is what was held while frame `t` was produced; it causes frame `t`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from engine import __version__
+from engine.config import UserError, WorldConfig
+
+SCHEMA = 1
+HEADER, ACTIONS, FRAMES = "session.json", "actions.jsonl", "frames.mkv"
+
+# RGB without a colour conversion: 3 to 4 times as fast as yuv444p at the same quality and size, because
+# swscale's conversion costs more than the encoder does. crf 16: 44 dB on ViZDoom at 128x96; qp 0 is exact.
+CODEC, QUALITY, EXACT = "libx264rgb", {"crf": "16"}, {"qp": "0"}
+CLUSTER_MS = 250  # of video that Matroska holds back; all that a killed process loses besides the queue
+
+
+def _rate(fps: float) -> Fraction:
+    return Fraction(fps).limit_denominator(1001)
+
+
+def _sentence(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+class Recorder:
+    """Writes one session into `directory`; frames are encoded in a thread of their own and none is dropped.
+
+    A directory that already holds a recording or cannot be written raises UserError. `slow` turns true for good
+    once the writer has fallen behind so far that `add` had to wait. A write error (disk full) raises UserError
+    from the next `add` or `close`; what was written until then stays readable.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        world: WorldConfig,
+        source: str,
+        seed: int,
+        checkpoint: str = "",
+        lossless: bool = False,
+        names: tuple[str, ...] | None = None,
+    ) -> None:
+        self.directory = Path(directory)
+        self.names = tuple(world.keys) if names is None else tuple(names)
+        self.frames_written = 0  # frames on their way to the disk, in step with actions.jsonl
+        self.slow = False
+        self._shape = (world.height, world.width, 3)
+        self._rate = _rate(world.fps)
+        self._added = 0
+        self._error: BaseException | None = None
+        self._told = self._closed = False
+        self._header = {
+            "schema": SCHEMA,
+            "version": __version__,
+            "world": world.name,
+            "config": asdict(world),
+            "names": list(self.names),
+            "keymap": world.keys,
+            "fps": world.fps,
+            "height": world.height,
+            "width": world.width,
+            "source": source,
+            "checkpoint": checkpoint,
+            "seed": seed,
+            "codec": {"name": CODEC, "lossless": lossless, **(EXACT if lossless else QUALITY)},
+        }
+        try:
+            self._open()
+        except OSError as error:
+            raise UserError(f"Cannot record into {self.directory}: {_sentence(error)}.") from error
+        # Under half a second of frames: enough for a hiccup of the disk, and little is lost in a kill.
+        self._queue: queue.Queue = queue.Queue(max(4, min(32, int(world.fps / 2))))
+        self._start = time.monotonic_ns()
+        self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
+        self._thread.start()
+
+    def _open(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for name in (HEADER, ACTIONS, FRAMES):
+            if (self.directory / name).exists():
+                raise UserError(f"{self.directory} already holds a recording; choose another directory.")
+        partial = self.directory / (HEADER + ".tmp")
+        partial.write_text(json.dumps(self._header, indent=1) + "\n")
+        self._lines = open(self.directory / ACTIONS, "xb", buffering=0)
+        try:
+            options = {"cluster_time_limit": str(CLUSTER_MS), "flush_packets": "1"}
+            self._video = av.open(str(self.directory / FRAMES), "w", options=options)
+        except BaseException:
+            self._lines.close()
+            raise
+        os.replace(partial, self.directory / HEADER)
+        codec = self._header["codec"]
+        quality = {key: codec[key] for key in ("crf", "qp") if key in codec}
+        # zerolatency: no B-frames and no lookahead, so that every frame leaves the encoder at once.
+        options = {"preset": "ultrafast", "tune": "zerolatency"} | quality
+        self._stream = self._video.add_stream(CODEC, rate=self._rate, options=options)
+        self._stream.height, self._stream.width = self._shape[:2]
+        self._stream.pix_fmt = "rgb24"
+        self._stream.codec_context.thread_count = 1  # the same bytes on every machine
+        self._stream.codec_context.gop_size = max(1, round(self._rate))  # a second
+
+    def add(
+        self,
+        frame: np.ndarray,
+        action: Sequence[float] | np.ndarray,
+        *,
+        reset: bool = False,
+        events: Sequence = (),
+        state: dict | None = None,
+        rng: int = 0,
+        t_ns: int | None = None,
+    ) -> None:
+        """Appends a copy of the frame, uint8 (h, w, 3), that `action`, multi-hot (k,), caused.
+
+        `events` are JSON-able raw input events; `t_ns` nanoseconds since the start (None: the clock's).
+        """
+        if self._error or self._closed:
+            self._raise()
+        if frame.shape != self._shape or frame.dtype != np.uint8:
+            raise ValueError(f"a frame must be uint8 {self._shape}, not {frame.dtype} {frame.shape}")
+        line = {
+            "frame": self._added,
+            "t_ns": time.monotonic_ns() - self._start if t_ns is None else t_ns,
+            "keys": [name for name, held in zip(self.names, action, strict=True) if held > 0.5],
+            "events": list(events),
+            "reset": bool(reset),
+            "rng": int(rng),
+        }
+        if state is not None:
+            line["state"] = state
+        item = (frame.copy(), json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        self._added += 1
+        try:
+            self._queue.put_nowait(item)
+        except queue.Full:
+            self.slow = True
+            self._queue.put(item)
+
+    def close(self) -> None:
+        """Writes what is left and closes the files; raises UserError if something was not written."""
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+            self._thread.join()
+        if self._error and not self._told:
+            self._raise()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except UserError:
+            if kind is None:  # otherwise the error on its way is the one to tell
+                raise
+
+    def _raise(self) -> None:
+        self._told = True
+        if self._error is None:
+            raise UserError(f"The recording in {self.directory} is closed.")
+        message = f"Recording into {self.directory} stopped after {self.frames_written} frames"
+        raise UserError(f"{message}: {_sentence(self._error)}.") from self._error
+
+    def _work(self) -> None:
+        """The writer thread. After an error it still empties the queue, so that `add` never waits for ever."""
+        while (item := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    self._write(*item)
+                except Exception as error:
+                    self._error = error
+        try:
+            if self._error is None:
+                self._video.mux(self._stream.encode(None))
+        except Exception as error:
+            self._error = error
+        for file in (self._video, self._lines):
+            try:
+                file.close()
+            except Exception as error:
+                self._error = self._error or error
+
+    def _write(self, frame: np.ndarray, line: bytes) -> None:
+        picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+        picture.pts, picture.time_base = self.frames_written, 1 / self._rate
+        self._video.mux(self._stream.encode(picture))
+        # Unbuffered write may be short on a full disk; the second attempt then raises the reason.
+        while line:
+            line = line[self._lines.write(line) :]
+        self.frames_written += 1
+
+
+class Recording:
+    """Reads one recording; a truncated one is cut to the frames of which both picture and line are there.
+
+    `header` dict, `names` of the keys, `fps`, `actions` float32 (n, k), `resets` bool (n,), `times` int64 (n,) in
+    nanoseconds, `states` list of dict or None, `events` list of lists. No recording there: UserError.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.header = self._read_header()
+        self.names = tuple(self.header["names"])
+        self.fps = float(self.header["fps"])
+        lines = self._read_lines()
+        lines = lines[: self._count_frames(len(lines))]
+        self.actions = np.zeros((len(lines), len(self.names)), np.float32)  # (n, k)
+        for row, line in zip(self.actions, lines, strict=True):
+            for name in line["keys"]:
+                if name not in self.names:
+                    raise UserError(f"{self.directory} holds the key {name!r}, which its {HEADER} lacks.")
+                row[self.names.index(name)] = 1
+        self.resets = np.array([line["reset"] for line in lines], bool)
+        self.times = np.array([line["t_ns"] for line in lines], np.int64)
+        self.events = [line["events"] for line in lines]
+        self.states = [line.get("state") for line in lines]
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def episodes(self) -> list[tuple[int, int]]:
+        """(start, stop) of every episode, in frames."""
+        starts = [i for i, reset in enumerate(self.resets) if reset or i == 0]
+        return list(zip(starts, starts[1:] + [len(self)], strict=True))
+
+    def frames(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Decodes frames `start` to `stop` (exclusive) → uint8 (n, h, w, 3)."""
+        start, stop, _ = slice(start, stop).indices(len(self))
+        shape = (max(0, stop - start), self.header["height"], self.header["width"], 3)
+        frames = np.empty(shape, np.uint8)
+        if not len(frames):
+            return frames
+        done = self._decode(frames, start, seek=True) if start else 0
+        done = done or self._decode(frames, start, seek=False)
+        if done != len(frames):
+            raise UserError(f"{self.directory / FRAMES} is damaged at frame {start + done}.")
+        return frames
+
+    def _decode(self, frames: np.ndarray, start: int, seek: bool) -> int:
+        """Fills `frames` from frame number `start` on → how many were filled without a gap."""
+        rate, done = _rate(self.fps), 0
+        try:
+            with av.open(str(self.directory / FRAMES)) as video:
+                stream = video.streams.video[0]
+                stream.codec_context.thread_count = 1
+                if seek:
+                    # Half a frame late, because Matroska rounds to milliseconds; goes back to a key frame.
+                    video.seek(int((start + 0.5) / rate / stream.time_base), stream=stream)
+                for picture in video.decode(stream):
+                    number = round(picture.pts * stream.time_base * rate)
+                    if number == start + done:
+                        frames[done] = picture.to_ndarray(format="rgb24")
+                        done += 1
+                    elif number > start + done:
+                        break
+                    if done == len(frames):
+                        break
+        except av.FFmpegError:
+            pass  # the caller sees from the count that something is missing
+        return done
+
+    def _count_frames(self, lines: int) -> int:
+        """Number of whole frames in the video, at most `lines`, counted without decoding."""
+        path, count = self.directory / FRAMES, 0
+        try:
+            with av.open(str(path)) as video:
+                stream = video.streams.video[0]
+                for packet in video.demux(stream):
+                    if packet.pts is None or packet.is_corrupt or count == lines:
+                        break
+                    if round(packet.pts * stream.time_base * _rate(self.fps)) != count:
+                        break
+                    count += 1
+        except (av.FFmpegError, IndexError) as error:
+            # A session killed in its first moments has no frame yet; anything longer is damage.
+            if count == 0 and lines > max(1, self.fps):
+                raise UserError(f"{path} cannot be read: {_sentence(error)}.") from None
+        return count
+
+    def _read_header(self) -> dict:
+        path = self.directory / HEADER
+        try:
+            header = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.directory} is not a recording: it has no {HEADER}.") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {_sentence(error)}.") from None
+        except ValueError:
+            raise UserError(f"{path} is damaged: it is not JSON.") from None
+        needed = {"schema", "names", "fps", "height", "width"}
+        if not isinstance(header, dict) or not needed <= header.keys():
+            raise UserError(f"{path} was not written by Rollplay.")
+        if header["schema"] != SCHEMA:
+            raise UserError(f"{path} has schema {header['schema']}, but this version reads {SCHEMA}.")
+        return header
+
+    def _read_lines(self) -> list[dict]:
+        """All whole lines in order; the last one may be cut in a kill and is then left out."""
+        try:
+            rows = (self.directory / ACTIONS).read_bytes().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return []  # killed between session.json and here
+        except OSError as error:
+            raise UserError(f"{self.directory / ACTIONS} cannot be read: {_sentence(error)}.") from None
+        lines = []
+        for number, row in enumerate(rows):
+            try:
+                line = json.loads(row)
+                if line["frame"] != number or not {"t_ns", "keys", "events", "reset"} <= line.keys():
+                    raise ValueError
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{self.directory / ACTIONS} is damaged at line {number + 1}.") from None
+            lines.append(line)
+        return lines
+
+
+def find_recordings(data_dir: str | Path) -> list[Path]:
+    """All recordings below `data_dir`, sorted, without unfinished `.tmp` ones; none there raises UserError."""
+    root = Path(data_dir)
+    found = sorted(path.parent for path in root.rglob(HEADER))
+    found = [
+        path for path in found if not any(part.endswith(".tmp") for part in path.relative_to(root).parts)
+    ]
+    if not found:
+        how = f"collect some with: python train.py stage=collect data={root}"
+        raise UserError(f"There is no recording in {root}; {how}")
+    return found
