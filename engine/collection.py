@@ -10,7 +10,7 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
 
@@ -126,7 +126,9 @@ def play(job: Job) -> int:
             shutil.rmtree(draft)
         world = make_world(job.world)
         try:
-            with Recorder(draft, world=job.world, source="true", seed=job.seed, lossless=job.lossless) as recorder:
+            keys = dict(zip(world.action_space.names, map(list, world.action_space.bindings), strict=True))
+            described = replace(job.world, keys=keys)  # a gym world chooses its keys itself
+            with Recorder(draft, described, "true", job.seed, lossless=job.lossless) as recorder:
                 episodes = _play_into(recorder, world, job)
         finally:
             world.close()
@@ -143,14 +145,15 @@ def _play_into(recorder: Recorder, world, job: Job) -> int:
     nothing = np.zeros(len(world.action_space), np.float32)
     episodes = 0
     for count in range(1, job.frames + 1):
+        time_ns = round((count - 1) / job.world.fps * 1e9)  # game time: the clock's would differ from run to run
         if world.done:
             frame = world.reset(int(rng.integers(2**31)))
-            recorder.add(frame, nothing, reset=True, state=world.state())
+            recorder.add(frame, nothing, reset=True, state=world.state(), t_ns=time_ns)
             episodes += 1
         else:
             action = policy(world.state(), world.action_space)
             frame = world.step(action)
-            recorder.add(frame, action, state=world.state())
+            recorder.add(frame, action, state=world.state(), t_ns=time_ns)
         if _played is not None and (count % REPORT_FRAMES == 0 or count == job.frames):
             with _played.get_lock():
                 _played.value += count - (count - 1) // REPORT_FRAMES * REPORT_FRAMES
