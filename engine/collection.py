@@ -24,6 +24,7 @@ from .worlds import make_world
 
 RECORDING_FRAMES = 6000  # frames in one recording; the unit of work and of resuming
 REPORT_FRAMES = 50  # a worker tells the progress bar after so many
+LEAVE_SECONDS = 2.0  # that a worker without a parent has to close its world
 
 _played = None  # in a worker: frames played by all workers, shared with the parent
 
@@ -43,7 +44,7 @@ class Job:
 def collect(config: TrainConfig) -> dict[str, float]:
     """Writes `config.frames` frames of `config.world` as numbered recordings into `config.data`.
 
-    The bytes depend on the seed only, not on `workers`; finished recordings are kept and unfinished ones made anew.
+    The bytes depend on the seed only, not on `workers`. Finished recordings are kept, others made anew.
     Returns the figures of this call. Raises UserError when the world or the disk fails.
     """
     jobs = plan(config)
@@ -113,6 +114,7 @@ def _start_worker(played) -> None:
 
     def leave_with_parent() -> None:  # a killed parent cannot tell its workers to stop
         wait_for_exit([parent.sentinel])
+        time.sleep(LEAVE_SECONDS)
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
@@ -145,7 +147,7 @@ def _play_into(recorder: Recorder, world, job: Job) -> int:
     nothing = np.zeros(len(world.action_space), np.float32)
     episodes = 0
     for count in range(1, job.frames + 1):
-        time_ns = round((count - 1) / job.world.fps * 1e9)  # game time: the clock's would differ from run to run
+        time_ns = round((count - 1) / job.world.fps * 1e9)  # the clock's would differ from run to run
         if world.done:
             frame = world.reset(int(rng.integers(2**31)))
             recorder.add(frame, nothing, reset=True, state=world.state(), t_ns=time_ns)
@@ -154,7 +156,15 @@ def _play_into(recorder: Recorder, world, job: Job) -> int:
             action = policy(world.state(), world.action_space)
             frame = world.step(action)
             recorder.add(frame, action, state=world.state(), t_ns=time_ns)
-        if _played is not None and (count % REPORT_FRAMES == 0 or count == job.frames):
-            with _played.get_lock():
-                _played.value += count - (count - 1) // REPORT_FRAMES * REPORT_FRAMES
+        if count % REPORT_FRAMES == 0 or count == job.frames:
+            _report(count - (count - 1) // REPORT_FRAMES * REPORT_FRAMES)
     return episodes
+
+
+def _report(frames: int) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise SystemExit("the collecting program is gone")
+    if _played is not None:
+        with _played.get_lock():
+            _played.value += frames

@@ -115,7 +115,7 @@ class Walls(Held):
 
 
 class Scripted(Held):
-    """Plays like a person: long walks, purposeful turns, some strafes, bursts of fire, never stuck for long."""
+    """Plays like a person: long walks, purposeful turns, some strafes, bursts of fire, seldom stuck."""
 
     def __init__(self, action_space: ActionSpace, seed: int) -> None:
         super().__init__(action_space, seed)

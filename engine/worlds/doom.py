@@ -44,14 +44,15 @@ class DoomWorld:
         self.done = True
         self._frames = 0
         self._variables = {name: getattr(vizdoom.GameVariable, value) for name, value in VARIABLES.items()}
-        # ViZDoom writes its .ini into the working directory unless told otherwise, and processes would share it
+        # unless told otherwise ViZDoom writes its .ini into the working directory, shared by all processes
         self._folder = tempfile.TemporaryDirectory(prefix="rollplay-doom-")
         self._game = self._configure(vizdoom)
         try:
             self._game.init()
-        except Exception as error:  # ViZDoom has one exception class per cause; all mean that it did not start
+        except Exception as error:  # one class per cause; all mean that it did not start
             self._folder.cleanup()
-            raise UserError(f"ViZDoom did not start {config.scenario!r}: {' '.join(str(error).split())}") from None
+            said = " ".join(str(error).split())
+            raise UserError(f"ViZDoom did not start {config.scenario!r}: {said}") from None
 
     def _configure(self, vizdoom):
         config = self.config
@@ -61,10 +62,13 @@ class DoomWorld:
             raise UserError(f"ViZDoom has no scenario {config.scenario!r}; choose one of {known}.")
         unknown = [name for name in config.keys if name not in BUTTONS]
         if unknown or not config.keys:
-            raise UserError(f"world.keys needs some of {', '.join(BUTTONS)}, not {', '.join(unknown) or 'none'}.")
+            given = ", ".join(unknown) or "none"
+            raise UserError(f"world.keys needs some of {', '.join(BUTTONS)}, not {given}.")
         resolution = f"RES_{2 * config.width}X{2 * config.height}"
         if not hasattr(vizdoom.ScreenResolution, resolution):
-            raise UserError(f"ViZDoom cannot draw {config.width}x{config.height}; 128x96 and 160x128 are safe sizes.")
+            raise UserError(
+                f"ViZDoom cannot draw {config.width}x{config.height}; 128x96, 160x128 and 256x192 it can."
+            )
 
         game = vizdoom.DoomGame()
         game.load_config(str(scenario))
@@ -95,7 +99,7 @@ class DoomWorld:
         return self._frame
 
     def step(self, action: np.ndarray) -> np.ndarray:
-        """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3); on death the last one again."""
+        """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3); on death the last again."""
         if self.done:
             raise RuntimeError("the episode is over; reset the world before the next step")
         self._game.make_action([float(held > 0.5) for held in action], self.config.tics)

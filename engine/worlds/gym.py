@@ -27,7 +27,7 @@ class GymWorld:
     """One Gymnasium environment; `step` advances it by `config.tics` of its steps."""
 
     def __init__(self, config: WorldConfig) -> None:
-        """Makes the environment. Raises UserError where it is missing, draws no RGB or has actions that no key fits."""
+        """Makes the environment. Raises UserError if it is missing, draws no RGB or fits no keys."""
         try:
             import gymnasium
         except ImportError:
@@ -42,7 +42,7 @@ class GymWorld:
             said = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"Gymnasium cannot make and draw {config.id!r}: {said}") from None
         if not (isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.shape[2] == 3):
-            raise UserError(f"The environment {config.id!r} does not render RGB pictures (render_mode rgb_array).")
+            raise UserError(f"The environment {config.id!r} does not render RGB (render_mode rgb_array).")
         self.config = config
         self.fps = config.fps
         self.done = True
@@ -98,7 +98,7 @@ class _Keys:
         elif kind == "Box":
             self._box()
         else:
-            raise UserError(f"Keys cannot play a {kind} action space; Discrete, MultiBinary and Box they can.")
+            raise UserError(f"Keys can play Discrete, MultiBinary and Box action spaces, not {kind}.")
 
     def _discrete(self, env: Any) -> None:
         start, count = int(self._space.start), int(self._space.n)
@@ -134,7 +134,9 @@ class _Keys:
 def _action_space(config: WorldConfig, names: list[str]) -> ActionSpace:
     if config.keys:
         if len(config.keys) != len(names):
-            raise UserError(f"{config.id!r} needs {len(names)} world.keys, in this order: {', '.join(names)}.")
+            raise UserError(
+                f"{config.id!r} needs {len(names)} world.keys, in the order of {', '.join(names)}."
+            )
         return ActionSpace(tuple(config.keys), tuple(map(tuple, config.keys.values())))
     taken = {NATURAL[name] for name in names if name in NATURAL}
     spare = iter([keys for keys in SPARE if keys not in taken])
@@ -145,7 +147,7 @@ def _action_space(config: WorldConfig, names: list[str]) -> ActionSpace:
 def fit(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """Picture (h, w, 3) → uint8 (height, width, 3): whole, averaged over areas, centred on black.
 
-    Areas have whole-pixel borders, so the arithmetic is exact and the same everywhere; enlarging repeats pixels.
+    Areas have whole-pixel borders: integer arithmetic, the same everywhere. Enlarging repeats pixels.
     """
     scale = min(height / picture.shape[0], width / picture.shape[1])
     rows, columns = (max(round(side * scale), 1) for side in picture.shape[:2])

@@ -1,0 +1,134 @@
+"""Collecting: the same recordings for any number of workers, and after an interruption."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from engine import collection
+from engine.collection import collect
+from engine.config import TrainConfig, UserError, WorldConfig
+from engine.recording import Recording, find_recordings
+
+ROOT = Path(__file__).parent.parent
+WORLD = yaml.safe_load((ROOT / "configs" / "world" / "doom_gathering.yaml").read_text())
+
+
+@pytest.fixture(autouse=True)
+def short_recordings(monkeypatch):
+    monkeypatch.setattr(collection, "RECORDING_FRAMES", 90)
+
+
+def config(data: Path, frames: int = 240, **changes) -> TrainConfig:
+    world = WorldConfig(**{**WORLD, "episode_frames": 50})
+    return TrainConfig(stage="collect", world=world, data=str(data), frames=frames, lossless=True, **changes)
+
+
+def content(directory: Path) -> list[tuple[bytes, bytes]]:
+    found = find_recordings(directory)
+    return [((path / "actions.jsonl").read_bytes(), Recording(path).frames().tobytes()) for path in found]
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory):
+    data = tmp_path_factory.mktemp("collect") / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collection, "RECORDING_FRAMES", 90)
+        return data, collect(config(data, workers=2))
+
+
+def test_recordings_hold_what_was_asked_for(two_workers):
+    data, figures = two_workers
+    assert figures["frames"] == 240 and figures["recordings"] == 3 and figures["fps"] > 0
+    recordings = [Recording(path) for path in find_recordings(data)]
+    assert [path.name for path in find_recordings(data)] == [f"doom_gathering-0-{i:05d}" for i in range(3)]
+    assert [len(recording) for recording in recordings] == [90, 90, 60]
+    assert figures["episodes"] == sum(recording.resets.sum() for recording in recordings) == 6
+    first = recordings[0]
+    assert first.resets[0] and not first.actions[first.resets].any() and first.actions.any()
+    assert list(np.flatnonzero(first.resets)) == [0, 51]
+    starts = [recording.frames(0, 1) for recording in recordings]
+    assert len({start.tobytes() for start in starts}) == 3, "every episode has a seed of its own"
+
+
+def test_an_action_stands_at_the_frame_that_it_caused(two_workers):
+    recording = Recording(find_recordings(two_workers[0])[0])
+    angles = np.array([state["angle"] for state in recording.states])
+    turned = (np.diff(angles) + 180) % 360 - 180
+    keys = [recording.names.index(name) for name in ("turn_left", "turn_right")]
+    left, right = recording.actions[1:, keys].T > 0
+    whole = ~recording.resets[1:]
+    assert np.array_equal(turned[whole] > 1, left[whole]) and np.array_equal(turned[whole] < -1, right[whole])
+
+
+def test_workers_change_nothing_but_the_speed(two_workers, tmp_path):
+    collect(config(tmp_path, workers=1))
+    assert content(tmp_path) == content(two_workers[0])
+
+
+def test_an_interrupted_collection_is_finished_with_the_same_bytes(two_workers, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(two_workers[0], data)
+    whole = data / "doom_gathering-0-00001"
+    whole.rename(whole.with_suffix(".tmp"))
+    (data / "doom_gathering-0-00001.tmp" / "actions.jsonl").write_text("half a li")
+    figures = collect(config(data, workers=2))
+    assert figures["frames"] == 90 and figures["kept_frames"] == 150
+    assert content(data) == content(two_workers[0]) and not list(data.glob("*.tmp"))
+    assert collect(config(data))["frames"] == 0
+
+
+def test_killed_parent_takes_its_workers_along(tmp_path):
+    program = (
+        "import sys, yaml\nfrom engine.collection import collect\nfrom engine.config import *\n"
+        "if __name__ == '__main__':\n"
+        "    world = WorldConfig(**yaml.safe_load(open(sys.argv[1])))\n"
+        "    collect(TrainConfig(stage='collect', world=world, data=sys.argv[2], workers=1))\n"
+    )
+    script, data = tmp_path / "program.py", tmp_path / "data"
+    script.write_text(program)
+    yaml_file = ROOT / "configs" / "world" / "doom_gathering.yaml"
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(yaml_file), str(data)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
+    lines = data / "doom_gathering-0-00000.tmp" / "actions.jsonl"
+    deadline = time.monotonic() + 30
+    while not (lines.exists() and lines.stat().st_size > 1000) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)
+    size = lines.stat().st_size
+    time.sleep(0.5)
+    assert size == lines.stat().st_size, "a worker went on without its parent"
+
+
+def test_a_full_disk_or_a_forbidden_folder_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        collect(config(tmp_path / "file" / "data"))
+
+    class FullDisk(collection.Recorder):
+        def add(self, *args, **kwargs):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(collection, "Recorder", FullDisk)
+    with pytest.raises(UserError, match="No space left"):
+        collection.play(collection.plan(config(tmp_path / "data"))[0])
+
+
+def test_an_unknown_scenario_is_told_by_the_parent(tmp_path):
+    broken = config(tmp_path, frames=10)
+    broken.world.scenario = "nowhere"
+    with pytest.raises(UserError, match="no scenario 'nowhere'"):
+        collect(broken)
