@@ -6,12 +6,13 @@ Alignment: `action[t]` is what was held while frame `t` was produced; it causes 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -19,8 +20,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from engine import __version__
-from engine.config import UserError, WorldConfig
+from . import __version__
+from .config import UserError, WorldConfig
 
 SCHEMA = 1
 HEADER, ACTIONS, FRAMES = "session.json", "actions.jsonl", "frames.mkv"
@@ -42,9 +43,9 @@ def _sentence(error: BaseException) -> str:
 class Recorder:
     """Writes one session into `directory`; frames are encoded in a thread of their own and none is dropped.
 
-    A directory that already holds a recording or cannot be written raises UserError. `slow` turns true for good
-    once the writer has fallen behind so far that `add` had to wait. A write error (disk full) raises UserError
-    from the next `add` or `close`; what was written until then stays readable.
+    A directory that already holds a recording or cannot be written raises UserError. `slow` turns true for
+    good once the writer has fallen behind so far that `add` had to wait. A write error (disk full) raises
+    UserError from the next `add` or `close`; what was written until then stays readable.
     """
 
     def __init__(
@@ -100,7 +101,8 @@ class Recorder:
         partial.write_text(json.dumps(self._header, indent=1) + "\n")
         self._lines = open(self.directory / ACTIONS, "xb", buffering=0)
         try:
-            options = {"cluster_time_limit": str(CLUSTER_MS), "flush_packets": "1"}
+            # bitexact: no random segment id, so that the same frames make the same bytes.
+            options = {"cluster_time_limit": str(CLUSTER_MS), "flush_packets": "1", "fflags": "+bitexact"}
             self._video = av.open(str(self.directory / FRAMES), "w", options=options)
         except BaseException:
             self._lines.close()
@@ -180,7 +182,7 @@ class Recorder:
         raise UserError(f"{message}: {_sentence(self._error)}.") from self._error
 
     def _work(self) -> None:
-        """The writer thread. After an error it still empties the queue, so that `add` never waits for ever."""
+        """The writer thread; after an error it still empties the queue, so that `add` never hangs."""
         while (item := self._queue.get()) is not None:
             if self._error is None:
                 try:
@@ -211,8 +213,8 @@ class Recorder:
 class Recording:
     """Reads one recording; a truncated one is cut to the frames of which both picture and line are there.
 
-    `header` dict, `names` of the keys, `fps`, `actions` float32 (n, k), `resets` bool (n,), `times` int64 (n,) in
-    nanoseconds, `states` list of dict or None, `events` list of lists. No recording there: UserError.
+    `header` dict, `names` of the keys, `fps`, `actions` (n, k), `resets` (n,), `times` int64 (n,)
+    in nanoseconds, `states` list of dict or None, `events` list of lists. No recording there: UserError.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -242,40 +244,48 @@ class Recording:
         return list(zip(starts, starts[1:] + [len(self)], strict=True))
 
     def frames(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Decodes frames `start` to `stop` (exclusive) → uint8 (n, h, w, 3)."""
+        """Decodes frames `start` to `stop` (exclusive) → uint8 (n, h, w, 3); damage raises UserError."""
         start, stop, _ = slice(start, stop).indices(len(self))
-        shape = (max(0, stop - start), self.header["height"], self.header["width"], 3)
-        frames = np.empty(shape, np.uint8)
+        frames = np.empty((max(0, stop - start), self.header["height"], self.header["width"], 3), np.uint8)
         if not len(frames):
             return frames
-        done = self._decode(frames, start, seek=True) if start else 0
-        done = done or self._decode(frames, start, seek=False)
-        if done != len(frames):
+        pictures = itertools.islice(self._pictures(start), len(frames))
+        done = 0
+        for done, picture in enumerate(pictures, 1):
+            frames[done - 1] = picture.to_ndarray(format="rgb24")
+        if done < len(frames):
             raise UserError(f"{self.directory / FRAMES} is damaged at frame {start + done}.")
         return frames
 
-    def _decode(self, frames: np.ndarray, start: int, seek: bool) -> int:
-        """Fills `frames` from frame number `start` on → how many were filled without a gap."""
-        rate, done = _rate(self.fps), 0
+    def pick(self, wanted: Sequence[int]) -> Iterator[np.ndarray]:
+        """Decodes once from the start and yields the frames of these ascending numbers, uint8 (h, w, 3)."""
+        pictures = enumerate(self._pictures(0))
+        for number in wanted:
+            picture = next((picture for i, picture in pictures if i == number), None)
+            if picture is None:
+                raise UserError(f"{self.directory / FRAMES} is damaged before frame {number}.")
+            yield picture.to_ndarray(format="rgb24")
+
+    def _pictures(self, start: int) -> Iterator[av.VideoFrame]:
+        """The pictures from frame number `start` on, until the end or the first gap."""
+        number = start
         try:
             with av.open(str(self.directory / FRAMES)) as video:
                 stream = video.streams.video[0]
                 stream.codec_context.thread_count = 1
-                if seek:
+                scale = float(stream.time_base * _rate(self.fps))  # video ticks → frame numbers
+                if start:
                     # Half a frame late, because Matroska rounds to milliseconds; goes back to a key frame.
-                    video.seek(int((start + 0.5) / rate / stream.time_base), stream=stream)
+                    video.seek(int((start + 0.5) / scale), stream=stream)
                 for picture in video.decode(stream):
-                    number = round(picture.pts * stream.time_base * rate)
-                    if number == start + done:
-                        frames[done] = picture.to_ndarray(format="rgb24")
-                        done += 1
-                    elif number > start + done:
-                        break
-                    if done == len(frames):
-                        break
-        except av.FFmpegError:
-            pass  # the caller sees from the count that something is missing
-        return done
+                    found = round(picture.pts * scale)
+                    if found > number:
+                        return
+                    if found == number:
+                        yield picture
+                        number += 1
+        except (av.FFmpegError, IndexError):
+            return  # the caller counts and says where
 
     def _count_frames(self, lines: int) -> int:
         """Number of whole frames in the video, at most `lines`, counted without decoding."""
@@ -283,10 +293,11 @@ class Recording:
         try:
             with av.open(str(path)) as video:
                 stream = video.streams.video[0]
+                scale = float(stream.time_base * _rate(self.fps))
                 for packet in video.demux(stream):
                     if packet.pts is None or packet.is_corrupt or count == lines:
                         break
-                    if round(packet.pts * stream.time_base * _rate(self.fps)) != count:
+                    if round(packet.pts * scale) != count:
                         break
                     count += 1
         except (av.FFmpegError, IndexError) as error:
@@ -333,7 +344,7 @@ class Recording:
 
 
 def find_recordings(data_dir: str | Path) -> list[Path]:
-    """All recordings below `data_dir`, sorted, without unfinished `.tmp` ones; none there raises UserError."""
+    """All recordings below `data_dir`, sorted, without unfinished `.tmp` ones; UserError if there is none."""
     root = Path(data_dir)
     found = sorted(path.parent for path in root.rglob(HEADER))
     found = [
