@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 from pathlib import Path
 
@@ -53,6 +55,8 @@ class DoomWorld:
             self._folder.cleanup()
             said = " ".join(str(error).split())
             raise UserError(f"ViZDoom did not start {config.scenario!r}: {said}") from None
+        with contextlib.suppress(OSError):  # ViZDoom makes an empty folder where it starts and never needs it
+            os.rmdir("_vizdoom")
 
     def _configure(self, vizdoom):
         config = self.config
@@ -112,8 +116,8 @@ class DoomWorld:
         return self._frame
 
     def _read(self) -> None:
-        screen = self._game.get_state().screen_buffer.astype(np.uint16)  # (2h, 2w, 3)
-        rows = screen[0::2] + screen[1::2]
+        screen = self._game.get_state().screen_buffer  # (2h, 2w, 3)
+        rows = np.add(screen[0::2], screen[1::2], dtype=np.uint16)
         self._frame = ((rows[:, 0::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)  # (h, w, 3)
         self._state = {name: self._game.get_game_variable(value) for name, value in self._variables.items()}
 
