@@ -14,26 +14,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 
 from . import __version__
 from .config import UserError, WorldConfig
+from .video import CODEC, EXACT, QUALITY, VideoWriter, count_frames, read_frames
 
 SCHEMA = 1
 HEADER, ACTIONS, FRAMES = "session.json", "actions.jsonl", "frames.mkv"
-
-# RGB without a colour conversion: 3 to 4 times as fast as yuv444p at the same quality and size, because
-# swscale's conversion costs more than the encoder does. crf 16: 44 dB on ViZDoom at 128x96; qp 0 is exact.
-CODEC, QUALITY, EXACT = "libx264rgb", {"crf": "16"}, {"qp": "0"}
-CLUSTER_MS = 250  # of video that Matroska holds back; all that a killed process loses besides the queue
-
-
-def _rate(fps: float) -> Fraction:
-    return Fraction(fps).limit_denominator(1001)
 
 
 def _sentence(error: BaseException) -> str:
@@ -63,7 +53,6 @@ class Recorder:
         self.frames_written = 0  # frames on their way to the disk, in step with actions.jsonl
         self.slow = False
         self._shape = (world.height, world.width, 3)
-        self._rate = _rate(world.fps)
         self._added = 0
         self._error: BaseException | None = None
         self._told = self._closed = False
@@ -99,24 +88,10 @@ class Recorder:
                 raise UserError(f"{self.directory} already holds a recording; choose another directory.")
         partial = self.directory / (HEADER + ".tmp")
         partial.write_text(json.dumps(self._header, indent=1) + "\n")
-        self._lines = open(self.directory / ACTIONS, "xb", buffering=0)
-        try:
-            # bitexact: no random segment id, so that the same frames make the same bytes.
-            options = {"cluster_time_limit": str(CLUSTER_MS), "flush_packets": "1", "fflags": "+bitexact"}
-            self._video = av.open(str(self.directory / FRAMES), "w", options=options)
-        except BaseException:
-            self._lines.close()
-            raise
         os.replace(partial, self.directory / HEADER)
-        codec = self._header["codec"]
-        quality = {key: codec[key] for key in ("crf", "qp") if key in codec}
-        # zerolatency: no B-frames and no lookahead, so that every frame leaves the encoder at once.
-        options = {"preset": "ultrafast", "tune": "zerolatency"} | quality
-        self._stream = self._video.add_stream(CODEC, rate=self._rate, options=options)
-        self._stream.height, self._stream.width = self._shape[:2]
-        self._stream.pix_fmt = "rgb24"
-        self._stream.codec_context.thread_count = 1  # the same bytes on every machine
-        self._stream.codec_context.gop_size = max(1, round(self._rate))  # a second
+        self._lines = open(self.directory / ACTIONS, "xb", buffering=0)
+        (height, width, _), lossless = self._shape, self._header["codec"]["lossless"]
+        self._video = VideoWriter(self.directory / FRAMES, height, width, self._header["fps"], lossless)
 
     def add(
         self,
@@ -191,7 +166,7 @@ class Recorder:
                     self._error = error
         try:
             if self._error is None:
-                self._video.mux(self._stream.encode(None))
+                self._video.finish()
         except Exception as error:
             self._error = error
         for file in (self._video, self._lines):
@@ -201,9 +176,7 @@ class Recorder:
                 self._error = self._error or error
 
     def _write(self, frame: np.ndarray, line: bytes) -> None:
-        picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-        picture.pts, picture.time_base = self.frames_written, 1 / self._rate
-        self._video.mux(self._stream.encode(picture))
+        self._video.write(self.frames_written, frame)
         # Unbuffered write may be short on a full disk; the second attempt then raises the reason.
         while line:
             line = line[self._lines.write(line) :]
@@ -223,7 +196,11 @@ class Recording:
         self.names = tuple(self.header["names"])
         self.fps = float(self.header["fps"])
         lines = self._read_lines()
-        lines = lines[: self._count_frames(len(lines))]
+        whole = count_frames(self.directory / FRAMES, self.fps, len(lines))
+        if not whole and len(lines) > max(1, self.fps):
+            # A session killed in its first moments has no frame yet; with more lines than that it is damage.
+            raise UserError(f"{self.directory / FRAMES} cannot be read: it is missing or damaged.")
+        lines = lines[:whole]
         self.actions = np.zeros((len(lines), len(self.names)), np.float32)  # (n, k)
         for row, line in zip(self.actions, lines, strict=True):
             for name in line["keys"]:
@@ -249,7 +226,7 @@ class Recording:
         frames = np.empty((max(0, stop - start), self.header["height"], self.header["width"], 3), np.uint8)
         if not len(frames):
             return frames
-        pictures = itertools.islice(self._pictures(start), len(frames))
+        pictures = itertools.islice(read_frames(self.directory / FRAMES, self.fps, start), len(frames))
         done = 0
         for done, picture in enumerate(pictures, 1):
             frames[done - 1] = picture.to_ndarray(format="rgb24")
@@ -259,52 +236,12 @@ class Recording:
 
     def pick(self, wanted: Sequence[int]) -> Iterator[np.ndarray]:
         """Decodes once from the start and yields the frames of these ascending numbers, uint8 (h, w, 3)."""
-        pictures = enumerate(self._pictures(0))
+        pictures = enumerate(read_frames(self.directory / FRAMES, self.fps))
         for number in wanted:
             picture = next((picture for i, picture in pictures if i == number), None)
             if picture is None:
                 raise UserError(f"{self.directory / FRAMES} is damaged before frame {number}.")
             yield picture.to_ndarray(format="rgb24")
-
-    def _pictures(self, start: int) -> Iterator[av.VideoFrame]:
-        """The pictures from frame number `start` on, until the end or the first gap."""
-        number = start
-        try:
-            with av.open(str(self.directory / FRAMES)) as video:
-                stream = video.streams.video[0]
-                stream.codec_context.thread_count = 1
-                scale = float(stream.time_base * _rate(self.fps))  # video ticks → frame numbers
-                if start:
-                    # Half a frame late, because Matroska rounds to milliseconds; goes back to a key frame.
-                    video.seek(int((start + 0.5) / scale), stream=stream)
-                for picture in video.decode(stream):
-                    found = round(picture.pts * scale)
-                    if found > number:
-                        return
-                    if found == number:
-                        yield picture
-                        number += 1
-        except (av.FFmpegError, IndexError):
-            return  # the caller counts and says where
-
-    def _count_frames(self, lines: int) -> int:
-        """Number of whole frames in the video, at most `lines`, counted without decoding."""
-        path, count = self.directory / FRAMES, 0
-        try:
-            with av.open(str(path)) as video:
-                stream = video.streams.video[0]
-                scale = float(stream.time_base * _rate(self.fps))
-                for packet in video.demux(stream):
-                    if packet.pts is None or packet.is_corrupt or count == lines:
-                        break
-                    if round(packet.pts * scale) != count:
-                        break
-                    count += 1
-        except (av.FFmpegError, IndexError) as error:
-            # A session killed in its first moments has no frame yet; anything longer is damage.
-            if count == 0 and lines > max(1, self.fps):
-                raise UserError(f"{path} cannot be read: {_sentence(error)}.") from None
-        return count
 
     def _read_header(self) -> dict:
         path = self.directory / HEADER

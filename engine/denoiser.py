@@ -1,0 +1,138 @@
+"""Denoiser: (noisy latents, sigma, actions, memory) → clean estimate; its training loss stands beside it."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .actions import ActionEncoder
+from .config import DenoiserConfig
+from .kv_cache import Context, KVCache, Written
+from .layers import Memory
+from .sampler import add_noise, scalings, training_sigma
+from .transformer import Transformer
+
+
+class Denoiser(nn.Module):
+    """Estimates clean latents of a window of frames, each with its own noise level and action."""
+
+    def __init__(self, config: DenoiserConfig, keys: int, channels: int, rows: int, columns: int):
+        super().__init__()
+        self.config, self.keys, self.shape = config, keys, (channels, rows, columns)
+        self.actions = ActionEncoder(keys, config.width)
+        self.transformer = Transformer(config, channels, rows, columns)
+        self.register_buffer("ladder", torch.tensor(config.ladder), persistent=False)
+
+    def forward(
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        actions: Tensor,
+        known: Tensor,
+        frame: int,
+        memory: Memory,
+        dropped: Tensor | None = None,
+    ) -> Tensor:
+        """noisy (b, t, c, y, x), sigma (b, t), actions (b, t, k), known (b, t), index of the first frame, memory →
+        clean (b, t, c, y, x), float32."""
+        skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
+        action = self.actions(actions, known, dropped)
+        made = self.transformer(scale * noisy, sigma, action, frame, memory)
+        return skip * noisy + out * made.float()
+
+    def commit(self, clean: Tensor, actions: Tensor, frame: int, memory: Memory, sigma: Tensor | None = None) -> None:
+        """Writes the keys and values of finished frames (b, t, c, y, x) into memory; each frame looks at the `recent`
+        frames before it and at itself, never at the sink. sigma (b, t) tells how noisy the frames are, 0 unless given.
+        """
+        sigma = clean.new_zeros(clean.shape[:2]) if sigma is None else sigma
+        known = torch.ones_like(sigma)
+        mask = self.history_mask(clean.shape[1], clean.device) if clean.shape[1] > 1 else None
+        scale = scalings(sigma)[2][..., None, None, None]
+        self.transformer(scale * clean, sigma, self.actions(actions, known), frame, memory, mask)
+
+    def history_mask(self, frames: int, device: torch.device) -> Tensor:
+        """(frames n, frames n): 0 where a token may look at a key of its own or of the `recent` frames before, -inf elsewhere."""
+        index = torch.arange(frames, device=device)
+        age = index[:, None] - index
+        allowed = (age >= 0) & (age <= self.config.recent)
+        n = self.transformer.tokens
+        mask = torch.where(allowed, 0.0, -torch.inf).repeat_interleave(n, 0).repeat_interleave(n, 1)
+        return mask.to(torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32)
+
+    def make_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+        """An empty cache for games played side by side."""
+        c = self.config
+        heads, n = c.width // c.head_dim, self.transformer.tokens
+        return KVCache(c.layers, heads, c.head_dim, n, c.sink, c.recent, c.window, batch, device, dtype)
+
+    def loss(self, latents: Tensor, actions: Tensor, windows: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Flow matching on true frames: latents (b, t, c, y, x) and actions (b, t, k) of segments.
+
+        One commit pass writes the keys and values of the frames before a random place; then `windows` windows with own
+        noise and levels stand there, each seeing sink and recent frames just as in play. A fifth of the iterations
+        has windows of a single frame (the mode that corrects a leaving frame). The binding of actions is that of play.
+        """
+        config, total = self.config, latents.shape[1]
+        start = int(torch.randint(config.recent + config.sink, total - config.window + 1, ()))
+        memory = Written()
+        history, sigma = self._roughen(latents[:, :start])
+        self.commit(history, actions[:, :start], 0, memory, sigma)
+        context = self._context(memory, start, windows)
+        size = 1 if torch.rand(()) < 0.2 else config.window
+        span = slice(start, start + size)
+        clean, held = (x[:, span].repeat(windows, *(1,) * (x.ndim - 1)) for x in (latents, actions))
+        error = self._window_error(clean, held, start, context)
+        logs = {"head": error[:, 0].mean().detach()} if size > 1 else {"single": error.mean().detach()}
+        return error.mean(), logs
+
+    def _roughen(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames with a little noise on half of the segments, as play's own frames are never perfect → (latents, sigma)."""
+        b, t = latents.shape[:2]
+        sigma = 0.3 * torch.rand(b, t, device=latents.device) * (torch.rand(b, 1, device=latents.device) < 0.5)
+        return add_noise(latents, torch.randn_like(latents), sigma), sigma
+
+    def _context(self, memory: Written, start: int, windows: int) -> Context:
+        """What a window at `start` looks at: the segment's first frames as the sink, moved to its place, and the ring.
+
+        Half of the batch gets another segment's sink: in play the sink is from long ago and shows another view.
+        """
+        c, n = self.config, self.transformer.tokens
+        place = start - c.recent - c.sink
+        layers = []
+        order = torch.arange(len(memory.layers[0][0]))
+        order[: len(order) // 2] = order[: len(order) // 2].roll(1)
+        for k, v in memory.layers:
+            sink_k = self.transformer.positions.shift(k[order, :, : c.sink * n], place)
+            ring = slice((start - c.recent) * n, start * n)
+            seen_k = torch.cat([sink_k, k[:, :, ring]], 2)
+            seen_v = torch.cat([v[order, :, : c.sink * n], v[:, :, ring]], 2)
+            layers.append((seen_k.repeat(windows, 1, 1, 1), seen_v.repeat(windows, 1, 1, 1)))
+        return Context(layers)
+
+    def _window_error(self, clean: Tensor, actions: Tensor, start: int, context: Context) -> Tensor:
+        """Weighted squared error (b, t) of one noised window."""
+        b, t = clean.shape[:2]
+        sigma = training_sigma(self.ladder, b)[:, :t]
+        noisy = add_noise(clean, torch.randn_like(clean), sigma)
+        shown, known = bind(actions, self.config.commit_position)
+        dropped = (torch.rand(b, 1, device=clean.device) < 0.1).expand(b, t)
+        made = self(noisy, sigma, shown, known, start, context, dropped)
+        return weighted_error(made, clean, sigma)
+
+
+def bind(actions: Tensor, commit_position: int) -> tuple[Tensor, Tensor]:
+    """The rule of late binding: actions (b, w, k) of a window's frames → what its positions show, and known (b, w).
+
+    Positions up to the commit position show their own, final action; those behind it cannot know theirs yet and show the
+    newest one, marked as not known.
+    """
+    position = torch.arange(actions.shape[1], device=actions.device)
+    shown = actions[:, position.clamp_max(commit_position)]
+    return shown, (position <= commit_position).to(actions.dtype).expand(actions.shape[:2])
+
+
+def weighted_error(made: Tensor, clean: Tensor, sigma: Tensor) -> Tensor:
+    """Squared error (b, t) of clean estimates (b, t, c, y, x), in units of the network's output; sigma (b, t)."""
+    out = scalings(sigma)[1].clamp_min(0.1)
+    return rearrange((made - clean).square(), "b t c y x -> b t (c y x)").mean(-1) / out.square()

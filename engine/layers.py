@@ -1,0 +1,118 @@
+"""The transformer's parts; the only file that imports the kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from engine.kernels import attention, modulated_norm, qk_norm_rope, rotate
+
+
+class Memory(Protocol):
+    """What a pass may look at besides itself (kv_cache.py)."""
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The pass's own keys and values (b, h, n, d), joined behind the remembered ones → both (b, h, m, d)."""
+        ...
+
+
+class Positions(nn.Module):
+    """RoPE over (t, y, x): half of the pairs turn with time, a quarter each with the token's row and column.
+
+    Angles are computed for the frames at hand in double precision, so there is no table that runs out.
+    """
+
+    def __init__(self, head_dim: int, rows: int, columns: int):
+        super().__init__()
+        pairs = head_dim // 2
+        self.time_pairs = pairs - 2 * (pairs // 4)
+        time = torch.logspace(0, -2, self.time_pairs, dtype=torch.float64)  # 1 … 1/100 radians a frame
+        place = torch.logspace(0, -1, pairs // 4, dtype=torch.float64) * (math.pi / max(rows, columns))
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        grid = torch.stack([y, x], -1).reshape(-1, 2).double()
+        grid = torch.cat([grid.new_full((1, 2), -1.0), grid])  # the action token stands outside of the picture
+        angles = (grid[:, :, None] * place).flatten(1)  # (n, 2 · pairs/4)
+        self.register_buffer("time", time, persistent=False)
+        self.register_buffer("place", angles, persistent=False)
+
+    def forward(self, frame: int, count: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (count · n, pairs) of `count` frames from index `frame` on."""
+        index = torch.arange(frame, frame + count, device=self.time.device, dtype=torch.float64)
+        turn = (index[:, None] * self.time)[:, None].expand(-1, len(self.place), -1)
+        angles = torch.cat([turn, self.place.expand(count, -1, -1)], -1).flatten(0, 1)
+        return angles.cos().float(), angles.sin().float()
+
+    def shift(self, keys: Tensor, frames: int) -> Tensor:
+        """Keys (..., d) that were rotated for one time, turned on to `frames` later (earlier where negative)."""
+        turn = frames * self.time
+        angles = torch.cat([turn, turn.new_zeros(self.place.shape[1])])
+        return rotate(keys, angles.cos(), angles.sin())
+
+
+class Attention(nn.Module):
+    """Multi-head attention of a pass's tokens over its memory and itself, with normalised queries and keys."""
+
+    def __init__(self, width: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.q_weight = nn.Parameter(torch.ones(head_dim))
+        self.k_weight = nn.Parameter(torch.ones(head_dim))
+
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], memory: Memory, layer: int, mask: Tensor | None
+    ) -> Tensor:
+        """x (b, n, d), angles (n, head_dim / 2) twice, mask (n, m) added to the scores → (b, n, d)."""
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, d=self.head_dim)
+        q = qk_norm_rope(q, self.q_weight, *angles).transpose(1, 2)  # (b, h, n, d)
+        k = qk_norm_rope(k, self.k_weight, *angles).transpose(1, 2)
+        k, v = memory.extend(layer, k, v.transpose(1, 2))
+        return self.out(rearrange(attention(q, k, v, mask), "b h n d -> b n (h d)"))
+
+
+class DiTLayer(nn.Module):
+    """Attention and MLP, each normalised, scaled, shifted and gated by the frame's condition (Peebles & Xie, 2023)."""
+
+    def __init__(self, width: int, head_dim: int, mlp_ratio: int):
+        super().__init__()
+        self.attention = Attention(width, head_dim)
+        self.mlp_in = nn.Linear(width, mlp_ratio * width)
+        self.mlp_out = nn.Linear(mlp_ratio * width, width)
+        self.table = nn.Parameter(torch.zeros(6 * width))  # this layer's own share of the modulation
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        angles: tuple[Tensor, Tensor],
+        memory: Memory,
+        layer: int,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """x (b, t, n, d), modulation (b, t, 6 d) → (b, t, n, d)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (modulation + self.table.to(modulation.dtype)).chunk(6, -1)
+        y = modulated_norm(x, scale_a, shift_a)
+        y = self.attention(y.flatten(1, 2), angles, memory, layer, mask).view_as(x)
+        x = torch.addcmul(x, gate_a[:, :, None], y)
+        y = modulated_norm(x, scale_m, shift_m)
+        y = self.mlp_out(F.silu(self.mlp_in(y)))
+        return torch.addcmul(x, gate_m[:, :, None], y)
+
+
+class SigmaEncoder(nn.Module):
+    """Noise levels (b, t) in [0, 1] → conditioning (b, t, d), through sines of geometric frequencies."""
+
+    def __init__(self, width: int, frequencies: int = 32):
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(0, 2, frequencies) * math.pi / 2, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        angles = sigma[..., None].float() * self.frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))

@@ -1,0 +1,102 @@
+"""Rollout: the one forward path of the engine, used by play, by training and by evaluation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser
+from .kv_cache import Written
+from .sampler import add_noise, counter_noise, ramp
+from .window import RollingWindow
+
+
+class Rollout:
+    """Games played side by side in latent space: `reset` from given frames, then one finished frame a `step`.
+
+    Noise is a function of (seed, frame index, level), so a game is reproduced by its seed and its actions.
+    """
+
+    def __init__(self, denoiser: Denoiser, batch: int = 1, dtype: torch.dtype = torch.float32):
+        self.denoiser, self.config = denoiser, denoiser.config
+        device = denoiser.ladder.device
+        self.cache = denoiser.make_cache(batch, device, dtype)
+        c = self.config
+        self.window = RollingWindow(batch, c.window, denoiser.keys, denoiser.shape, c.commit_position, device)
+        self.ladder = denoiser.ladder.expand(batch, -1)  # (b, w)
+        self.zero = torch.zeros(batch, 1, device=device)
+        self.one = torch.ones(batch, 1, device=device)
+        self.levels = torch.arange(c.window, device=device)
+        self.seed = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.held = torch.zeros(batch, denoiser.keys, device=device)
+
+    @property
+    def start_frames(self) -> int:
+        """How many frames a game needs to start from; fewer are filled up by repeating the first."""
+        return self.config.sink + self.config.recent
+
+    @torch.no_grad()
+    def reset(self, latents: Tensor, actions: Tensor, seed: Tensor) -> None:
+        """Starts from finished frames (b, t, c, y, x) and the actions that caused them (b, t, k); seed (b,) int64."""
+        missing = max(0, self.start_frames - latents.shape[1])
+        latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
+        actions = torch.cat([torch.zeros_like(actions[:, :1]).expand(-1, missing, -1), actions], 1)
+        self.cache.reset()
+        self.seed.copy_(seed)
+        written = Written()
+        self.denoiser.commit(latents, actions, 0, written)
+        for layer, (k, v) in enumerate(written.layers):
+            self.cache.fill(layer, k, v)
+        self.held.copy_(actions[:, -1])
+        self.window.reset(self.held)
+        for filled in range(self.config.window - 1):
+            self.window.update(self._denoise(self.held, ramp(self.denoiser.ladder, filled).expand_as(self.ladder), filled))
+
+    @torch.no_grad()
+    def step(self, action: Tensor) -> Tensor:
+        """Holds the keys (b, k) for one frame → the finished frame's latents (b, c, y, x)."""
+        return self.advance(self.predict(action), action)
+
+    def predict(self, action: Tensor) -> Tensor:
+        """Bind, noise, denoise: the window's clean estimates (b, w, c, y, x) under the newest keys (b, k)."""
+        return self._denoise(action, self.ladder, self.config.window)
+
+    @torch.no_grad()
+    def advance(self, clean: Tensor, action: Tensor) -> Tensor:
+        """Emit, commit, roll: takes a step's estimates → the finished frame's latents (b, c, y, x)."""
+        changed = (action != self.held).any(-1)  # (b,)
+        if self.config.correction and changed.any():
+            head = torch.where(changed[:, None, None, None, None], self._correct(clean[:, :1]), clean[:, :1])
+            clean = torch.cat([head, clean[:, 1:]], 1)
+        self.held.copy_(action)
+        self.window.update(clean)
+        head = self.window.clean[:, :1].clone()
+        self.cache.look(sink=False)
+        self.denoiser.commit(head, self.window.actions[:, :1], self.cache.frames, self.cache)
+        self.cache.push()
+        self.window.roll()
+        return head[:, 0]
+
+    def _denoise(self, action: Tensor, sigma: Tensor, stage: int) -> Tensor:
+        shown, known = self.window.bind(action)
+        frame = self.cache.frames
+        noise = counter_noise(self.seed, frame, self.levels + 16 * stage, self.denoiser.shape)
+        noisy = add_noise(self.window.clean, noise, sigma)
+        self._see()
+        return self.denoiser(noisy, sigma, shown, known, frame, self.cache)
+
+    def _correct(self, head: Tensor) -> Tensor:
+        """The leaving frame (b, 1, c, y, x) sent back to a higher level and denoised alone under its true action."""
+        frame = self.cache.frames
+        noise = counter_noise(self.seed, frame, self.levels[:1] + 1024, self.denoiser.shape)
+        sigma = self.config.correction * self.one
+        self._see()
+        return self.denoiser(
+            add_noise(head, noise, sigma), sigma, self.window.actions[:, :1], self.one, frame, self.cache
+        )
+
+    def _see(self) -> None:
+        """Sink, ring and itself; the sink stands right before the ring, however long ago it was made."""
+        self.cache.look(sink=True)
+        place = self.cache.frames - self.start_frames
+        self.cache.place_sink(lambda keys: self.denoiser.transformer.positions.shift(keys, place))

@@ -1,0 +1,103 @@
+"""Session: a generated world with the verbs of a true one, on a device, with timings."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .autoencoder import FACTOR, Autoencoder
+from .checkpoint import Checkpoint
+from .config import UserError, WorldConfig
+from .denoiser import Denoiser
+from .device import autocast, pick_device, pick_precision
+from .rollout import Rollout
+from .worlds.base import ActionSpace
+
+
+class Player:
+    """The networks of a checkpoint, ready to play: autoencoder and denoiser on a device."""
+
+    def __init__(self, checkpoint: str | Path, device: str = "auto", precision: str = "auto"):
+        self.checkpoint = Checkpoint(checkpoint)
+        self.world: WorldConfig = self.checkpoint.world
+        self.device = pick_device(device)
+        self.dtype = pick_precision(precision, self.device)
+        self.autoencoder = Autoencoder(self.checkpoint.model.autoencoder)
+        self.checkpoint.load_into("autoencoder", self.autoencoder)
+        self.denoiser = make_denoiser(self.checkpoint)
+        self.checkpoint.load_into("denoiser", self.denoiser)
+        for module in (self.autoencoder, self.denoiser):
+            module.to(self.device).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def encode(self, frames: np.ndarray) -> Tensor:
+        """uint8 frames (t, h, w, 3) → latents (1, t, c, y, x)."""
+        pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).to(self.device)
+        with autocast(self.device, self.dtype):
+            return self.autoencoder.encode(pixels)[None]
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents (t, c, y, x) → uint8 frames (t, h, w, 3)."""
+        with autocast(self.device, self.dtype):
+            return self.autoencoder.decode(latents).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def make_denoiser(checkpoint: Checkpoint) -> Denoiser:
+    """The denoiser that a checkpoint's configs describe, with fresh weights."""
+    model, world = checkpoint.model, checkpoint.world
+    shape = (model.autoencoder.channels, world.height // FACTOR, world.width // FACTOR)
+    return Denoiser(model.denoiser, len(world.keys), *shape)
+
+
+class Session:
+    """A game inside the network: `reset` from start frames, then `step(action)` → the frame that this action caused."""
+
+    def __init__(self, player: Player):
+        self.player, self.world = player, player.world
+        keys = self.world.keys
+        self.action_space = ActionSpace(tuple(keys), tuple(tuple(codes) for codes in keys.values()))
+        self.fps, self.done = self.world.fps, False
+        self.rollout = Rollout(player.denoiser, 1, player.dtype or torch.float32)
+        self.step_ms: deque[float] = deque(maxlen=600)  # the last steps' times, decode included
+        self.frames = 0  # since the last reset
+
+    def reset(self, seed: int, frames: np.ndarray, actions: np.ndarray | None = None) -> np.ndarray:
+        """Starts from true frames, uint8 (t, h, w, 3), and the actions that caused them (t, k) → the last of them."""
+        shape = (self.world.height, self.world.width, 3)
+        if frames.shape[1:] != shape:
+            size = f"{frames.shape[2]}x{frames.shape[1]}"
+            raise UserError(f"This model plays frames of {shape[1]}x{shape[0]}; the start frames have {size}.")
+        if actions is None:
+            actions = np.zeros((len(frames), len(self.action_space)), np.float32)
+        latents = self.player.encode(frames)
+        held = torch.from_numpy(np.asarray(actions, np.float32)).to(self.player.device)[None]
+        seeds = torch.tensor([seed], dtype=torch.int64, device=self.player.device)
+        with torch.inference_mode(), autocast(self.player.device, self.player.dtype):
+            self.rollout.reset(latents, held, seeds)
+        self.frames = 0
+        self.step_ms.clear()
+        return frames[-1]
+
+    def step(self, action: np.ndarray) -> np.ndarray:
+        """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
+        start = time.perf_counter()
+        held = torch.from_numpy(np.asarray(action, np.float32)).to(self.player.device)[None]
+        with torch.inference_mode(), autocast(self.player.device, self.player.dtype):
+            head = self.rollout.step(held)
+        frame = self.player.decode(head)[0]
+        self.frames += 1
+        self.step_ms.append(1000 * (time.perf_counter() - start))
+        return frame
+
+    def state(self) -> dict[str, float]:
+        """Nothing: a network knows no true state."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is held open."""
