@@ -91,7 +91,9 @@ class Training:
             os.replace(beside, self.state_file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             beside.unlink(missing_ok=True)
-            raise UserError(f"Training state could not be written to {self.folder} ({error}); free some space.") from error
+            raise UserError(
+                f"Training state could not be written to {self.folder} ({error}); free some space."
+            ) from error
         if self.rank == 0:
             about = {"steps": self.step, "minutes": round(self.seconds / 60, 1), "device": str(self.device)}
             self.stage.save(self.folder / f"{self.config.stage}.safetensors", self.average.module, about)
@@ -125,23 +127,29 @@ class Metrics:
         config, self.training = training.config, training
         self.loud = training.rank == 0
         self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}  # not every iteration has every figure
         self.count, self.since = 0, time.perf_counter()
         self.file = open(Path(config.out) / f"{config.stage}.jsonl", "a") if self.loud else None  # noqa: SIM115
         self.board = _tensorboard(config) if self.loud and config.tensorboard else None
         words = {"desc": config.stage, "unit": "%", "total": 100, "disable": not self.loud}
-        self.bar = tqdm(bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}", **words)
+        self.bar = tqdm(
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}", **words
+        )
         self.last: dict[str, float] = {}
 
     def add(self, logs: dict[str, torch.Tensor], progress: float) -> None:
         for name, value in logs.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.count += 1
         if self.count < self.training.config.log_every:
             return
         now = time.perf_counter()
         rate = self.count * self.training.pace.batch / (now - self.since)
-        self.last = {name: float(value) / self.count for name, value in self.sums.items()} | {"rate": rate}
-        self.sums, self.count, self.since = {}, 0, now
+        self.last = {name: float(value) / self.counts[name] for name, value in self.sums.items()} | {
+            "rate": rate
+        }
+        self.sums, self.counts, self.count, self.since = {}, {}, 0, now
         if not self.loud:
             return
         step, minutes = self.training.step, self.training.seconds / 60
@@ -197,7 +205,11 @@ def run_stage(config: TrainConfig) -> dict:
         if rank == 0:
             training.picture()
         about = {"stage": config.stage, "steps": training.step, "minutes": training.seconds / 60}
-        return _rounded(metrics.last) | about | {"checkpoint": str(training.folder / f"{config.stage}.safetensors")}
+        return (
+            _rounded(metrics.last)
+            | about
+            | {"checkpoint": str(training.folder / f"{config.stage}.safetensors")}
+        )
     finally:
         if ranks > 1:
             dist.destroy_process_group()
@@ -225,7 +237,10 @@ def main(arguments: list[str]) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except PermissionError as error:
-        print(f"train.py: {error.filename} cannot be written; choose another place with out=DIR.", file=sys.stderr)
+        print(
+            f"train.py: {error.filename} cannot be written; choose another place with out=DIR.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("train.py: stopped; the same command continues from the last save.", file=sys.stderr)

@@ -48,7 +48,11 @@ class Autoencoder(nn.Module):
         w = list(config.widths)
         if len(w) != 4:
             raise ValueError(f"the autoencoder needs 4 widths for a factor of {FACTOR}, not {w}")
-        encoder: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, w[0], 3, padding=1), ResidualLayer(w[0])]
+        encoder: list[nn.Module] = [
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(12, w[0], 3, padding=1),
+            ResidualLayer(w[0]),
+        ]
         for fine, coarse in zip(w, w[1:], strict=False):
             encoder += [_down(fine, coarse), ResidualLayer(coarse)]
         encoder += [ResidualLayer(w[-1]) for _ in range(config.depth - 1)]
@@ -81,7 +85,9 @@ class Autoencoder(nn.Module):
         pixels = self.decoder(noisy.contiguous(memory_format=torch.channels_last)).float()
         error = pixels - to_float(frames)  # (n, 3, h, w)
         squared = error.square().mean()
-        edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+        edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (
+            error[..., 1:, :] - error[..., :-1, :]
+        ).abs().mean()
         loss = error.abs().mean() + 4 * squared + 0.5 * edges
         return loss, {"psnr": 10 * torch.log10(4 / squared.detach())}
 

@@ -19,7 +19,9 @@ from .config import AutoencoderConfig, DenoiserConfig, ModelConfig, UserError, W
 FORMAT = 1
 
 
-def save_checkpoint(path: Path, modules: dict[str, nn.Module], model: ModelConfig, world: WorldConfig, **about: Any) -> None:
+def save_checkpoint(
+    path: Path, modules: dict[str, nn.Module], model: ModelConfig, world: WorldConfig, **about: Any
+) -> None:
     """Writes the modules' weights in half precision; matrices of the denoiser as 8-bit rows with a scale each.
 
     `about` is free provenance (data seed, minutes trained, licence notice, scores) and must be JSON.
@@ -28,7 +30,13 @@ def save_checkpoint(path: Path, modules: dict[str, nn.Module], model: ModelConfi
     for name, module in modules.items():
         for key, value in module.state_dict().items():
             tensors |= _pack(f"{name}.{key}", value.detach().cpu(), rows=name == "denoiser")
-    head = {"format": FORMAT, "modules": list(modules), "model": asdict(model), "world": asdict(world), **about}
+    head = {
+        "format": FORMAT,
+        "modules": list(modules),
+        "model": asdict(model),
+        "world": asdict(world),
+        **about,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -36,7 +44,9 @@ def save_checkpoint(path: Path, modules: dict[str, nn.Module], model: ModelConfi
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         beside.unlink(missing_ok=True)
-        raise UserError(f"The checkpoint {path} could not be written ({error}); free some space and run again.") from error
+        raise UserError(
+            f"The checkpoint {path} could not be written ({error}); free some space and run again."
+        ) from error
 
 
 def _pack(key: str, value: Tensor, rows: bool) -> dict[str, Tensor]:
@@ -54,7 +64,9 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError(f"There is no checkpoint {self.path}; train one (python train.py) or give checkpoint=FILE.")
+            raise UserError(
+                f"There is no checkpoint {self.path}; train one (python train.py) or give checkpoint=FILE."
+            )
         try:
             with safe_open(self.path, framework="pt") as file:
                 head = (file.metadata() or {}).get("rollplay")
@@ -67,19 +79,25 @@ class Checkpoint:
         try:
             self.about: dict[str, Any] = json.loads(head)
             if self.about["format"] != FORMAT:
-                raise UserError(f"{self.path} has format {self.about['format']}; this version reads {FORMAT}.")
+                raise UserError(
+                    f"{self.path} has format {self.about['format']}; this version reads {FORMAT}."
+                )
             parts = self.about["model"]
             self.model = ModelConfig(
                 AutoencoderConfig(**parts["autoencoder"]), DenoiserConfig(**parts["denoiser"])
             )
             self.world = WorldConfig(**self.about["world"])
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"The config inside {self.path} is not one that this version understands: {error}.") from error
+            raise UserError(
+                f"The config inside {self.path} is not one that this version understands: {error}."
+            ) from error
 
     def load_into(self, name: str, module: nn.Module) -> None:
         """Fills `module` with the weights stored as `name`; refuses missing, foreign and misshapen ones."""
         if name not in self.about["modules"]:
-            raise UserError(f"{self.path} holds no {name} (only {', '.join(self.about['modules'])}); train that stage first.")
+            raise UserError(
+                f"{self.path} holds no {name} (only {', '.join(self.about['modules'])}); train that stage first."
+            )
         prefix = name + "."
         own = {k[len(prefix) :]: v for k, v in self._tensors.items() if k.startswith(prefix)}
         state = {
@@ -91,8 +109,18 @@ class Checkpoint:
             module.load_state_dict(state)
         except RuntimeError as error:
             first = str(error).splitlines()[1:2]
-            raise UserError(f"The weights in {self.path} do not fit its config: {' '.join(first).strip()}") from error
+            raise UserError(
+                f"The weights in {self.path} do not fit its config: {' '.join(first).strip()}"
+            ) from error
 
     def digest(self) -> str:
         """Short hash of the file: the name by which recordings and caches know it."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Short hash of a network's weights: caches made with it are known by it."""
+    digest = hashlib.sha256()
+    for value in module.state_dict().values():
+        digest.update(value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -27,13 +27,17 @@ class WorldConfig:
     tics: int = 2  # simulator steps per frame
     fps: float = 17.5  # frames a second that are real time
     episode_frames: int = 1050  # an episode ends here at the latest
-    keys: dict[str, list[str]] = field(default_factory=dict)  # action name → scancode names (SDL), in action order
+    keys: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # action name → scancode names (SDL), in action order
 
     def __post_init__(self) -> None:
         if self.kind not in ("doom", "gym"):
             raise UserError(f"world.kind must be doom or gym, not {self.kind!r}.")
         if self.height % 32 or self.width % 32:
-            raise UserError(f"A frame must be a multiple of 32 on both sides, not {self.width}x{self.height}.")
+            raise UserError(
+                f"A frame must be a multiple of 32 on both sides, not {self.width}x{self.height}."
+            )
         if self.tics < 1 or self.fps <= 0 or self.episode_frames < 1:
             raise UserError("world.tics, world.fps and world.episode_frames must be positive.")
 
@@ -61,13 +65,23 @@ class DenoiserConfig:
     sink: int = 1  # first frames remembered for ever
     commit_position: int = 0  # window positions up to here show their own, final action
     ladder: list[float] = field(default_factory=lambda: [0.4, 0.7, 0.9, 1.0])  # oldest to newest
-    correction: float = 0.9  # noise level to which the leaving frame is sent back after a key change; 0: never
+    correction: float = (
+        0.9  # noise level to which the leaving frame is sent back after a key change; 0: never
+    )
 
     def __post_init__(self) -> None:
         if self.width % self.head_dim or self.head_dim % 4:
-            raise UserError(f"model.width {self.width} must be a multiple of head_dim {self.head_dim}, that of 4.")
-        if len(self.ladder) != self.window or sorted(self.ladder) != list(self.ladder) or self.ladder[-1] != 1:
-            raise UserError(f"The ladder needs {self.window} ascending levels that end at 1, not {self.ladder}.")
+            raise UserError(
+                f"model.width {self.width} must be a multiple of head_dim {self.head_dim}, that of 4."
+            )
+        if (
+            len(self.ladder) != self.window
+            or sorted(self.ladder) != list(self.ladder)
+            or self.ladder[-1] != 1
+        ):
+            raise UserError(
+                f"The ladder needs {self.window} ascending levels that end at 1, not {self.ladder}."
+            )
         if not 0 <= self.commit_position < self.window or self.sink < 1 or self.recent < 1:
             raise UserError("commit_position must lie in the window; sink and recent must be at least 1.")
 
@@ -146,7 +160,9 @@ class PlayConfig:
     """`play.py`'s options."""
 
     checkpoint: str = "assets/doom_gathering.safetensors"
-    world: WorldConfig = field(default_factory=WorldConfig)  # game=true only; a dream's world is in its checkpoint
+    world: WorldConfig = field(
+        default_factory=WorldConfig
+    )  # game=true only; a dream's world is in its checkpoint
     game: str = "dream"  # dream: the network · true: the simulator
     display: str = "auto"  # auto · window · headless
     policy: str = "keyboard"  # keyboard · scripted · random · idle · spin · walls · directory of a recording

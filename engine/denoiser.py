@@ -12,6 +12,7 @@ from .kv_cache import Context, KVCache, Written
 from .layers import Memory
 from .sampler import add_noise, scalings, training_sigma
 from .transformer import Transformer
+from .window import bind
 
 
 class Denoiser(nn.Module):
@@ -41,7 +42,9 @@ class Denoiser(nn.Module):
         made = self.transformer(scale * noisy, sigma, action, frame, memory)
         return skip * noisy + out * made.float()
 
-    def commit(self, clean: Tensor, actions: Tensor, frame: int, memory: Memory, sigma: Tensor | None = None) -> None:
+    def commit(
+        self, clean: Tensor, actions: Tensor, frame: int, memory: Memory, sigma: Tensor | None = None
+    ) -> None:
         """Writes the keys and values of finished frames (b, t, c, y, x) into memory; each frame looks at the `recent`
         frames before it and at itself, never at the sink. sigma (b, t) tells how noisy the frames are, 0 unless given.
         """
@@ -58,7 +61,9 @@ class Denoiser(nn.Module):
         allowed = (age >= 0) & (age <= self.config.recent)
         n = self.transformer.tokens
         mask = torch.where(allowed, 0.0, -torch.inf).repeat_interleave(n, 0).repeat_interleave(n, 1)
-        return mask.to(torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32)
+        return mask.to(
+            torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        )
 
     def make_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         """An empty cache for games played side by side."""
@@ -89,7 +94,9 @@ class Denoiser(nn.Module):
     def _roughen(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Frames with a little noise on half of the segments, as play's own frames are never perfect → (latents, sigma)."""
         b, t = latents.shape[:2]
-        sigma = 0.3 * torch.rand(b, t, device=latents.device) * (torch.rand(b, 1, device=latents.device) < 0.5)
+        sigma = (
+            0.3 * torch.rand(b, t, device=latents.device) * (torch.rand(b, 1, device=latents.device) < 0.5)
+        )
         return add_noise(latents, torch.randn_like(latents), sigma), sigma
 
     def _context(self, memory: Written, start: int, windows: int) -> Context:
@@ -119,17 +126,6 @@ class Denoiser(nn.Module):
         dropped = (torch.rand(b, 1, device=clean.device) < 0.1).expand(b, t)
         made = self(noisy, sigma, shown, known, start, context, dropped)
         return weighted_error(made, clean, sigma)
-
-
-def bind(actions: Tensor, commit_position: int) -> tuple[Tensor, Tensor]:
-    """The rule of late binding: actions (b, w, k) of a window's frames → what its positions show, and known (b, w).
-
-    Positions up to the commit position show their own, final action; those behind it cannot know theirs yet and show the
-    newest one, marked as not known.
-    """
-    position = torch.arange(actions.shape[1], device=actions.device)
-    shown = actions[:, position.clamp_max(commit_position)]
-    return shown, (position <= commit_position).to(actions.dtype).expand(actions.shape[:2])
 
 
 def weighted_error(made: Tensor, clean: Tensor, sigma: Tensor) -> Tensor:

@@ -28,7 +28,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
     on CPUs without.
     """
     if name == "auto":
-        name = "bf16" if _matmul_seconds(device, torch.bfloat16) < 0.6 * _matmul_seconds(device, torch.float32) else "fp32"
+        name = (
+            "bf16"
+            if _matmul_seconds(device, torch.bfloat16) < 0.6 * _matmul_seconds(device, torch.float32)
+            else "fp32"
+        )
     return torch.bfloat16 if name == "bf16" else None
 
 

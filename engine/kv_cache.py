@@ -32,7 +32,9 @@ class KVCache:
         self.tokens, self.sink, self.recent = tokens, sink, recent
         shape = (layers, 2, batch, heads, (sink + recent + window) * tokens, head_dim)
         self.buffer = torch.zeros(shape, device=device, dtype=dtype)
-        self.anchor = torch.zeros_like(self.buffer[:, 0, :, :, : sink * tokens])  # the sink's keys as first written
+        self.anchor = torch.zeros_like(
+            self.buffer[:, 0, :, :, : sink * tokens]
+        )  # the sink's keys as first written
         self.frames = 0  # committed so far
         self.first = 0  # token from which on a pass may look
 

@@ -35,7 +35,9 @@ class Positions(nn.Module):
         place = torch.logspace(0, -1, pairs // 4, dtype=torch.float64) * (math.pi / max(rows, columns))
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         grid = torch.stack([y, x], -1).reshape(-1, 2).double()
-        grid = torch.cat([grid.new_full((1, 2), -1.0), grid])  # the action token stands outside of the picture
+        grid = torch.cat(
+            [grid.new_full((1, 2), -1.0), grid]
+        )  # the action token stands outside of the picture
         angles = (grid[:, :, None] * place).flatten(1)  # (n, 2 · pairs/4)
         self.register_buffer("time", time, persistent=False)
         self.register_buffer("place", angles, persistent=False)
@@ -96,7 +98,9 @@ class DiTLayer(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """x (b, t, n, d), modulation (b, t, 6 d) → (b, t, n, d)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (modulation + self.table.to(modulation.dtype)).chunk(6, -1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+            modulation + self.table.to(modulation.dtype)
+        ).chunk(6, -1)
         y = modulated_norm(x, scale_a, shift_a)
         y = self.attention(y.flatten(1, 2), angles, memory, layer, mask).view_as(x)
         x = torch.addcmul(x, gate_a[:, :, None], y)

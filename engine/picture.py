@@ -16,12 +16,16 @@ def save_picture(path: str | Path, picture: np.ndarray) -> None:
     codec = av.CodecContext.create("png", "w")
     codec.width, codec.height, codec.pix_fmt = picture.shape[1], picture.shape[0], "rgb24"
     codec.time_base = Fraction(1, 1)
-    packets = codec.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")) + codec.encode(None)
+    packets = codec.encode(
+        av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    ) + codec.encode(None)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(b"".join(bytes(packet) for packet in packets))
     except OSError as error:
-        raise UserError(f"The picture {path} could not be written ({error}); choose another place.") from error
+        raise UserError(
+            f"The picture {path} could not be written ({error}); choose another place."
+        ) from error
 
 
 def load_picture(path: str | Path) -> np.ndarray:
@@ -30,7 +34,9 @@ def load_picture(path: str | Path) -> np.ndarray:
         with av.open(str(path)) as container:
             return next(container.decode(video=0)).to_ndarray(format="rgb24")
     except (OSError, StopIteration, av.FFmpegError) as error:
-        raise UserError(f"The picture {path} could not be read ({error}); give a PNG or JPEG file.") from error
+        raise UserError(
+            f"The picture {path} could not be read ({error}); give a PNG or JPEG file."
+        ) from error
 
 
 def grid(rows: list[np.ndarray], gap: int = 2) -> np.ndarray:

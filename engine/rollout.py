@@ -50,7 +50,9 @@ class Rollout:
         self.held.copy_(actions[:, -1])
         self.window.reset(self.held)
         for filled in range(self.config.window - 1):
-            self.window.update(self._denoise(self.held, ramp(self.denoiser.ladder, filled).expand_as(self.ladder), filled))
+            self.window.update(
+                self._denoise(self.held, ramp(self.denoiser.ladder, filled).expand_as(self.ladder), filled)
+            )
 
     @torch.no_grad()
     def step(self, action: Tensor) -> Tensor:

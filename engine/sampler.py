@@ -61,7 +61,9 @@ def ramp(ladder: Tensor, filled: int) -> Tensor:
     With `filled` = 0 all positions are pure noise, with `filled` ≥ w - 1 they are the ladder.
     """
     positions = torch.arange(len(ladder), device=ladder.device)
-    return ladder[torch.maximum(positions, torch.tensor(len(ladder) - 1 - filled, device=ladder.device).clamp_min(0))]
+    return ladder[
+        torch.maximum(positions, torch.tensor(len(ladder) - 1 - filled, device=ladder.device).clamp_min(0))
+    ]
 
 
 def training_sigma(ladder: Tensor, batch: int) -> Tensor:
@@ -75,6 +77,8 @@ def training_sigma(ladder: Tensor, batch: int) -> Tensor:
     raised = torch.randint(window, (batch, 1), device=device)
     raised = torch.where(torch.rand(batch, 1, device=device) < 0.33, raised, 0)
     stair = ladder[torch.maximum(rungs, raised)] * (1 - 0.1 * torch.rand(batch, window, device=device))
-    stair = torch.where(torch.rand(batch, window, device=device) < 0.7, ladder[torch.maximum(rungs, raised)], stair)
+    stair = torch.where(
+        torch.rand(batch, window, device=device) < 0.7, ladder[torch.maximum(rungs, raised)], stair
+    )
     free = torch.rand(batch, window, device=device)
     return torch.where(torch.rand(batch, 1, device=device) < 0.5, stair, free)

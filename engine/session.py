@@ -72,7 +72,9 @@ class Session:
         shape = (self.world.height, self.world.width, 3)
         if frames.shape[1:] != shape:
             size = f"{frames.shape[2]}x{frames.shape[1]}"
-            raise UserError(f"This model plays frames of {shape[1]}x{shape[0]}; the start frames have {size}.")
+            raise UserError(
+                f"This model plays frames of {shape[1]}x{shape[0]}; the start frames have {size}."
+            )
         if actions is None:
             actions = np.zeros((len(frames), len(self.action_space)), np.float32)
         latents = self.player.encode(frames)

@@ -9,13 +9,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .autoencoder import Autoencoder
-from .checkpoint import save_checkpoint
-from .config import TrainConfig
-from .dataset import load_frames, split
+from .autoencoder import FACTOR, Autoencoder, decode_clip
+from .checkpoint import Checkpoint, save_checkpoint, weights_digest
+from .config import DenoiserConfig, ModelConfig, StageConfig, TrainConfig, UserError
+from .dataset import Batches, LatentsCache, Segments, load_frames, split
+from .denoiser import Denoiser, weighted_error
 from .device import autocast
 from .picture import grid
 from .recording import find_recordings
+from .rollout import Rollout
 
 LICENCE = "Weights and start frames derive from ViZDoom (MIT) with Freedoom art (BSD-3-Clause); see NOTICE."
 
@@ -23,7 +25,9 @@ LICENCE = "Weights and start frames derive from ViZDoom (MIT) with Freedoom art 
 class AutoencoderStage:
     """Trains the autoencoder on a spread-out sample of all recorded frames."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, dtype: torch.dtype | None, rank: int, ranks: int):
+    def __init__(
+        self, config: TrainConfig, device: torch.device, dtype: torch.dtype | None, rank: int, ranks: int
+    ):
         self.config, self.device, self.dtype = config, device, dtype
         pace = config.pace()
         train, held_out = split(find_recordings(config.data))
@@ -47,7 +51,9 @@ class AutoencoderStage:
         return self.shown, torch.cat(parts).cpu()
 
     def picture(self, module: Autoencoder) -> np.ndarray:
-        true, made = (rearrange(x[:32], "(r n) c h w -> r n h w c", n=8).numpy() for x in self.reconstruct(module))
+        true, made = (
+            rearrange(x[:32], "(r n) c h w -> r n h w c", n=8).numpy() for x in self.reconstruct(module)
+        )
         return grid([row for pair in zip(true, made, strict=True) for row in pair])
 
     def save(self, path: Path, module: nn.Module, about: dict) -> None:
@@ -56,11 +62,135 @@ class AutoencoderStage:
         scores = {"psnr_held_out": round((10 * torch.log10(255**2 / error)).mean().item(), 2)}
         config = self.config
         save_checkpoint(
-            path, {"autoencoder": module}, config.model, config.world, seed=config.seed, licence=LICENCE, scores=scores, **about
+            path,
+            {"autoencoder": module},
+            config.model,
+            config.world,
+            seed=config.seed,
+            licence=LICENCE,
+            scores=scores,
+            **about,
         )
+
+
+class PlainLoss(nn.Module):
+    """Flow matching on true frames, as one module that data parallelism can wrap."""
+
+    def __init__(self, denoiser: Denoiser, pace: StageConfig):
+        super().__init__()
+        self.denoiser, self.pace = denoiser, pace
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.denoiser.loss(*batch, self.pace.windows)
+
+
+class RolloutLoss(PlainLoss):
+    """Self-generated history: `Rollout` plays recorded actions, and the last window is held against the true frames.
+
+    Everything before that window is detached. This is what the network meets in play: its own frames as history, and
+    half-finished frames that were made for other keys than those held now.
+    """
+
+    def __init__(self, denoiser: Denoiser, pace: StageConfig):
+        super().__init__(denoiser, pace)
+        self.rollout: Rollout | None = None
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        if torch.rand(()) < self.pace.plain_share:
+            return super().forward(batch)
+        latents, actions = batch
+        if self.rollout is None:
+            self.rollout = Rollout(self.denoiser, len(latents), _compute_dtype(latents.device))
+        start = self.rollout.start_frames
+        steps = int(torch.randint(1, self.pace.unroll + 1, ()))
+        self.rollout.reset(
+            latents[:, :start], actions[:, :start], torch.randint(2**31, (len(latents),)).to(latents.device)
+        )
+        for frame in range(start, start + steps - 1):
+            self.rollout.step(actions[:, frame])
+        last = start + steps - 1
+        made = self.rollout.predict(actions[:, last])
+        error = weighted_error(made, latents[:, last : last + made.shape[1]], self.rollout.ladder)  # (b, w)
+        return error.mean(), {
+            "head_rolled": error[:, 0].mean().detach(),
+            "error_rolled": error.mean().detach(),
+        }
+
+
+def _compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+class DenoiserStage:
+    """Trains the denoiser on cached latents; `stage=rollout` goes on from it with the model's own history."""
+
+    def __init__(
+        self, config: TrainConfig, device: torch.device, dtype: torch.dtype | None, rank: int, ranks: int
+    ):
+        self.config, self.device, self.dtype = config, device, dtype
+        pace, out = config.pace(), Path(config.out)
+        rolled = config.stage == "rollout"
+        before = Checkpoint(out / ("denoiser.safetensors" if rolled else "autoencoder.safetensors"))
+        if list(before.world.keys) != list(config.world.keys):
+            said = f"{before.path} was trained for {before.world.name}, whose keys differ from those of {config.world.name}"
+            raise UserError(f"{said}; give another out=DIR, or world={before.world.name}.")
+        self.model = ModelConfig(
+            before.model.autoencoder, before.model.denoiser if rolled else config.model.denoiser
+        )
+        self.autoencoder = Autoencoder(self.model.autoencoder).to(device).eval().requires_grad_(False)
+        before.load_into("autoencoder", self.autoencoder)
+        train, held_out = split(find_recordings(config.data))
+        key = weights_digest(self.autoencoder)
+        length = max(shortest(self.model.denoiser) + (pace.unroll - 1 if rolled else 0), pace.clip)
+        names = tuple(config.world.keys)
+        cache = LatentsCache.build(train + held_out, self._encode, Path(config.data) / f"latents-{key}", key)
+        caches = [LatentsCache(cache.path, key, part) for part in (train, held_out or train)]
+        self.batches = Batches(Segments(caches[0], length, names), pace.batch, config.seed, rank, ranks)
+        self.shown = Batches(Segments(caches[1], 64, names), 6, 0)
+        shape = (self.model.autoencoder.channels, config.world.height // FACTOR, config.world.width // FACTOR)
+        denoiser = Denoiser(self.model.denoiser, len(names), *shape)
+        if rolled:
+            before.load_into("denoiser", denoiser)
+        self.module = (RolloutLoss if rolled else PlainLoss)(denoiser, pace)
+
+    @torch.inference_mode()
+    def _encode(self, frames: Tensor) -> Tensor:
+        with autocast(self.device, self.dtype):
+            return self.autoencoder.encode(frames.to(self.device)).cpu()
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        self.batches.position = step
+        latents, actions = next(self.batches)
+        return latents.to(self.device, non_blocking=True), actions.to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def picture(self, module: PlainLoss) -> np.ndarray:
+        """Held-out games: every third true frame above the one that the model makes of the same start and keys."""
+        module.eval()
+        latents, actions = (x.to(self.device) for x in self.shown.segments.batch(self.shown.indices(0)))
+        with autocast(self.device, self.dtype):
+            rollout = Rollout(module.denoiser, len(latents), _compute_dtype(self.device))
+            start = rollout.start_frames
+            rollout.reset(
+                latents[:, :start], actions[:, :start], torch.arange(len(latents), device=self.device)
+            )
+            made = torch.stack([rollout.step(action) for action in actions[:, start:].unbind(1)], 1)
+            both = [decode_clip(self.autoencoder, x[:, ::5].float()) for x in (latents[:, start:], made)]
+        rows = [rearrange(x, "b t c h w -> b t h w c").cpu().numpy() for x in both]
+        return grid([row for pair in zip(*rows, strict=True) for row in pair])
+
+    def save(self, path: Path, module: PlainLoss, about: dict) -> None:
+        config = self.config
+        modules = {"autoencoder": self.autoencoder, "denoiser": module.denoiser}
+        save_checkpoint(path, modules, self.model, config.world, seed=config.seed, licence=LICENCE, **about)
+
+
+def shortest(config: DenoiserConfig) -> int:
+    """Frames of the shortest segment that holds a window and all that it looks at."""
+    return config.sink + config.recent + config.window
 
 
 def make_stage(config: TrainConfig, device: torch.device, dtype: torch.dtype | None, rank: int, ranks: int):
     """The stage that `config.stage` names, with its data open."""
-    kinds = {"autoencoder": AutoencoderStage}
-    return kinds[config.stage](config, device, dtype, rank, ranks)
+    kind = AutoencoderStage if config.stage == "autoencoder" else DenoiserStage
+    return kind(config, device, dtype, rank, ranks)

@@ -5,13 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .denoiser import bind
+
+def bind(actions: Tensor, commit_position: int) -> tuple[Tensor, Tensor]:
+    """The rule of late binding: actions (b, w, k) of a window's frames → what its positions show, and known (b, w).
+
+    Positions up to the commit position show their own, final action; those behind it cannot know theirs yet and show the
+    newest one, marked as not known.
+    """
+    position = torch.arange(actions.shape[1], device=actions.device)
+    shown = actions[:, position.clamp_max(commit_position)]
+    return shown, (position <= commit_position).to(actions.dtype).expand(actions.shape[:2])
 
 
 class RollingWindow:
     """Clean estimates of W frames and their actions, oldest first; position 0 leaves next. Buffers are fixed."""
 
-    def __init__(self, batch: int, window: int, keys: int, shape: tuple[int, ...], commit_position: int, device: torch.device):
+    def __init__(
+        self,
+        batch: int,
+        window: int,
+        keys: int,
+        shape: tuple[int, ...],
+        commit_position: int,
+        device: torch.device,
+    ):
         self.commit_position = commit_position
         self.clean = torch.zeros(batch, window, *shape, device=device)  # (b, w, c, y, x)
         self.actions = torch.zeros(batch, window, keys, device=device)  # (b, w, k)
