@@ -3,10 +3,11 @@
 Each stage reads what the one before it wrote (DESIGN: collect → autoencoder → denoiser → rollout → evaluate), takes
 max_minutes=M, and continues where it was stopped. Often used options:
   world=NAME        which game: doom_gathering doom_arena doom_defend doom_home gym (with world.id=...)
-  preset=NAME       toy (seconds) · laptop (overnight on 2 cores) · gpu (under 25 minutes on one data-centre GPU)
+  preset=NAME       toy (seconds) · laptop (overnight on 2 cores) · gpu (under 25 minutes on one big GPU)
   data=DIR          recordings      out=DIR   checkpoints, metrics and pictures
   frames=N          collect: how many      max_minutes=M   seed=N   device=auto|cpu|cuda   threads=N
-All options with their defaults: engine/config.py, TrainConfig. Several processes: torchrun --nproc-per-node N train.py ...
+All options with their defaults: engine/config.py, TrainConfig.
+Several processes: torchrun --nproc-per-node N train.py ...
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from engine.device import autocast, pick_device, pick_precision
 
 
 class Training:
-    """One stage in training: its networks, optimiser, moving average and where it stands; saved and resumed whole."""
+    """One stage in training: its networks, optimiser, moving average and where it stands; saved and resumed
+    whole.
+    """
 
     def __init__(self, config: TrainConfig, rank: int, ranks: int):
         from engine.stages import make_stage
@@ -52,7 +55,9 @@ class Training:
         self.state_file = self.folder / f"{config.stage}.state{rank or ''}.pt"
 
     def progress(self) -> float:
-        """Share of the run that is done, by steps or by minutes, whichever is further; the same on every process."""
+        """Share of the run that is done, by steps or by minutes, whichever is further; the same on every
+        process.
+        """
         share = max(self.step / self.pace.steps, self.seconds / 60 / self.pace.max_minutes)
         if dist.is_initialized():
             told = torch.tensor([share])
@@ -75,7 +80,9 @@ class Training:
         return {"loss": loss.detach(), "grad": norm, **logs}
 
     def save(self) -> None:
-        """Everything that an exact continuation needs, written beside and then renamed; then the stage's checkpoint."""
+        """Everything that an exact continuation needs, written beside and then renamed; then the stage's
+        checkpoint.
+        """
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -121,7 +128,9 @@ class Training:
 
 
 class Metrics:
-    """A JSON line every few steps, a progress bar, and TensorBoard where asked for; silent on all ranks but the first."""
+    """A JSON line every few steps, a progress bar, and TensorBoard where asked for; silent on all ranks but
+    the first.
+    """
 
     def __init__(self, training: Training):
         config, self.training = training.config, training

@@ -15,8 +15,9 @@ class ActionEncoder(nn.Module):
         self.null = nn.Parameter(torch.zeros(width))
 
     def forward(self, actions: Tensor, known: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """actions (b, t, k); known (b, t) 1 where the frame's action is final, 0 where the newest keys stand in for it;
-        dropped (b, t) True where the token says nothing (for guidance) → (b, t, d)."""
+        """actions (b, t, k); known (b, t) 1 where the frame's action is final, 0 where the newest keys stand
+        in for it; dropped (b, t) True where the token says nothing (for guidance) → (b, t, d).
+        """
         tokens = self.mlp(torch.cat([actions, known[..., None]], -1))
         if dropped is None:
             return tokens

@@ -35,10 +35,12 @@ def _up(wide: int, width: int) -> nn.Module:
 
 
 class Autoencoder(nn.Module):
-    """Convolutional autoencoder, narrow where pixels are many, so that decoding is a few milliseconds on a CPU.
+    """Convolutional autoencoder, narrow where pixels are many, so that decoding is a few milliseconds on a
+    CPU.
 
-    Latents have zero mean and unit variance in every channel (a batch norm without parameters), so the denoiser needs
-    no scale, and are trained with a little noise on them, so that near latents decode to near pictures.
+    Latents have zero mean and unit variance in every channel (a batch norm without parameters), so the
+    denoiser needs no scale, and are trained with a little noise on them, so that near latents decode to near
+    pictures.
     """
 
     latent_noise = 0.05
@@ -76,9 +78,11 @@ class Autoencoder(nn.Module):
         return ((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
 
     def loss(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction loss of uint8 frames (n, 3, h, w): absolute and squared error, and that of the gradients.
+        """Reconstruction loss of uint8 frames (n, 3, h, w): absolute and squared error, and that of the
+        gradients.
 
-        The gradient term keeps texture and small things (enemies, medkits) that squared error alone averages away.
+        The gradient term keeps texture and small things (enemies, medkits) that squared error alone averages
+        away.
         """
         latents = self.encode(frames)
         noisy = latents + self.latent_noise * torch.randn_like(latents)

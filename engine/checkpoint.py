@@ -22,7 +22,8 @@ FORMAT = 1
 def save_checkpoint(
     path: Path, modules: dict[str, nn.Module], model: ModelConfig, world: WorldConfig, **about: Any
 ) -> None:
-    """Writes the modules' weights in half precision; matrices of the denoiser as 8-bit rows with a scale each.
+    """Writes the modules' weights in half precision; matrices of the denoiser as 8-bit rows with a scale
+    each.
 
     `about` is free provenance (data seed, minutes trained, licence notice, scores) and must be JSON.
     """
@@ -72,7 +73,7 @@ class Checkpoint:
                 head = (file.metadata() or {}).get("rollplay")
                 self._tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            said = f"{self.path} is not a readable checkpoint (cut short, or another kind of file, such as a pickle)"
+            said = f"{self.path} is not a readable checkpoint (cut short, or another kind of file)"
             raise UserError(f"{said}; copy it again or train one.") from error
         if head is None:
             raise UserError(f"{self.path} holds weights of another program, not a Rollplay checkpoint.")
@@ -96,7 +97,7 @@ class Checkpoint:
         """Fills `module` with the weights stored as `name`; refuses missing, foreign and misshapen ones."""
         if name not in self.about["modules"]:
             raise UserError(
-                f"{self.path} holds no {name} (only {', '.join(self.about['modules'])}); train that stage first."
+                f"{self.path} holds only {', '.join(self.about['modules'])}, no {name}; train that stage first."
             )
         prefix = name + "."
         own = {k[len(prefix) :]: v for k, v in self._tensors.items() if k.startswith(prefix)}

@@ -10,7 +10,9 @@ STAGES = ("collect", "autoencoder", "denoiser", "rollout", "evaluate")
 
 
 class UserError(Exception):
-    """Bad input. The message is one sentence that says what is wrong and what to do; programs print it and exit 2."""
+    """Bad input. The message is one sentence that says what is wrong and what to do; programs print it and
+    exit 2.
+    """
 
 
 @dataclass
@@ -189,8 +191,8 @@ class PlayConfig:
 def load_config(program: str, schema: type, overrides: list[str]) -> Any:
     """Composes configs/{program}.yaml with command-line overrides into an instance of `schema`.
 
-    Hydra's compose call is used instead of its main decorator, so that a mistake is one sentence (UserError) and no
-    output folder appears. Unknown keys and wrong types are refused.
+    Hydra's compose call is used instead of its main decorator, so that a mistake is one sentence (UserError)
+    and no output folder appears. Unknown keys and wrong types are refused.
     """
     from pathlib import Path
 

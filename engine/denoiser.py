@@ -35,8 +35,9 @@ class Denoiser(nn.Module):
         memory: Memory,
         dropped: Tensor | None = None,
     ) -> Tensor:
-        """noisy (b, t, c, y, x), sigma (b, t), actions (b, t, k), known (b, t), index of the first frame, memory →
-        clean (b, t, c, y, x), float32."""
+        """noisy (b, t, c, y, x), sigma (b, t), actions (b, t, k), known (b, t), index of the first frame,
+        memory → clean (b, t, c, y, x), float32.
+        """
         skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
         action = self.actions(actions, known, dropped)
         made = self.transformer(scale * noisy, sigma, action, frame, memory)
@@ -45,8 +46,9 @@ class Denoiser(nn.Module):
     def commit(
         self, clean: Tensor, actions: Tensor, frame: int, memory: Memory, sigma: Tensor | None = None
     ) -> None:
-        """Writes the keys and values of finished frames (b, t, c, y, x) into memory; each frame looks at the `recent`
-        frames before it and at itself, never at the sink. sigma (b, t) tells how noisy the frames are, 0 unless given.
+        """Writes the keys and values of finished frames (b, t, c, y, x) into memory; each frame looks at the
+        `recent` frames before it and at itself, never at the sink. sigma (b, t) tells how noisy the frames
+        are, 0 unless given.
         """
         sigma = clean.new_zeros(clean.shape[:2]) if sigma is None else sigma
         known = torch.ones_like(sigma)
@@ -55,7 +57,9 @@ class Denoiser(nn.Module):
         self.transformer(scale * clean, sigma, self.actions(actions, known), frame, memory, mask)
 
     def history_mask(self, frames: int, device: torch.device) -> Tensor:
-        """(frames n, frames n): 0 where a token may look at a key of its own or of the `recent` frames before, -inf elsewhere."""
+        """(frames n, frames n): 0 where a token may look at a key of its own or of the `recent` frames
+        before, -inf elsewhere.
+        """
         index = torch.arange(frames, device=device)
         age = index[:, None] - index
         allowed = (age >= 0) & (age <= self.config.recent)
@@ -74,9 +78,10 @@ class Denoiser(nn.Module):
     def loss(self, latents: Tensor, actions: Tensor, windows: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Flow matching on true frames: latents (b, t, c, y, x) and actions (b, t, k) of segments.
 
-        One commit pass writes the keys and values of the frames before a random place; then `windows` windows with own
-        noise and levels stand there, each seeing sink and recent frames just as in play. A fifth of the iterations
-        has windows of a single frame (the mode that corrects a leaving frame). The binding of actions is that of play.
+        One commit pass writes the keys and values of the frames before a random place; then `windows` windows
+        with own noise and levels stand there, each seeing sink and recent frames just as in play. A fifth of
+        the iterations has windows of a single frame (the mode that corrects a leaving frame). The binding of
+        actions is that of play.
         """
         config, total = self.config, latents.shape[1]
         start = int(torch.randint(config.recent + config.sink, total - config.window + 1, ()))
@@ -92,7 +97,9 @@ class Denoiser(nn.Module):
         return error.mean(), logs
 
     def _roughen(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames with a little noise on half of the segments, as play's own frames are never perfect → (latents, sigma)."""
+        """Frames with a little noise on half of the segments, as play's own frames are never perfect →
+        (latents, sigma).
+        """
         b, t = latents.shape[:2]
         sigma = (
             0.3 * torch.rand(b, t, device=latents.device) * (torch.rand(b, 1, device=latents.device) < 0.5)
@@ -100,9 +107,11 @@ class Denoiser(nn.Module):
         return add_noise(latents, torch.randn_like(latents), sigma), sigma
 
     def _context(self, memory: Written, start: int, windows: int) -> Context:
-        """What a window at `start` looks at: the segment's first frames as the sink, moved to its place, and the ring.
+        """What a window at `start` looks at: the segment's first frames as the sink, moved to its place, and
+        the ring.
 
-        Half of the batch gets another segment's sink: in play the sink is from long ago and shows another view.
+        Half of the batch gets another segment's sink: in play the sink is from long ago and shows another
+        view.
         """
         c, n = self.config, self.transformer.tokens
         place = start - c.recent - c.sink
@@ -129,6 +138,8 @@ class Denoiser(nn.Module):
 
 
 def weighted_error(made: Tensor, clean: Tensor, sigma: Tensor) -> Tensor:
-    """Squared error (b, t) of clean estimates (b, t, c, y, x), in units of the network's output; sigma (b, t)."""
+    """Squared error (b, t) of clean estimates (b, t, c, y, x), in units of the network's output; sigma (b,
+    t).
+    """
     out = scalings(sigma)[1].clamp_min(0.1)
     return rearrange((made - clean).square(), "b t c y x -> b t (c y x)").mean(-1) / out.square()

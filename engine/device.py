@@ -1,4 +1,6 @@
-"""Which device, which precision, how many threads: decided once by measuring, before a program starts its work."""
+"""Which device, which precision, how many threads: decided once by measuring, before a program starts its
+work.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
     """auto · fp32 · bf16 → the dtype for autocast, None for plain float32.
 
-    auto measures: bfloat16 is several times faster on GPUs and on CPUs with matrix units (AMX), and several times slower
-    on CPUs without.
+    auto measures: bfloat16 is several times faster on GPUs and on CPUs with matrix units (AMX), and several
+    times slower on CPUs without.
     """
     if name == "auto":
         name = (

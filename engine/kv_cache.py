@@ -1,4 +1,6 @@
-"""The past as keys and values: the sink for ever, the recent frames as a ring, and room for the window behind them."""
+"""The past as keys and values: the sink for ever, the recent frames as a ring, and room for the window behind
+them.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,12 @@ from torch import Tensor
 
 
 class KVCache:
-    """One buffer (layers, 2, b, heads, [sink | ring | window] tokens, head_dim), allocated once and written in place.
+    """One buffer (layers, 2, b, heads, [sink | ring | window] tokens, head_dim), allocated once and written
+    in place.
 
-    A ring needs no unrolling, since attention does not care for the order of keys whose positions are rotated into
-    them. Only the sink moves along with the window: it is kept as it was written and turned to its place each step.
-    The count of frames stays on the host, so nothing here waits for a device.
+    A ring needs no unrolling, since attention does not care for the order of keys whose positions are rotated
+    into them. Only the sink moves along with the window: it is kept as it was written and turned to its place
+    each step. The count of frames stays on the host, so nothing here waits for a device.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ class KVCache:
         self.frames += 1
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Takes the start frames' keys and values (b, h, frames · tokens, d): the first are the sink, the last the ring."""
+        """Takes the start frames' keys and values (b, h, frames · tokens, d): the first are the sink, the
+        last the ring.
+        """
         count, n = k.shape[2] // self.tokens, self.tokens
         if count < self.sink + self.recent:
             raise ValueError(f"a game starts from {self.sink + self.recent} frames or more, not {count}")
@@ -96,7 +101,9 @@ class Written:
 
 
 class Context:
-    """A memory for a window over given frames: per layer the keys and values (b, h, m, d) that it may look at."""
+    """A memory for a window over given frames: per layer the keys and values (b, h, m, d) that it may look
+    at.
+    """
 
     def __init__(self, layers: list[tuple[Tensor, Tensor]]):
         self.layers = layers

@@ -79,7 +79,9 @@ class Attention(nn.Module):
 
 
 class DiTLayer(nn.Module):
-    """Attention and MLP, each normalised, scaled, shifted and gated by the frame's condition (Peebles & Xie, 2023)."""
+    """Attention and MLP, each normalised, scaled, shifted and gated by the frame's condition (Peebles & Xie,
+    2023).
+    """
 
     def __init__(self, width: int, head_dim: int, mlp_ratio: int):
         super().__init__()

@@ -37,7 +37,9 @@ class Rollout:
 
     @torch.no_grad()
     def reset(self, latents: Tensor, actions: Tensor, seed: Tensor) -> None:
-        """Starts from finished frames (b, t, c, y, x) and the actions that caused them (b, t, k); seed (b,) int64."""
+        """Starts from finished frames (b, t, c, y, x) and the actions that caused them (b, t, k); seed (b,)
+        int64.
+        """
         missing = max(0, self.start_frames - latents.shape[1])
         latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
         actions = torch.cat([torch.zeros_like(actions[:, :1]).expand(-1, missing, -1), actions], 1)
@@ -88,7 +90,9 @@ class Rollout:
         return self.denoiser(noisy, sigma, shown, known, frame, self.cache)
 
     def _correct(self, head: Tensor) -> Tensor:
-        """The leaving frame (b, 1, c, y, x) sent back to a higher level and denoised alone under its true action."""
+        """The leaving frame (b, 1, c, y, x) sent back to a higher level and denoised alone under its true
+        action.
+        """
         frame = self.cache.frames
         noise = counter_noise(self.seed, frame, self.levels[:1] + 1024, self.denoiser.shape)
         sigma = self.config.correction * self.one

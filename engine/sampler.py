@@ -1,7 +1,7 @@
 """Noise as pure functions: counter-based Gaussian noise, adding it, and the levels that training shows.
 
-Flow matching: x = (1 - sigma) * clean + sigma * noise. The preconditioning is that of Karras et al. (2022), Table 1,
-derived anew for this interpolation and unit-variance latents.
+Flow matching: x = (1 - sigma) * clean + sigma * noise. The preconditioning is that of Karras et al. (2022),
+Table 1, derived anew for this interpolation and unit-variance latents.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 def scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """sigma (b, t) → (skip, out, in), each (b, t): clean = skip * x + out * network(in * x).
 
-    They keep the network's input and target at unit variance for every sigma, so one loss weight fits all levels.
+    They keep the network's input and target at unit variance for every sigma, so one loss weight fits all
+    levels.
     """
     spread = ((1 - sigma).square() + sigma.square()).sqrt()
     return (1 - sigma) / spread.square(), sigma / spread, 1 / spread
@@ -31,8 +32,8 @@ def counter_noise(seed: Tensor, frame: int, level: Tensor, shape: tuple[int, ...
     """Gaussian noise as a function of (seed, frame index, level), the same on every device.
 
     seed (b,) int64, frame index of the first of t frames, level (t,) int64, shape of one frame's latents →
-    (b, t, *shape). A 32-bit integer hash (the finaliser of MurmurHash3) of the counter gives two uniforms for the
-    Box-Muller transform.
+    (b, t, *shape). A 32-bit integer hash (the finaliser of MurmurHash3) of the counter gives two uniforms for
+    the Box-Muller transform.
     """
     device, count = seed.device, math.prod(shape)
     frames = torch.arange(frame, frame + len(level), device=device)
@@ -56,7 +57,8 @@ def _hash(x: Tensor) -> Tensor:
 
 
 def ramp(ladder: Tensor, filled: int) -> Tensor:
-    """The window's levels (w,) while it is being filled: position k has gone through at most `filled` passes before.
+    """The window's levels (w,) while it is being filled: position k has gone through at most `filled` passes
+    before.
 
     With `filled` = 0 all positions are pure noise, with `filled` ≥ w - 1 they are the ladder.
     """
@@ -69,8 +71,9 @@ def ramp(ladder: Tensor, filled: int) -> Tensor:
 def training_sigma(ladder: Tensor, batch: int) -> Tensor:
     """Noise levels (batch, w) that a denoiser is trained at.
 
-    Half of the rows are the ladder, lightly jittered, with a third of them raised from some position on (ramp-up and
-    frames sent back after a key change); the other half has an independent uniform level for every frame.
+    Half of the rows are the ladder, lightly jittered, with a third of them raised from some position on
+    (ramp-up and frames sent back after a key change); the other half has an independent uniform level for
+    every frame.
     """
     window, device = len(ladder), ladder.device
     rungs = torch.arange(window, device=device).expand(batch, window)

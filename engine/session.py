@@ -56,7 +56,9 @@ def make_denoiser(checkpoint: Checkpoint) -> Denoiser:
 
 
 class Session:
-    """A game inside the network: `reset` from start frames, then `step(action)` → the frame that this action caused."""
+    """A game inside the network: `reset` from start frames, then `step(action)` → the frame that this action
+    caused.
+    """
 
     def __init__(self, player: Player):
         self.player, self.world = player, player.world
@@ -68,7 +70,9 @@ class Session:
         self.frames = 0  # since the last reset
 
     def reset(self, seed: int, frames: np.ndarray, actions: np.ndarray | None = None) -> np.ndarray:
-        """Starts from true frames, uint8 (t, h, w, 3), and the actions that caused them (t, k) → the last of them."""
+        """Starts from true frames, uint8 (t, h, w, 3), and the actions that caused them (t, k) → the last of
+        them.
+        """
         shape = (self.world.height, self.world.width, 3)
         if frames.shape[1:] != shape:
             size = f"{frames.shape[2]}x{frames.shape[1]}"

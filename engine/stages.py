@@ -1,4 +1,6 @@
-"""What each training stage trains: its networks, its n-th batch, its picture and its checkpoint. The loop is train.py."""
+"""What each training stage trains: its networks, its n-th batch, its picture and its checkpoint. The loop is
+train.py.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class AutoencoderStage:
         self.module = Autoencoder(config.model.autoencoder)
 
     def batch(self, step: int) -> Tensor:
-        """The frames of iteration `step`: a pure function of seed and step, so that a resumed run goes on exactly."""
+        """The frames of iteration `step`: a pure function of seed and step, so that a resumed run goes on
+        exactly.
+        """
         random = torch.Generator().manual_seed(self.seed + step)
         picked = torch.randint(len(self.frames), (self.size,), generator=random)
         return self.frames[picked].to(self.device, non_blocking=True)
@@ -85,10 +89,11 @@ class PlainLoss(nn.Module):
 
 
 class RolloutLoss(PlainLoss):
-    """Self-generated history: `Rollout` plays recorded actions, and the last window is held against the true frames.
+    """Self-generated history: `Rollout` plays recorded actions, and the last window is held against the true
+    frames.
 
-    Everything before that window is detached. This is what the network meets in play: its own frames as history, and
-    half-finished frames that were made for other keys than those held now.
+    Everything before that window is detached. This is what the network meets in play: its own frames as
+    history, and half-finished frames that were made for other keys than those held now.
     """
 
     def __init__(self, denoiser: Denoiser, pace: StageConfig):
@@ -132,7 +137,9 @@ class DenoiserStage:
         rolled = config.stage == "rollout"
         before = Checkpoint(out / ("denoiser.safetensors" if rolled else "autoencoder.safetensors"))
         if list(before.world.keys) != list(config.world.keys):
-            said = f"{before.path} was trained for {before.world.name}, whose keys differ from those of {config.world.name}"
+            said = (
+                f"{before.path} was trained for {before.world.name}, whose keys {config.world.name} has not"
+            )
             raise UserError(f"{said}; give another out=DIR, or world={before.world.name}.")
         self.model = ModelConfig(
             before.model.autoencoder, before.model.denoiser if rolled else config.model.denoiser
@@ -165,7 +172,9 @@ class DenoiserStage:
 
     @torch.no_grad()
     def picture(self, module: PlainLoss) -> np.ndarray:
-        """Held-out games: every third true frame above the one that the model makes of the same start and keys."""
+        """Held-out games: every third true frame above the one that the model makes of the same start and
+        keys.
+        """
         module.eval()
         latents, actions = (x.to(self.device) for x in self.shown.segments.batch(self.shown.indices(0)))
         with autocast(self.device, self.dtype):

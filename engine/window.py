@@ -7,10 +7,11 @@ from torch import Tensor
 
 
 def bind(actions: Tensor, commit_position: int) -> tuple[Tensor, Tensor]:
-    """The rule of late binding: actions (b, w, k) of a window's frames → what its positions show, and known (b, w).
+    """The rule of late binding: actions (b, w, k) of a window's frames → what its positions show, and known
+    (b, w).
 
-    Positions up to the commit position show their own, final action; those behind it cannot know theirs yet and show the
-    newest one, marked as not known.
+    Positions up to the commit position show their own, final action; those behind it cannot know theirs yet
+    and show the newest one, marked as not known.
     """
     position = torch.arange(actions.shape[1], device=actions.device)
     shown = actions[:, position.clamp_max(commit_position)]

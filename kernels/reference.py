@@ -8,9 +8,12 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √d + mask) v: q (b, h, n, d), k and v (b, h, m, d), mask (n, m) added, 0 or -inf → (b, h, n, d)."""
+    """softmax(q kᵀ / √d + mask) v: q (b, h, n, d), k and v (b, h, m, d), mask (n, m) added, 0 or -inf → (b,
+    h, n, d).
+    """
     if q.requires_grad and not q.is_cuda:
-        # On CPUs the backward pass of the fused operation is three times slower in bfloat16 than the written-out one.
+        # On CPUs the backward pass of the fused operation is three times slower in bfloat16 than the written-
+        # out one.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return (scores if mask is None else scores + mask).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -19,8 +22,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     """norm(x) · (1 + scale) + shift: x (b, t, n, d), one scale and shift a frame (b, t, d) → (b, t, n, d).
 
-    norm is that of Ba et al. (2016) without parameters; it costs a quarter of a root-mean-square norm in training on
-    CPUs, where only the former has a fused backward pass.
+    norm is that of Ba et al. (2016) without parameters; it costs a quarter of a root-mean-square norm in
+    training on CPUs, where only the former has a fused backward pass.
     """
     normal = F.layer_norm(x, x.shape[-1:], eps=eps)
     return torch.addcmul(shift[:, :, None], normal, 1 + scale[:, :, None])
@@ -35,7 +38,9 @@ def qk_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x[i], x[i + d/2]) of (..., d) by angles whose cos and sin (..., d/2) broadcast against them."""
+    """Turns the pairs (x[i], x[i + d/2]) of (..., d) by angles whose cos and sin (..., d/2) broadcast against
+    them.
+    """
     a, b = x.chunk(2, -1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)

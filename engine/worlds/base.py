@@ -13,7 +13,8 @@ import numpy as np
 class ActionSpace:
     """The keys of a game: names in action order and, for each, the scancodes that press it.
 
-    Scancodes are SDL's names of physical keys ("W", "Left", "Space", "Left Ctrl"), so that other keyboard layouts work.
+    Scancodes are SDL's names of physical keys ("W", "Left", "Space", "Left Ctrl"), so that other keyboard
+    layouts work.
     """
 
     names: tuple[str, ...]
