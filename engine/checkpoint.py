@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with the config and their provenance inside, written beside and then renamed."""
+"""Weights on disk: safetensors with config and provenance inside, written beside and then renamed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Checkpoint:
         """Fills `module` with the weights stored as `name`; refuses missing, foreign and misshapen ones."""
         if name not in self.about["modules"]:
             raise UserError(
-                f"{self.path} holds only {', '.join(self.about['modules'])}, no {name}; train that stage first."
+                f"{self.path} holds no {name}, only {self.about['modules']}; train that stage first."
             )
         prefix = name + "."
         own = {k[len(prefix) :]: v for k, v in self._tensors.items() if k.startswith(prefix)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .config import StageConfig
 
@@ -20,7 +20,7 @@ def make_optimiser(module: nn.Module, pace: StageConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(pace: StageConfig, step: int, progress: float) -> float:
-    """Linear warm-up over steps, flat, then linear decay over the last share of the run; progress in [0, 1]."""
+    """Linear warm-up over steps, flat, then linear decay over the run's last share; progress in [0, 1]."""
     warm = min(1.0, (step + 1) / max(1, pace.warmup))
     decay = min(1.0, (1 - progress) / max(1e-6, pace.decay_share))
     return pace.learning_rate * warm * max(0.0, decay)
@@ -32,5 +32,14 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 
 
 def moving_average(module: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of weights and buffers."""
-    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    """Exponential moving average of weights and buffers; short at first, so that it soon forgets the start."""
+
+    def average(kept: list[Tensor], new: list[Tensor], count: int | Tensor) -> None:
+        share = max(1 - decay, 9 / (10 + float(count)))
+        for old, fresh in zip(kept, new, strict=True):
+            if old.is_floating_point():
+                old.lerp_(fresh, share)
+            else:
+                old.copy_(fresh)
+
+    return AveragedModel(module, multi_avg_fn=torch.no_grad()(average), use_buffers=True)
