@@ -17,7 +17,7 @@ class Memory(Protocol):
     """What a pass may look at besides itself (kv_cache.py)."""
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The pass's own keys and values (b, h, n, d), joined behind the remembered ones → both (b, h, m, d)."""
+        """The pass's own keys and values (b, h, n, d), behind the remembered ones → both (b, h, m, d)."""
         ...
 
 
@@ -50,14 +50,14 @@ class Positions(nn.Module):
         return angles.cos().float(), angles.sin().float()
 
     def shift(self, keys: Tensor, frames: int) -> Tensor:
-        """Keys (..., d) that were rotated for one time, turned on to `frames` later (earlier where negative)."""
+        """Keys (..., d) rotated for one time, turned on to `frames` later (earlier where negative)."""
         turn = frames * self.time
         angles = torch.cat([turn, turn.new_zeros(self.place.shape[1])])
         return rotate(keys, angles.cos(), angles.sin())
 
 
 class Attention(nn.Module):
-    """Multi-head attention of a pass's tokens over its memory and itself, with normalised queries and keys."""
+    """Multi-head attention of a pass over its memory and itself, with normalised queries and keys."""
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()

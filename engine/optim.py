@@ -32,7 +32,7 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 
 
 def moving_average(module: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of weights and buffers; short at first, so that it soon forgets the start."""
+    """Exponential moving average of weights and buffers; short at first, to forget the start soon."""
 
     def average(kept: list[Tensor], new: list[Tensor], count: int | Tensor) -> None:
         share = max(1 - decay, 9 / (10 + float(count)))

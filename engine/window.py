@@ -19,7 +19,7 @@ def bind(actions: Tensor, commit_position: int) -> tuple[Tensor, Tensor]:
 
 
 class RollingWindow:
-    """Clean estimates of W frames and their actions, oldest first; position 0 leaves next. Buffers are fixed."""
+    """Clean estimates of W frames and their actions, oldest first; position 0 leaves next."""
 
     def __init__(
         self,
