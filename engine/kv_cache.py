@@ -90,7 +90,7 @@ class KVCache:
 
 
 class Written:
-    """A memory for a window over given frames: per layer the keys and values (b, h, m, d) that it sees."""
+    """A memory for a pass over given frames: each layer's keys and values are kept; they see each other."""
 
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = []
