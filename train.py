@@ -240,6 +240,10 @@ def main(arguments: list[str]) -> int:
             from engine.evaluation import evaluate
 
             figures = evaluate(config)
+        elif config.stage == "frontier":
+            from engine.frontier import frontier
+
+            figures = frontier(config)
         else:
             figures = run_stage(config)
     except UserError as error:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 POLICIES = ("keyboard", "scripted", "random", "idle", "spin", "walls")
-STAGES = ("collect", "autoencoder", "denoiser", "rollout", "evaluate")
+STAGES = ("collect", "autoencoder", "denoiser", "rollout", "evaluate", "frontier")
 
 
 class UserError(Exception):
@@ -58,7 +58,7 @@ class DenoiserConfig:
     """The diffusion transformer over frame tokens and the geometry of its rolling window."""
 
     width: int = 256
-    layers: int = 8
+    layers: int = 6
     head_dim: int = 64
     mlp_ratio: int = 4
     patch: int = 2  # latents per token side
@@ -109,9 +109,9 @@ class StageConfig:
     weight_decay: float = 0.01
     grad_clip: float = 1.0
     ema: float = 0.999
-    clip: int = 14  # frames in a training segment
+    clip: int = 15  # frames in a training segment
     windows: int = 4  # denoising windows laid over a segment
-    unroll: int = 8  # stage rollout: most steps that the model walks on its own frames
+    unroll: int = 6  # stage rollout: steps that the model walks on its own frames
     plain_share: float = 0.3  # stage rollout: share of iterations that stay plain
     frames: int = 40_000  # stage autoencoder: frames kept in memory
 
@@ -168,11 +168,14 @@ class PlayConfig:
     game: str = "dream"  # dream: the network · true: the simulator
     display: str = "auto"  # auto · window · headless
     policy: str = "keyboard"  # keyboard · scripted · random · idle · spin · walls · directory of a recording
-    start: str = ""  # start clip: name in the checkpoint's folder, image file, or recording; empty: the first
+    start: str = (
+        ""  # where a dream starts: a shipped start's name, DIR or DIR:FRAME of a recording, a picture
+    )
     frames: int = 0  # stop after so many; 0: when the player leaves
     seed: int = 0
     record: str = ""  # directory of the one session to write
     video: str = ""  # mp4 file of what was seen
+    out: str = "runs/played"  # for recordings and screenshots made with keys
     scale: int = 6  # window pixels per frame pixel at the start
     smooth: bool = True  # smooth or integer scaling
     hud: bool = True
@@ -182,10 +185,15 @@ class PlayConfig:
     threads: int = 0
 
     def __post_init__(self) -> None:
+        self.game = self.game.lower()  # YAML reads true as a truth value, which comes here as "True"
         if self.game not in ("dream", "true"):
             raise UserError(f"game must be dream or true, not {self.game!r}.")
         if self.display not in ("auto", "window", "headless"):
             raise UserError(f"display must be auto, window or headless, not {self.display!r}.")
+        if min(self.frames, self.seed, self.threads) < 0 or self.scale < 1:
+            raise UserError("frames, seed and threads must not be negative, and scale at least 1.")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise UserError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
 
 
 def load_config(program: str, schema: type, overrides: list[str]) -> Any:

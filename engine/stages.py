@@ -89,11 +89,12 @@ class PlainLoss(nn.Module):
 
 
 class RolloutLoss(PlainLoss):
-    """Self-generated history: `Rollout` plays recorded actions, and the last window is held against the true
+    """Self-generated history: `Rollout` plays recorded actions, and every window is held against the true
     frames.
 
-    Everything before that window is detached. This is what the network meets in play: its own frames as
-    history, and half-finished frames that were made for other keys than those held now.
+    History and half-finished frames are the model's own and detached; each window's estimates are regressed.
+    This is what the network meets in play: its own frames behind it, and frames begun for other keys than
+    those held now.
     """
 
     def __init__(self, denoiser: Denoiser, pace: StageConfig):
@@ -106,20 +107,18 @@ class RolloutLoss(PlainLoss):
         latents, actions = batch
         if self.rollout is None:
             self.rollout = Rollout(self.denoiser, len(latents), _compute_dtype(latents.device))
-        start = self.rollout.start_frames
-        steps = int(torch.randint(1, self.pace.unroll + 1, ()))
-        self.rollout.reset(
-            latents[:, :start], actions[:, :start], torch.randint(2**31, (len(latents),)).to(latents.device)
-        )
-        for frame in range(start, start + steps - 1):
-            self.rollout.step(actions[:, frame])
-        last = start + steps - 1
-        made = self.rollout.predict(actions[:, last])
-        error = weighted_error(made, latents[:, last : last + made.shape[1]], self.rollout.ladder)  # (b, w)
-        return error.mean(), {
-            "head_rolled": error[:, 0].mean().detach(),
-            "error_rolled": error.mean().detach(),
-        }
+        rollout, start = self.rollout, self.rollout.start_frames
+        seed = torch.randint(2**31, (len(latents),)).to(latents.device)
+        rollout.reset(latents[:, :start], actions[:, :start], seed)
+        errors = []
+        for frame in range(start, start + self.pace.unroll):
+            made = rollout.predict(actions[:, frame])
+            true = latents[:, frame : frame + made.shape[1]]
+            errors.append(weighted_error(made, true, rollout.ladder))  # (b, w)
+            rollout.advance(made.detach(), actions[:, frame])
+        error = torch.stack(errors)  # (steps, b, w)
+        logs = {"head_first": error[0, :, 0].mean(), "head_last": error[-1, :, 0].mean()}
+        return error.mean(), {name: value.detach() for name, value in logs.items()}
 
 
 def _compute_dtype(device: torch.device) -> torch.dtype:
@@ -152,7 +151,10 @@ class DenoiserStage:
         names = tuple(config.world.keys)
         cache = LatentsCache.build(train + held_out, self._encode, Path(config.data) / f"latents-{key}", key)
         caches = [LatentsCache(cache.path, key, part) for part in (train, held_out or train)]
-        self.batches = Batches(Segments(caches[0], length, names), pace.batch, config.seed, rank, ranks)
+        tail = length - self.model.denoiser.sink - self.model.denoiser.recent
+        self.batches = Batches(
+            Segments(caches[0], length, names), pace.batch, config.seed, rank, ranks, tail=tail
+        )
         self.shown = Batches(Segments(caches[1], 64, names), 6, 0)
         shape = (self.model.autoencoder.channels, config.world.height // FACTOR, config.world.width // FACTOR)
         denoiser = Denoiser(self.model.denoiser, len(names), *shape)
