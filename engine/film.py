@@ -1,0 +1,79 @@
+"""Film: what was seen, as an mp4 that every player and browser shows."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from .config import UserError
+
+SCALE = 3  # video pixels per frame pixel: small frames would be blurred by players that enlarge them
+AHEAD = 64  # frames that may wait for the encoder
+
+
+class Film:
+    """Appends frames, uint8 (h, w, 3), enlarged, to an H.264 mp4; encoded in an own thread, none dropped.
+
+    A file that cannot be written raises UserError, at once or from the next `add` or `close`.
+    """
+
+    def __init__(self, path: str | Path, height: int, width: int, fps: float) -> None:
+        self.path = Path(path)
+        self._error: BaseException | None = None
+        self._size = (height * SCALE, width * SCALE)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # the format is named, so that any file name will do; the index goes to the front for browsers
+            self._file = av.open(str(self.path), "w", format="mp4", options={"movflags": "+faststart"})
+        except (OSError, av.FFmpegError) as error:
+            raise self._told(error) from None
+        rate = Fraction(fps).limit_denominator(1001)
+        self._stream = self._file.add_stream(
+            "libx264", rate=rate, options={"preset": "ultrafast", "crf": "18"}
+        )
+        self._stream.height, self._stream.width = self._size
+        self._stream.pix_fmt = "yuv420p"  # the only one that all browsers show
+        self._stream.codec_context.thread_count = 1  # the network needs the cores
+        self._queue: queue.Queue[np.ndarray | None] = queue.Queue(AHEAD)
+        self._thread = threading.Thread(target=self._work, name="film", daemon=True)
+        self._thread.start()
+
+    def add(self, frame: np.ndarray) -> None:
+        """Appends a copy of the frame, uint8 (h, w, 3)."""
+        if self._error:
+            raise self._told(self._error)
+        self._queue.put(frame.copy())
+
+    def close(self) -> None:
+        """Encodes what waits and closes the file."""
+        self._queue.put(None)
+        self._thread.join()
+        if self._error:
+            raise self._told(self._error)
+
+    def _told(self, error: BaseException) -> UserError:
+        said = getattr(error, "strerror", None) or str(error)
+        return UserError(
+            f"The video {self.path} could not be written ({said}); choose another place with video=FILE.mp4."
+        )
+
+    def _work(self) -> None:
+        """The encoder's thread; after an error it still empties the queue, so that `add` never hangs."""
+        while (frame := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    large = frame.repeat(SCALE, 0).repeat(SCALE, 1)
+                    self._file.mux(self._stream.encode(av.VideoFrame.from_ndarray(large, format="rgb24")))
+                except (OSError, av.FFmpegError) as error:
+                    self._error = error
+        try:
+            if self._error is None:
+                self._file.mux(self._stream.encode(None))
+            self._file.close()
+        except (OSError, av.FFmpegError) as error:
+            self._error = self._error or error

@@ -1,0 +1,122 @@
+"""Game: the generated world and the true one behind the same few verbs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .config import PlayConfig, UserError, WorldConfig
+from .starts import Start, described, find_starts, load_start, true_start
+from .worlds import make_world
+from .worlds.base import ActionSpace
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class TrueGame:
+    """The simulator. `start` says where the running episode began."""
+
+    source, digest, checkpoint = "true", "", ""
+
+    def __init__(self, config: PlayConfig) -> None:
+        """Opens the simulator. Raises UserError where it is not installed or does not start."""
+        self._world = make_world(config.world)
+        self.action_space: ActionSpace = self._world.action_space
+        self.world: WorldConfig = described(config.world, self.action_space)
+        self.fps = self._world.fps
+        self.start = "episode"
+
+    @property
+    def done(self) -> bool:
+        """The episode is over; `reset` before the next step."""
+        return self._world.done
+
+    def reset(self, seed: int, start: str = "") -> np.ndarray:
+        """Starts an episode → first frame, uint8 (h, w, 3). There is no choice of starts: the seed is all."""
+        return self._world.reset(seed)
+
+    def choose_next(self) -> None:
+        """Nothing: the next seed is the next start."""
+
+    def step(self, action: np.ndarray) -> np.ndarray:
+        """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
+        return self._world.step(action)
+
+    def state(self) -> dict[str, float]:
+        """True state where the simulator tells it."""
+        return self._world.state()
+
+    def close(self) -> None:
+        """Ends the simulator."""
+        self._world.close()
+
+
+class Dream:
+    """The network. A game starts from a few true frames: shipped clips, a recording or a picture."""
+
+    source, done = "dream", False
+
+    def __init__(self, config: PlayConfig) -> None:
+        """Loads the checkpoint and the first start. Raises UserError where either is not to be had."""
+        from .session import Player, Session  # takes torch along, which a window need not wait for
+
+        path = Path(config.checkpoint)
+        if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
+            path = ROOT / path  # the shipped one, when play.py is called from another folder
+        player = Player(path, config.device, config.precision)
+        self._session = Session(player)
+        self._frames = self._session.rollout.start_frames
+        self._shipped = find_starts(player.world.name, path)
+        self._loaded: dict[str, Start] = {}
+        self.action_space, self.fps = self._session.action_space, self._session.fps
+        self.world, self.checkpoint, self.digest = player.world, str(path), player.checkpoint.digest()
+        self.start = config.start or (self._shipped[0].name if self._shipped else "true game")
+
+    def reset(self, seed: int, start: str = "") -> np.ndarray:
+        """Starts anew from `start` (empty: the chosen one) → the start's last frame, uint8 (h, w, 3)."""
+        self.start = start or self.start
+        if self.start not in self._loaded:
+            if self.start == "true game":
+                loaded = true_start(self.world, 0, self._frames)
+            else:
+                loaded = load_start(self.start, self.action_space, self._shipped, self._frames)
+            self._loaded = {self.start: loaded}
+        chosen = self._loaded[self.start]
+        return self._session.reset(seed, chosen.frames, chosen.actions)
+
+    def choose_next(self) -> None:
+        """Chooses the next shipped start for the coming resets."""
+        names = [path.name for path in self._shipped]
+        if names:
+            self.start = names[(names.index(self.start) + 1) % len(names) if self.start in names else 0]
+
+    def step(self, action: np.ndarray) -> np.ndarray:
+        """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
+        return self._session.step(action)
+
+    def state(self) -> dict[str, float]:
+        """Nothing: a network knows no true state."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+Game = TrueGame | Dream
+
+
+def open_game(config: PlayConfig) -> Game:
+    """The game that `config.game` asks for. Raises UserError where it is not to be had."""
+    if config.game == "true":
+        return TrueGame(config)
+    if config.threads:
+        import torch
+
+        torch.set_num_threads(config.threads)
+    try:
+        return Dream(config)
+    except MemoryError:
+        raise UserError(
+            f"There is not enough memory for {config.checkpoint}; close other programs."
+        ) from None

@@ -1,0 +1,113 @@
+"""Pace: when the next frame is due, how long steps take, and the figures that a program prints at its end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+KEPT = (
+    20_000  # steps of which times are kept: nineteen minutes; older ones are forgotten, memory does not grow
+)
+IMPORTED = time.perf_counter()
+
+
+class Schedule:
+    """Due times at a fixed rate, without drift. A missed slot is dropped, not made up for in a burst."""
+
+    def __init__(self, fps: float) -> None:
+        self.period = 1 / fps
+        self.late = 0  # frames that began more than a tenth of a period after their due time
+        self.dropped = 0  # slots in which no frame could begin
+        self.restart()
+
+    def restart(self) -> None:
+        """The next frame is due now: after a pause, a reset or a start."""
+        self._due = time.perf_counter()
+
+    def left(self) -> float:
+        """Seconds until the next frame is due, 0 when it is."""
+        return max(0.0, self._due - time.perf_counter())
+
+    def begin(self) -> None:
+        """A frame begins now: counts how late it is and sets the next due time."""
+        behind = (time.perf_counter() - self._due) / self.period  # in periods
+        self.late += behind > 0.1
+        self.dropped += int(behind)
+        self._due += (1 + int(behind)) * self.period
+
+
+class Timings:
+    """Times of steps and the gaps between them, for the HUD and for the last line."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._took: deque[float] = deque(maxlen=KEPT)  # ms
+        self._gaps: deque[float] = deque(maxlen=KEPT)  # ms between the ends of steps
+        self._last = 0.0
+        self._played = 0.0  # seconds, without pauses
+
+    def add(self, start: float) -> None:
+        """A step that began at `start` (perf_counter) has just ended."""
+        now = time.perf_counter()
+        self.steps += 1
+        self._took.append(1000 * (now - start))
+        if self._last:
+            self._gaps.append(1000 * (now - self._last))
+        self._played += now - (self._last or start)
+        self._last = now
+
+    def interrupt(self) -> None:
+        """A pause or a reset: the gap to the next step says nothing about the rate."""
+        self._last = 0.0
+
+    def recent(self, steps: int = 90) -> tuple[float, float, float]:
+        """(frames a second, p50 and p99 of a step in ms) over the last steps; zeros before the first."""
+        took, gaps = (list(islice(reversed(times), steps)) for times in (self._took, self._gaps))
+        if not gaps:
+            return 0.0, 0.0, 0.0
+        return 1000 / float(np.median(gaps)), *map(float, np.percentile(took, (50, 99)))
+
+    def figures(self, fps: float) -> dict[str, float | int | None]:
+        """Figures for the last line: rates in frames a second, times in ms, memory in MB."""
+        p50, p99 = np.percentile(self._took, (50, 99)) if self._took else (0.0, 0.0)
+        rate = self.steps / self._played if self._played else 0.0
+        return {
+            "frames": self.steps,
+            "fps_p50": round(1000 / float(np.median(self._gaps)), 2) if self._gaps else 0.0,
+            "step_ms_p50": round(float(p50), 2),
+            "step_ms_p99": round(float(p99), 2),
+            "real_time_ratio": round(rate / fps, 3),
+            "rss_mb": peak_memory_mb(),
+        }
+
+
+def seconds_since_start() -> float:
+    """Since this process was started; without /proc, since this module was imported."""
+    since_import = time.perf_counter() - IMPORTED
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds after boot
+        return max(since_import, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+    except (OSError, ValueError, IndexError, AttributeError):
+        return since_import
+
+
+def peak_memory_mb() -> float | None:
+    """The most memory that this process has held, in MB; None where the system does not tell."""
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(
+        peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1
+    )  # bytes there, kibibytes elsewhere

@@ -1,0 +1,147 @@
+"""Playthrough: one game being played, with its policy, its recording, its film and its figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import POLICIES, PlayConfig, UserError
+from .film import Film
+from .game import Game
+from .pace import Timings
+from .policies import Policy, make_policy
+from .recording import Recorder
+from .replay import Replay
+
+
+def check_policy(name: str) -> Replay | None:
+    """The recording in the directory `name`; None for a policy's name; UserError where it is neither."""
+    if name in POLICIES:
+        return None
+    if not Path(name).is_dir():
+        raise UserError(
+            f"There is no policy {name!r}; choose one of {', '.join(POLICIES)} or a recording's directory."
+        )
+    return Replay(name)
+
+
+class Playthrough:
+    """`advance` plays one frame and hands it to the recording and the film; all in the caller's thread.
+
+    `frame` is the newest frame, `action` the keys that caused it, `trouble` what ended a recording early.
+    """
+
+    def __init__(self, config: PlayConfig, game: Game, replay: Replay | None = None) -> None:
+        """Starts the first game. Raises UserError where the recording or the video cannot be written."""
+        self.game, self.timings, self.trouble = game, Timings(), None
+        self.policy, self.replay = self._make_policy(config, replay), replay
+        began = replay.first() if replay else {}
+        self.seed = config.seed or began.get("seed", 0)
+        self._age = 0  # frames since the last reset
+        self.recorder: Recorder | None = None
+        self.frame = game.reset(self.seed, config.start or began.get("start", ""))
+        self.action = np.zeros(len(game.action_space), np.float32)
+        self._film = Film(config.video, *self.frame.shape[:2], game.fps) if config.video else None
+        if config.record:
+            self.record(config.record, self._reset_event())
+        if self._film:
+            self._film.add(self.frame)
+
+    def _make_policy(self, config: PlayConfig, replay: Replay | None) -> Policy | None:
+        if replay:
+            replay.fit(self.game.action_space)
+            return replay
+        return (
+            None
+            if config.policy == "keyboard"
+            else make_policy(config.policy, self.game.action_space, config.seed)
+        )
+
+    @property
+    def over(self) -> bool:
+        """A replay has come to its end."""
+        return self.replay is not None and not self.replay.left
+
+    def advance(self, held: np.ndarray | None = None, events: Sequence = ()) -> None:
+        """Plays one frame with the held keys (k,), or the policy's where none is held.
+
+        A finished episode starts anew. `events` are the raw key events since the last frame.
+        """
+        if self.game.done:
+            return self.reset(events=events)
+        if self.replay and not self.over and (began := self.replay.reset_next()) is not None:
+            return self.reset(began.get("seed"), began.get("start", ""), events)
+        action = np.zeros_like(self.action) if held is None else held
+        if self.policy and not action.any() and not self.over:
+            action = self.policy(self.game.state(), self.game.action_space)
+        start = time.perf_counter()
+        self.frame, self.action = self.game.step(action), action
+        self._age += 1
+        self._keep(events, reset=False)
+        self.timings.add(start)
+
+    def reset(self, seed: int | None = None, start: str = "", events: Sequence = ()) -> None:
+        """Starts the next game: with the next seed, from the chosen start, unless told otherwise."""
+        self.seed = self.seed + 1 if seed is None else seed
+        self.frame = self.game.reset(self.seed, start)
+        self.action = np.zeros_like(self.action)
+        self._age = 0
+        self.timings.interrupt()
+        self._keep([*events, *self._reset_event()], reset=True)
+
+    def record(self, directory: str | Path, events: Sequence = ()) -> None:
+        """Begins a recording with the frame that is shown now. Raises UserError where it cannot write."""
+        world, names = self.game.world, self.game.action_space.names
+        self.recorder = Recorder(directory, world, self.game.source, self.seed, self.game.digest, names=names)
+        self._write(events, reset=True)
+
+    def stop_recording(self) -> None:
+        """Ends the recording, if there is one; what went wrong with it goes to `trouble`."""
+        recorder, self.recorder = self.recorder, None
+        if recorder:
+            try:
+                recorder.close()
+            except UserError as error:
+                self.trouble = self.trouble or error
+
+    def close(self) -> None:
+        """Closes recording, film and game. Raises UserError, after that, for what could not be written."""
+        self.stop_recording()
+        film, self._film = self._film, None
+        try:
+            if film:
+                film.close()
+        finally:
+            self.game.close()
+        if self.trouble:
+            raise self.trouble
+
+    def figures(self) -> dict[str, Any]:
+        """What a program prints as its last line."""
+        about = {"game": self.game.source, "world": self.game.world.name, "checkpoint": self.game.checkpoint}
+        return {**self.timings.figures(self.game.fps), **about, "start": self.game.start, "seed": self.seed}
+
+    def _reset_event(self) -> list[dict]:
+        return [{"reset": {"seed": self.seed, "start": self.game.start}}]
+
+    def _keep(self, events: Sequence, reset: bool) -> None:
+        if self._film:
+            self._film.add(self.frame)
+        if self.recorder:
+            self._write(events, reset)
+
+    def _write(self, events: Sequence, reset: bool) -> None:
+        """A recording that cannot go on ends here, what it holds stays readable; the game goes on."""
+        try:
+            action = (
+                np.zeros_like(self.action) if reset else self.action
+            )  # what caused a first frame is not known
+            state = self.game.state() or None
+            self.recorder.add(self.frame, action, reset=reset, events=events, state=state, rng=self._age)
+        except UserError as error:
+            self.trouble = error
+            self.stop_recording()

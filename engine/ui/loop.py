@@ -1,0 +1,199 @@
+"""Loop: the window's thread. Reads events, hands commands to the Stepper, shows each frame as it comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pygame
+
+from ..config import PlayConfig, UserError
+from ..pace import seconds_since_start
+from ..picture import save_picture
+from ..playthrough import Playthrough
+from ..stepper import Stepper
+from .hud import draw_banner, draw_help, draw_hud, draw_loading, functions_of
+from .keys import HeldKeys, actions_of, check_bindings, scancode_name
+from .screen import Screen
+
+POLL_MS = 8  # the longest that the loop sleeps; an event or a new frame wakes it at once
+MESSAGE_SECONDS = 3.5
+ENLARGED = 4  # screenshot pixels per frame pixel
+
+
+class Loop:
+    """A game in a window. `open` makes the playthrough; the playing thread calls it, the window being up."""
+
+    def __init__(self, config: PlayConfig, open: Callable[[], Playthrough]) -> None:
+        world = config.world
+        self.screen = Screen(world.width, world.height, config.scale, config.smooth, config.fullscreen)
+        self.config, self.keys = config, HeldKeys()
+        self.hud, self.help, self.leaving = config.hud, False, False
+        self.first_frame_s = 0.0
+        self._began = time.perf_counter()
+        self._message, self._message_until = "", 0.0
+        self._recording, self._recording_since = "", 0.0
+        self._functions = functions_of(None)
+        self._frame_event = pygame.event.custom_type()
+        self._draw()  # before anything slow begins
+        self.stepper = Stepper(self._checked(open), self._read, self._wake, config.frames)
+
+    def _checked(self, open: Callable[[], Playthrough]) -> Callable[[], Playthrough]:
+        def make() -> Playthrough:
+            playthrough = open()
+            try:
+                check_bindings(playthrough.game.action_space)
+            except UserError:
+                playthrough.close()
+                raise
+            return playthrough
+
+        return make
+
+    def _read(self, playthrough: Playthrough) -> tuple[np.ndarray, list]:
+        """Called by the playing thread right before a step."""
+        held, events = self.keys.read()
+        space = playthrough.game.action_space
+        return space.encode(actions_of(held, space)), events
+
+    def _wake(self) -> None:
+        """Called by the playing thread after a frame; SDL's event queue may be filled from any thread."""
+        if pygame.display.get_init():
+            pygame.event.post(pygame.event.Event(self._frame_event))
+
+    def run(self) -> Playthrough:
+        """Until the player leaves or the game ends → the closed playthrough. Raises its thread's error."""
+        try:
+            while not (self.leaving or self.stepper.finished):
+                event = pygame.event.wait(POLL_MS)
+                changed = False
+                while event.type != pygame.NOEVENT:
+                    changed |= self._handle(event)
+                    event = pygame.event.poll()
+                if changed or not self.stepper.view or self._message_ended():
+                    self._draw()
+            if self.stepper.view is None and not self.stepper.finished:
+                draw_banner(self.screen, "leaving as soon as the world is loaded")
+                self.screen.flip()
+        finally:
+            self.stepper.stop()
+            self.screen.close()
+        if self.stepper.error:
+            raise self.stepper.error
+        return self.stepper.playthrough
+
+    def _handle(self, event: pygame.event.Event) -> bool:
+        """One event → whether the picture must be drawn anew."""
+        if event.type == pygame.QUIT:
+            self.leaving = True
+        elif event.type == pygame.KEYDOWN:
+            return self._press(scancode_name(event.scancode))
+        elif event.type == pygame.KEYUP:
+            self.keys.release(scancode_name(event.scancode))
+        elif event.type == pygame.WINDOWFOCUSLOST:
+            self.keys.release_all()
+        elif event.type == self._frame_event:
+            self._look()
+            return True
+        return event.type in (pygame.WINDOWEXPOSED, pygame.WINDOWSIZECHANGED)
+
+    def _press(self, key: str) -> bool:
+        function = self._functions.get(key)
+        if function is None:
+            self.keys.press(key)
+            return False
+        if function in ("help", "hud"):
+            setattr(self, function, not getattr(self, function))
+        elif function == "quit":
+            self.leaving = True
+        elif function == "fullscreen":
+            self.screen.toggle_fullscreen()
+        elif self.stepper.view:  # the rest needs a game
+            getattr(self, f"_{function}")()
+        return True
+
+    def _look(self) -> None:
+        """Takes note of what the newest frame brought."""
+        view, playthrough = self.stepper.view, self.stepper.playthrough
+        if view is None:
+            return
+        if not self.first_frame_s:
+            self.first_frame_s = seconds_since_start()
+            self._functions = functions_of(playthrough.game.action_space)
+            pygame.display.set_caption(f"Rollplay: {playthrough.game.world.name}")
+            self._say("F1 shows the keys")
+        if view.recording != self._recording:
+            self._say(
+                f"recording into {view.recording}" if view.recording else view.trouble or "recording ended"
+            )
+            self._recording, self._recording_since = view.recording, time.perf_counter()
+
+    def _pause(self) -> None:
+        self.keys.forget()
+        self.stepper.pause(not self.stepper.paused)
+
+    def _reset(self) -> None:
+        self.stepper.do(Playthrough.reset)
+        self._say("started again")
+
+    def _next(self) -> None:
+        def choose(playthrough: Playthrough) -> None:
+            playthrough.game.choose_next()
+            playthrough.reset()
+
+        self.stepper.do(choose)
+        self._say("next start")
+
+    def _record(self) -> None:
+        directory = self._place("recording")
+
+        def switch(playthrough: Playthrough) -> None:
+            if playthrough.recorder:
+                return playthrough.stop_recording()
+            try:
+                playthrough.record(directory)
+            except UserError as error:
+                playthrough.trouble = error
+
+        self.stepper.do(switch)
+
+    def _screenshot(self) -> None:
+        path = self._place("picture").with_suffix(".png")
+        try:
+            save_picture(path, self.stepper.view.frame.repeat(ENLARGED, 0).repeat(ENLARGED, 1))
+            self._say(f"saved {path}")
+        except UserError as error:
+            self._say(str(error))
+
+    def _place(self, what: str) -> Path:
+        world, now = self.stepper.playthrough.game.world.name, datetime.now()
+        return Path(self.config.out) / f"{world}-{what}-{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
+
+    def _say(self, words: str) -> None:
+        self._message, self._message_until = words, time.perf_counter() + MESSAGE_SECONDS
+
+    def _message_ended(self) -> bool:
+        return bool(self._message) and time.perf_counter() > self._message_until
+
+    def _draw(self) -> None:
+        now = time.perf_counter()
+        view = self.stepper.view if hasattr(self, "stepper") else None
+        if self._message_ended():
+            self._message = ""
+        if view is None:
+            draw_loading(self.screen, "the world is loading", now - self._began)
+            return self.screen.flip()
+        game = self.stepper.playthrough.game
+        self.screen.show(view.frame)
+        if self.hud:
+            draw_hud(self.screen, view, game.action_space, now - self._recording_since)
+        if self.stepper.paused:
+            draw_banner(self.screen, "paused — Escape goes on, F10 leaves")
+        if self._message:
+            draw_banner(self.screen, self._message, at_top=False)
+        if self.help:
+            draw_help(self.screen, game.world.name.replace("_", " "), game.action_space)
+        self.screen.flip()
