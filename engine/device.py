@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import nn
 
 from .config import UserError
 
@@ -50,6 +51,13 @@ def _matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Stores the weights of products and convolutions in `dtype`, lest autocast casts them each step."""
+    for part in module.modules():
+        if dtype and isinstance(part, nn.Linear | nn.Conv2d):
+            part.to(dtype)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

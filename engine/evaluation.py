@@ -136,7 +136,7 @@ def horizontal_flow(a: np.ndarray, b: np.ndarray, reach: int = 16) -> float:
 
 
 def turning(player: Player, clips: Clips, seed: int) -> dict:
-    """Share of key changes to a turn whose generated flow has the sign of the true one, over `TRIALS` trials."""
+    """Share of key changes to a turn whose generated flow has the true one's sign, over `TRIALS` trials."""
     names = list(player.world.keys)
     if not {"turn_left", "turn_right"} <= set(names):
         return {}

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .autoencoder import FACTOR, Autoencoder
 from .config import DenoiserConfig, TrainConfig
 from .denoiser import Denoiser
-from .device import autocast, pick_device, pick_precision
+from .device import autocast, cast_weights, pick_device, pick_precision
 from .rollout import Rollout
 
 LADDERS = {1: [1.0], 2: [0.6, 1.0], 3: [0.5, 0.8, 1.0], 4: [0.4, 0.7, 0.9, 1.0]}
@@ -52,12 +52,13 @@ def frontier(config: TrainConfig) -> dict:
             ladder=LADDERS[window],
         )
         denoiser = Denoiser(size, len(config.world.keys), channels, rows, columns).to(device).eval()
+        for module in (denoiser, autoencoder):
+            cast_weights(module, dtype)
         times = _time(denoiser, autoencoder, device, dtype, config.steps or 100)
         millions = sum(p.numel() for p in denoiser.parameters()) / 1e6
         p50, p99 = np.percentile(times, 50), np.percentile(times, 99)
-        print(
-            f"{patch:5d} {width:5d} {layers:6d} {window:6d} {recent:6d}  {millions:8.1f}  {p50:11.1f} {p99:4.1f}"
-        )
+        row = f"{patch:5d} {width:5d} {layers:6d} {window:6d} {recent:6d}"
+        print(f"{row}  {millions:8.1f}  {p50:11.1f} {p99:4.1f}")
         figures[f"p{patch}_d{width}_l{layers}_w{window}_r{recent}"] = round(float(p50), 1)
     return figures
 

@@ -14,7 +14,7 @@ from .autoencoder import FACTOR, Autoencoder
 from .checkpoint import Checkpoint
 from .config import UserError, WorldConfig
 from .denoiser import Denoiser
-from .device import autocast, pick_device, pick_precision
+from .device import autocast, cast_weights, pick_device, pick_precision
 from .rollout import Rollout
 from .worlds.base import ActionSpace
 
@@ -33,6 +33,7 @@ class Player:
         self.checkpoint.load_into("denoiser", self.denoiser)
         for module in (self.autoencoder, self.denoiser):
             module.to(self.device).eval().requires_grad_(False)
+            cast_weights(module, self.dtype)
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray) -> Tensor:
