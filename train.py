@@ -28,6 +28,9 @@ from engine.config import TrainConfig, UserError, load_config
 from engine.device import autocast, pick_device, pick_precision
 
 
+RANDOM = ("random", "cuda_random")  # what of a saved state belongs to one process alone
+
+
 class Training:
     """One stage in training: its networks, optimiser, moving average and where it stands; saved and resumed
     whole.
@@ -106,20 +109,27 @@ class Training:
             self.stage.save(self.folder / f"{self.config.stage}.safetensors", self.average.module, about)
 
     def resume(self) -> None:
-        if not self.state_file.exists():
+        """Goes on from the first process's state; only the random state is each process's own."""
+        first = self.folder / f"{self.config.stage}.state.pt"
+        if not first.exists():
             return
         try:
-            state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+            state = torch.load(first, map_location="cpu", weights_only=True)
+            if self.rank and self.state_file.exists():
+                state |= {key: torch.load(self.state_file, weights_only=True)[key] for key in RANDOM}
             self.module.load_state_dict(state["module"])
             self.average.load_state_dict(state["average"])
             self.optimiser.load_state_dict(state["optimiser"])
         except (RuntimeError, KeyError, ValueError) as error:
             said = f"{self.state_file} does not fit this config"
             raise UserError(f"{said}; delete it to start anew, or give another out=DIR.") from error
+        self.step, self.seconds = state["step"], state["seconds"]
+        if self.rank and not self.state_file.exists():
+            torch.manual_seed(self.config.seed + 1000 * self.rank + self.step)  # a process that was not there before
+            return
         torch.set_rng_state(state["random"])
         if state["cuda_random"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], self.device)
-        self.step, self.seconds = state["step"], state["seconds"]
 
     def picture(self) -> None:
         from engine.picture import save_picture
