@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +103,10 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help", "help"} & set(arguments):
         print(__doc__)
         return 0
+    if (
+        threading.current_thread() is threading.main_thread()
+    ):  # the end of a session closes files, as Ctrl-C does
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = choose_display(load_config("play", PlayConfig, arguments))
         figures = play_window(config) if config.display == "window" else play_headless(config)

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +45,44 @@ def doom_config() -> WorldConfig:
     pytest.importorskip("vizdoom")
     keys = {"forward": ["W"], "turn_left": ["Left"], "turn_right": ["Right"]}
     return WorldConfig("doom_gathering", "doom", "health_gathering", episode_frames=24, keys=keys)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of doom_gathering: tiny networks that learned nothing, with starts a and b beside it."""
+    from engine.autoencoder import FACTOR, Autoencoder
+    from engine.checkpoint import save_checkpoint
+    from engine.config import AutoencoderConfig, DenoiserConfig, ModelConfig
+    from engine.denoiser import Denoiser
+    from engine.recording import Recorder, Recording
+    from engine.starts import cut_start
+
+    keys = {"forward": ["W", "Up"], "turn_left": ["Left"], "turn_right": ["Right"]}
+    world = WorldConfig("doom_gathering", "doom", "health_gathering", keys=keys)
+    small = AutoencoderConfig(8, [8, 8, 12, 16], 1)
+    model = ModelConfig(
+        small, DenoiserConfig(32, 2, 32, window=3, recent=3, ladder=[0.5, 0.8, 1.0], correction=0.8)
+    )
+    torch.manual_seed(0)
+    denoiser = Denoiser(
+        model.denoiser, len(keys), small.channels, world.height // FACTOR, world.width // FACTOR
+    )
+    for (
+        weights
+    ) in denoiser.parameters():  # fresh ones may be zero, so that noise and keys would change nothing
+        torch.nn.init.normal_(weights, std=0.2)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    networks = {"autoencoder": Autoencoder(small), "denoiser": denoiser}
+    save_checkpoint(folder / "tiny.safetensors", networks, model, world)
+
+    frames = np.random.default_rng(0).integers(0, 255, (1, 6, 8, 3), np.uint8).repeat(16, 1).repeat(16, 2)
+    with Recorder(folder / "walk", world, "true", 0, lossless=True) as recorder:
+        for number in range(30):
+            moved = np.roll(frames[0], 4 * number, 1)
+            recorder.add(moved, [number > 0, number % 3 == 1, 0], reset=number in (0, 20))
+    for name, frame in (("a", 12), ("b", 25)):
+        cut_start(Recording(folder / "walk"), frame, folder / "starts" / "doom_gathering" / name)
+    return folder / "tiny.safetensors"
 
 
 @pytest.fixture
