@@ -40,7 +40,8 @@ class Denoiser(nn.Module):
         """
         skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
         action = self.actions(actions, known, dropped)
-        made = self.transformer(scale * noisy, sigma, action, frame, memory)
+        before = memory.last[:, None].expand_as(noisy)
+        made = self.transformer(scale * noisy, before, sigma, action, frame, memory)
         return skip * noisy + out * made.float()
 
     def commit(
@@ -54,7 +55,10 @@ class Denoiser(nn.Module):
         known = torch.ones_like(sigma)
         mask = self.history_mask(clean.shape[1], clean.device) if clean.shape[1] > 1 else None
         scale = scalings(sigma)[2][..., None, None, None]
-        self.transformer(scale * clean, sigma, self.actions(actions, known), frame, memory, mask)
+        first = clean[:, :1] if memory.last is None else memory.last[:, None]
+        before = torch.cat([first, clean[:, :-1]], 1)
+        self.transformer(scale * clean, before, sigma, self.actions(actions, known), frame, memory, mask)
+        memory.last = clean[:, -1]
 
     def history_mask(self, frames: int, device: torch.device) -> Tensor:
         """(frames n, frames n): 0 where a token may look at a key of its own or of the `recent` frames
@@ -124,7 +128,7 @@ class Denoiser(nn.Module):
             seen_k = torch.cat([sink_k, k[:, :, ring]], 2)
             seen_v = torch.cat([v[order, :, : c.sink * n], v[:, :, ring]], 2)
             layers.append((seen_k.repeat(windows, 1, 1, 1), seen_v.repeat(windows, 1, 1, 1)))
-        return Context(layers)
+        return Context(layers, memory.last.repeat(windows, 1, 1, 1))
 
     def _window_error(self, clean: Tensor, actions: Tensor, start: int, context: Context) -> Tensor:
         """Weighted squared error (b, t) of one noised window."""

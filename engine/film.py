@@ -28,6 +28,7 @@ class Film:
         self._size = (height * SCALE, width * SCALE)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("wb").close()  # libav itself would tell only with the first frame
             # the format is named, so that any file name will do; the index goes to the front for browsers
             self._file = av.open(str(self.path), "w", format="mp4", options={"movflags": "+faststart"})
         except (OSError, av.FFmpegError) as error:

@@ -14,7 +14,9 @@ from engine.kernels import attention, modulated_norm, qk_norm_rope, rotate
 
 
 class Memory(Protocol):
-    """What a pass may look at besides itself (kv_cache.py)."""
+    """What a pass sees besides itself (kv_cache.py); `last` is the newest frame of it (b, c, y, x)."""
+
+    last: Tensor | None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The pass's own keys and values (b, h, n, d), behind the remembered ones → both (b, h, m, d)."""

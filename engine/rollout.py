@@ -49,6 +49,7 @@ class Rollout:
         self.denoiser.commit(latents, actions, 0, written)
         for layer, (k, v) in enumerate(written.layers):
             self.cache.fill(layer, k, v)
+        self.cache.last = written.last
         self.held.copy_(actions[:, -1])
         self.window.reset(self.held)
         for filled in range(self.config.window - 1):

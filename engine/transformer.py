@@ -22,7 +22,7 @@ class Transformer(nn.Module):
         self.rows, self.columns = rows // self.patch, columns // self.patch
         self.tokens = 1 + self.rows * self.columns  # a frame
         width, flat = config.width, channels * self.patch**2
-        self.patch_in = nn.Linear(flat, width)
+        self.patch_in = nn.Linear(2 * flat, width)
         self.place = nn.Parameter(0.02 * torch.randn(self.tokens - 1, width))
         self.sigma = SigmaEncoder(width)
         self.modulation = nn.Linear(width, 6 * width)
@@ -39,16 +39,21 @@ class Transformer(nn.Module):
     def forward(
         self,
         latents: Tensor,
+        before: Tensor,
         sigma: Tensor,
         action: Tensor,
         frame: int,
         memory: Memory,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """latents (b, t, c, y, x), sigma (b, t), action tokens (b, t, d), index of the first frame, memory,
-        mask (t n, m) added to the scores → (b, t, c, y, x)."""
-        squares = rearrange(latents, "b t c (y p) (x q) -> b t (y x) (c p q)", p=self.patch, q=self.patch)
-        x = self.patch_in(squares)
+        """latents and the finished frame before each (b, t, c, y, x), sigma (b, t), action tokens (b, t, d),
+        index of the first frame, memory, mask (t n, m) added to the scores → (b, t, c, y, x).
+
+        Attention could find the frame before as well; as an input it makes "nothing moves" easy to learn.
+        """
+        both = torch.cat([latents, before], 2)
+        p = self.patch
+        x = self.patch_in(rearrange(both, "b t c (y p) (x q) -> b t (y x) (c p q)", p=p, q=p))
         x = torch.cat([action[:, :, None].to(x.dtype), x + self.place.to(x.dtype)], 2)  # (b, t, n, d)
         condition = F.silu(self.sigma(sigma) + action)  # (b, t, d)
         modulation = self.modulation(condition)

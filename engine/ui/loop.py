@@ -35,7 +35,7 @@ class Loop:
         self.first_frame_s = 0.0
         self._began = time.perf_counter()
         self._message, self._message_until = "", 0.0
-        self._recording, self._recording_since = "", 0.0
+        self._recording, self._recording_since, self._trouble = "", 0.0, ""
         self._functions = functions_of(None)
         self._frame_event = pygame.event.custom_type()
         self._draw()  # before anything slow begins
@@ -73,7 +73,7 @@ class Loop:
                 while event.type != pygame.NOEVENT:
                     changed |= self._handle(event)
                     event = pygame.event.poll()
-                if changed or not self.stepper.view or self._message_ended():
+                if changed or self._message_ended() or self._drawn_is_old():
                     self._draw()
             if self.stepper.view is None and not self.stepper.finished:
                 draw_banner(self.screen, "leaving as soon as the world is loaded")
@@ -90,7 +90,7 @@ class Loop:
         if event.type == pygame.QUIT:
             self.leaving = True
         elif event.type == pygame.KEYDOWN:
-            return self._press(scancode_name(event.scancode))
+            return self._press(scancode_name(event.scancode), with_alt=bool(event.mod & pygame.KMOD_ALT))
         elif event.type == pygame.KEYUP:
             self.keys.release(scancode_name(event.scancode))
         elif event.type == pygame.WINDOWFOCUSLOST:
@@ -100,9 +100,9 @@ class Loop:
             return True
         return event.type in (pygame.WINDOWEXPOSED, pygame.WINDOWSIZECHANGED)
 
-    def _press(self, key: str) -> bool:
+    def _press(self, key: str, with_alt: bool) -> bool:
         function = self._functions.get(key)
-        if function is None:
+        if function is None or with_alt:  # Alt+Tab and the like are the desktop's
             self.keys.press(key)
             return False
         if function in ("help", "hud"):
@@ -126,10 +126,11 @@ class Loop:
             pygame.display.set_caption(f"Rollplay: {playthrough.game.world.name}")
             self._say("F1 shows the keys")
         if view.recording != self._recording:
-            self._say(
-                f"recording into {view.recording}" if view.recording else view.trouble or "recording ended"
-            )
+            self._say(f"recording into {view.recording}" if view.recording else "recording ended")
             self._recording, self._recording_since = view.recording, time.perf_counter()
+        if view.trouble != self._trouble:
+            self._trouble = view.trouble
+            self._say(view.trouble)
 
     def _pause(self) -> None:
         self.keys.forget()
@@ -178,8 +179,12 @@ class Loop:
     def _message_ended(self) -> bool:
         return bool(self._message) and time.perf_counter() > self._message_until
 
+    def _drawn_is_old(self) -> bool:
+        """While loading no frames wake the loop; drawing more often would only slow the loading."""
+        return self.stepper.view is None and time.perf_counter() - self._drawn > 0.25
+
     def _draw(self) -> None:
-        now = time.perf_counter()
+        now = self._drawn = time.perf_counter()
         view = self.stepper.view if hasattr(self, "stepper") else None
         if self._message_ended():
             self._message = ""
