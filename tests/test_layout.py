@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     "engine/__init__.py  engine/config.py",
     "engine/worlds/base.py  engine/device.py  engine/picture.py  engine/optim.py  engine/sampler.py",
-    "engine/film.py  engine/pace.py",
+    "engine/film.py  engine/pace.py  engine/video.py",
     "kernels/reference.py  kernels/attention.py  kernels/norm.py  kernels/rope.py",
     "kernels/__init__.py  engine/worlds/doom.py  engine/worlds/gym.py  engine/policies.py",
     "kernels/benchmark.py  engine/worlds/__init__.py  engine/recording.py  engine/kv_cache.py",
@@ -26,7 +26,7 @@ LEVELS = [
     "engine/transformer.py  engine/window.py  engine/collection.py  engine/starts.py",
     "engine/denoiser.py  engine/replay.py",
     "engine/rollout.py",
-    "engine/session.py  engine/stages.py",
+    "engine/session.py  engine/stages.py  engine/frontier.py",
     "engine/evaluation.py  engine/game.py",
     "engine/playthrough.py",
     "engine/stepper.py",

@@ -401,15 +401,15 @@ def test_a_real_window(window, tmp_path):
     assert len(recording) == len(window.lines()) and os.path.isdir(window.record)
 
 
-def test_closing_while_loading_and_killing(real_display, tmp_path, tiny_checkpoint):
-    """The window's cross ends a dream cleanly, and what was recorded is whole."""
+def test_stopped_in_the_terminal(real_display, tmp_path, tiny_checkpoint):
+    """Ctrl-C ends a dream in a window cleanly; what was recorded and filmed is whole."""
     if not shutil.which("xdotool"):
         pytest.skip("needs xdotool")
     environment = {**real_display, "OMP_NUM_THREADS": "1"}
     window = Window(environment, tmp_path, f"checkpoint={tiny_checkpoint}", "video=seen.mp4")
     window.do("keydown", "Up")
     window.wait(lambda: window.held("forward") > 2)
-    window.process.send_signal(signal.SIGINT)  # Ctrl-C in the terminal
+    window.process.send_signal(signal.SIGINT)
     said, wrong = window.process.communicate(timeout=20)
     assert window.process.returncode == 130 and "Traceback" not in wrong, wrong
     recording = Recording(window.record)
