@@ -17,7 +17,6 @@ import json
 import os
 import signal
 import sys
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -97,16 +96,10 @@ def main(arguments: list[str]) -> int:
     # libgomp's threads spin while they wait: one other busy thread on the same cores (window, recorder) makes
     # a step several times slower. Read when torch is loaded, which happens after the window is open.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault(
-        "PYGAME_HIDE_SUPPORT_PROMPT", "1"
-    )  # stdout's last line is JSON, the first should not be a greeting
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # no greeting on stdout
     if {"-h", "--help", "help"} & set(arguments):
         print(__doc__)
         return 0
-    if (
-        threading.current_thread() is threading.main_thread()
-    ):  # the end of a session closes files, as Ctrl-C does
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = choose_display(load_config("play", PlayConfig, arguments))
         figures = play_window(config) if config.display == "window" else play_headless(config)
@@ -125,4 +118,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a logout closes files, as Ctrl-C does
     sys.exit(main(sys.argv[1:]))
