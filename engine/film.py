@@ -1,4 +1,4 @@
-"""Film: what was seen, as an mp4 that every player and browser shows."""
+"""Film: what was seen, as an mp4 that every player and browser shows, or as a moving picture (.webp)."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ class Film:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.open("wb").close()  # libav itself would tell only with the first frame
             # the format is named, so that any file name will do; the index goes to the front for browsers
-            self._file = av.open(str(self.path), "w", format="mp4", options={"movflags": "+faststart"})
+            moving = {"format": "webp", "options": {"loop": "0"}}
+            mp4 = {"format": "mp4", "options": {"movflags": "+faststart"}}
+            self._file = av.open(str(self.path), "w", **(moving if self.path.suffix == ".webp" else mp4))
         except (OSError, av.FFmpegError) as error:
             raise self._told(error) from None
         rate = Fraction(fps).limit_denominator(1001)
-        self._stream = self._file.add_stream(
-            "libx264", rate=rate, options={"preset": "ultrafast", "crf": "18"}
-        )
+        codec, options = ("libx264", {"preset": "ultrafast", "crf": "18"})
+        if self.path.suffix == ".webp":
+            codec, options = ("libwebp_anim", {"quality": "70"})
+        self._stream = self._file.add_stream(codec, rate=rate, options=options)
         self._stream.height, self._stream.width = self._size
         self._stream.pix_fmt = "yuv420p"  # the only one that all browsers show
         self._stream.codec_context.thread_count = 1  # the network needs the cores
