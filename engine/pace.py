@@ -108,6 +108,5 @@ def peak_memory_mb() -> float | None:
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(
-        peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1
-    )  # bytes there, kibibytes elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
+    return round(peak * unit / 1e6, 1)

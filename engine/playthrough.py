@@ -137,9 +137,8 @@ class Playthrough:
     def _write(self, events: Sequence, reset: bool) -> None:
         """A recording that cannot go on ends here, what it holds stays readable; the game goes on."""
         try:
-            action = (
-                np.zeros_like(self.action) if reset else self.action
-            )  # what caused a first frame is not known
+            # what caused a first frame is not known
+            action = np.zeros_like(self.action) if reset else self.action
             state = self.game.state() or None
             self.recorder.add(self.frame, action, reset=reset, events=events, state=state, rng=self._age)
         except UserError as error:

@@ -121,9 +121,7 @@ class Screen:
 
 @lru_cache(8)
 def _font(size: int) -> pygame.font.Font:
-    return pygame.font.Font(
-        None, round(size * 1.35)
-    )  # pygame's own font; None's sizes are of the line, not the letter
+    return pygame.font.Font(None, round(size * 1.35))  # pygame's own font, sized by line and not by letter
 
 
 @lru_cache(256)
