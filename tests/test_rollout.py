@@ -1,0 +1,365 @@
+"""Cached steps are the written-out definition, keys reach the frame they cause, and the cost stays."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import engine.rollout
+from engine.config import DenoiserConfig
+from engine.denoiser import Denoiser
+from engine.kv_cache import Context, Written
+from engine.layers import qk_norm_rope
+from engine.rollout import Rollout
+from engine.sampler import add_noise, counter_noise, ramp
+from engine.window import bind
+
+KEYS, SHAPE = 3, (2, 4, 6)  # channels, rows, columns: 6 tokens and the action's
+
+
+def tiny(**changes) -> Denoiser:
+    """An untrained denoiser whose every weight matters: gates that start at zero would hide mistakes."""
+    plain = {"width": 32, "layers": 2, "head_dim": 16, "window": 3, "recent": 3, "ladder": [0.5, 0.8, 1.0]}
+    torch.manual_seed(0)
+    denoiser = Denoiser(DenoiserConfig(**{**plain, **changes}), KEYS, *SHAPE)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return denoiser.eval()
+
+
+def game(batch: int = 2, start: int = 4, frames: int = 12) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Start latents and their actions, then the actions to play (frames, b, k), and seeds."""
+    random = torch.Generator().manual_seed(5)
+    latents = torch.randn(batch, start, *SHAPE, generator=random)
+    before = (torch.rand(batch, start, KEYS, generator=random) < 0.5).float()
+    played = (torch.rand(frames, batch, KEYS, generator=random) < 0.5).float()
+    return latents, before, played, torch.arange(batch) + 11
+
+
+def play(denoiser: Denoiser, latents: Tensor, before: Tensor, played: Tensor, seed: Tensor) -> Tensor:
+    """→ the emitted frames (frames, b, c, y, x)."""
+    rollout = Rollout(denoiser, len(latents))
+    rollout.reset(latents, before, seed)
+    return torch.stack([rollout.step(action) for action in played])
+
+
+def close(made: Tensor, expected: Tensor, tolerance: float = 1e-4) -> bool:
+    return (made - expected).abs().max().item() < tolerance
+
+
+@torch.no_grad()
+def context(denoiser: Denoiser, latents: Tensor, actions: Tensor, first: int = 0) -> Context:
+    """What a window behind all these finished frames sees, from one pass; `first` is the first's number."""
+    config, tokens, count = denoiser.config, denoiser.transformer.tokens, latents.shape[1]
+    written, layers = Written(), []
+    denoiser.commit(latents, actions, first, written)
+    for k, v in written.layers:
+        k, v = (x.unflatten(2, (count, tokens)) for x in (k, v))
+        place = count - config.recent - config.sink
+        sink = denoiser.transformer.positions.shift(k[:, :, : config.sink], place)
+        joined = (
+            torch.cat([sink, k[:, :, -config.recent :]], 2),
+            torch.cat([v[:, :, : config.sink], v[:, :, -config.recent :]], 2),
+        )
+        layers.append(tuple(x.flatten(2, 3) for x in joined))
+    return Context(layers, written.last)
+
+
+def test_cached_commits_are_one_masked_pass():
+    denoiser = tiny(sink=2)
+    config, tokens = denoiser.config, denoiser.transformer.tokens
+    latents, actions, _, _ = game(start=17)
+    rollout = Rollout(denoiser, 2)
+    rollout.reset(latents[:, :5], actions[:, :5], torch.zeros(2, dtype=torch.int64))
+    cache = rollout.cache
+    with torch.no_grad():
+        whole = Written()
+        denoiser.commit(latents, actions, 0, whole)
+        for frame in range(5, 17):
+            cache.look(sink=False)
+            denoiser.commit(latents[:, frame : frame + 1], actions[:, frame : frame + 1], frame, cache)
+            cache.push()
+    for layer, pair in enumerate(whole.layers):
+        for which, x in enumerate(pair):
+            for frame in range(17 - config.recent, 17):
+                slot = (config.sink + frame % config.recent) * tokens
+                kept = cache.buffer[layer, which, :, :, slot : slot + tokens]
+                assert close(kept, x[:, :, frame * tokens : (frame + 1) * tokens]), (layer, which, frame)
+            if which:
+                kept = cache.buffer[layer, 1, :, :, : config.sink * tokens]
+                assert close(kept, x[:, :, : config.sink * tokens]), "the sink's values"
+    assert close(cache.anchor[1], whole.layers[1][0][:, :, : config.sink * tokens]), "the sink's keys"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sink", [1, 2])
+def test_window_in_play_is_the_window_in_training(sink):
+    """Through the cache after some steps, and through the context that the training loss builds."""
+    denoiser = tiny(sink=sink)
+    latents, actions, _, _ = game(batch=1, start=13)
+    rollout, start = Rollout(denoiser, 1), sink + 3
+    rollout.reset(latents[:, :start], actions[:, :start], torch.zeros(1, dtype=torch.int64))
+    cache = rollout.cache
+    for frame in range(start, 13):
+        cache.look(sink=False)
+        denoiser.commit(latents[:, frame : frame + 1], actions[:, frame : frame + 1], frame, cache)
+        cache.push()
+    rollout._see()
+    written = Written()
+    denoiser.commit(latents, actions, 0, written)
+    trained = denoiser._context(written, 13, windows=1)  # of a batch of one, so the sink is its own
+    noisy, sigma = torch.randn(1, 3, *SHAPE), torch.tensor([[0.5, 0.8, 1.0]])
+    inputs = noisy, sigma, *bind(torch.eye(3)[None], 0), 13
+    expected = denoiser(*inputs, trained)
+    assert close(denoiser(*inputs, cache), expected)
+    assert close(denoiser(*inputs, context(denoiser, latents, actions)), expected)
+    cache.look(sink=False)
+    assert not close(denoiser(*inputs, cache), expected, 1e-2), "the sink counts"
+
+
+def test_shifted_keys_are_keys_made_at_the_new_place():
+    positions = tiny().transformer.positions
+    raw, weight = torch.randn(2, 7, 2, 16), torch.randn(16)
+    here = qk_norm_rope(raw, weight, *positions(4, 1))
+    for frame in (0, 5, 9, 1004, 100_004):
+        there = qk_norm_rope(raw, weight, *positions(frame, 1))
+        assert close(positions.shift(here, frame - 4), there, 1e-5)
+        assert close(positions.shift(there, 4 - frame), here, 1e-5)
+    assert not close(positions.shift(here, 1), here, 1e-2)
+
+
+@torch.no_grad()
+def test_only_relative_time_counts():
+    denoiser = tiny()
+    latents, actions, _, _ = game(start=9)
+    noisy, sigma = torch.randn(2, 3, *SHAPE), torch.tensor([[0.5, 0.8, 1.0]]).expand(2, 3)
+    shown, known = bind(torch.eye(3).expand(2, 3, 3), 0)
+    made = [
+        denoiser(noisy, sigma, shown, known, first + 9, context(denoiser, latents, actions, first))
+        for first in (0, 1000)
+    ]
+    assert close(*made)
+    late = denoiser(noisy, sigma, shown, known, 10, context(denoiser, latents, actions))
+    assert not close(late, made[0], 1e-2), "a frame more in between is another thing"
+
+
+def test_gradient_path_gives_the_same_numbers():
+    denoiser = tiny()
+    latents, before, played, seed = game()
+    learning, playing = Rollout(denoiser, 2), Rollout(denoiser, 2)
+    for rollout in (learning, playing):
+        rollout.reset(latents, before, seed)
+    for action in played[:5]:
+        made = learning.predict(action)
+        with torch.no_grad():
+            expected = playing.predict(action)
+        assert made.requires_grad and not expected.requires_grad and close(made, expected)
+        assert close(learning.advance(made, action), playing.advance(expected, action))
+    made.square().sum().backward()  # after the commit has written into the cache
+    silent = {name for name, parameter in denoiser.named_parameters() if parameter.grad is None}
+    assert silent == {"actions.null"}, "only dropped actions use it"
+    assert denoiser.transformer.layers[0].attention.qkv.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("commit_position", [0, 1, 2])
+def test_action_is_committed_with_the_frame_that_it_causes(commit_position, monkeypatch):
+    denoiser = tiny(commit_position=commit_position)
+    latents, before, played, seed = game()
+    rollout, commits, commit = Rollout(denoiser, 2), [], denoiser.commit
+    rollout.reset(latents, before, seed)
+
+    def watched(frames: Tensor, actions: Tensor, frame: int, memory) -> None:
+        commits.append((frames[:, 0].clone(), actions[:, 0].clone(), frame))
+        commit(frames, actions, frame, memory)
+
+    monkeypatch.setattr(denoiser, "commit", watched)
+    emitted = torch.stack([rollout.step(action) for action in played])
+    expected = torch.cat([before[:, -1].expand(commit_position, -1, -1), played])[: len(played)]
+    assert torch.equal(torch.stack([actions for _, actions, _ in commits]), expected)
+    assert torch.equal(torch.stack([frames for frames, _, _ in commits]), emitted)
+    assert [frame for _, _, frame in commits] == list(range(4, 16))
+
+
+@pytest.mark.parametrize("correction", [0, 0.9])
+@pytest.mark.parametrize("commit_position", [0, 1])
+def test_a_key_changes_the_frame_it_was_held_for_and_none_before(commit_position, correction):
+    denoiser = tiny(commit_position=commit_position, correction=correction)
+    latents, before, played, seed = game()
+    other = played.clone()
+    other[6] = 1 - other[6]
+    made = play(denoiser, latents, before, played, seed)
+    difference = (made - play(denoiser, latents, before, other, seed)).abs().flatten(1).amax(1)
+    assert (difference[:6] == 0).all() and difference[6 + commit_position] > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"commit_position": 1}, {"correction": 0}, {"sink": 2, "recent": 2}])
+def test_cached_steps_are_the_written_out_definition(changes, monkeypatch):
+    """DESIGN §3 with nothing kept but latents: each step recomputes the whole game's keys and values."""
+
+    def levelless(seed: Tensor, frame: int, level: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return counter_noise(seed, frame, torch.zeros_like(level), shape)
+
+    monkeypatch.setattr(engine.rollout, "counter_noise", levelless)
+    denoiser = tiny(**changes)
+    config, c = denoiser.config, denoiser.config.commit_position
+    latents, before, played, seed = game(frames=8)
+    made = play(denoiser, latents, before, played, seed)
+
+    def estimate(clean: Tensor, levels: Tensor, keys: Tensor, known: Tensor) -> Tensor:
+        frame = latents.shape[1]
+        noise = counter_noise(seed, frame, torch.zeros(len(levels), dtype=torch.int64), SHAPE)
+        sigma = levels.expand(2, -1)
+        memory = context(denoiser, latents, before)
+        return denoiser(add_noise(clean, noise, sigma), sigma, keys, known, frame, memory)
+
+    ladder, window = torch.tensor(config.ladder), config.window
+    known = torch.tensor([[float(k <= c) for k in range(window)]] * 2)
+    clean, actions, held = torch.zeros(2, window, *SHAPE), [before[:, -1]] * window, before[:, -1]
+    for filled in range(window - 1):
+        clean = estimate(clean, ramp(ladder, filled), torch.stack(actions, 1), known)
+    for step, action in enumerate(played):
+        actions[c:] = [action] * (window - c)
+        clean = estimate(clean, ladder, torch.stack(actions, 1), known)
+        head, changed = clean[:, :1], (action != held).any(-1)
+        if config.correction:
+            level = torch.tensor([config.correction])
+            again = estimate(head, level, actions[0][:, None], torch.ones(2, 1))
+            head = torch.where(changed[:, None, None, None, None], again, head)
+        assert close(made[step], head[:, 0]), f"step {step}"
+        latents, before = torch.cat([latents, head], 1), torch.cat([before, actions[0][:, None]], 1)
+        clean = torch.cat([clean[:, 1:], torch.zeros_like(head)], 1)
+        actions, held = [*actions[1:], actions[-1]], action
+
+
+def test_every_pass_has_fresh_noise(monkeypatch):
+    """No (frame, level) is asked for twice in a game, so no two passes share their noise."""
+    asked: list[tuple[int, int]] = []
+
+    def watched(seed: Tensor, frame: int, level: Tensor, shape: tuple[int, ...]) -> Tensor:
+        asked.extend((frame + i, int(number)) for i, number in enumerate(level))
+        return counter_noise(seed, frame, level, shape)
+
+    monkeypatch.setattr(engine.rollout, "counter_noise", watched)
+    play(tiny(), *game(frames=20))
+    assert len(asked) >= 22 * 3 and len(set(asked)) == len(asked)
+
+
+def test_game_is_determined_by_seed_and_actions():
+    denoiser = tiny()
+    latents, before, played, seed = game()
+    first = play(denoiser, latents, before, played, seed)
+    torch.manual_seed(99)
+    assert torch.equal(play(denoiser, latents, before, played, seed), first)
+    other = play(denoiser, latents, before, played, seed + torch.tensor([0, 1]))
+    assert (
+        close(other[:, 0], first[:, 0]) and (other[:, 1] - first[:, 1]).abs().flatten(1).amax(1).min() > 0.1
+    )
+
+
+def test_second_game_of_a_rollout_is_like_a_fresh_one():
+    denoiser = tiny()
+    latents, before, played, seed = game()
+    rollout = Rollout(denoiser, 2)
+    rollout.reset(latents.flip(0), 1 - before, seed + 3)
+    for action in 1 - played:
+        rollout.step(action)
+    rollout.reset(latents, before, seed)
+    again = torch.stack([rollout.step(action) for action in played])
+    assert torch.equal(again, play(denoiser, latents, before, played, seed))
+
+
+def test_games_side_by_side_are_games_alone():
+    denoiser = tiny()
+    latents, before, played, seed = game()
+    played[:, 0] = played[3, 0]  # game 0 holds its keys, game 1 does not
+    both = play(denoiser, latents, before, played, seed)
+    for one in range(2):
+        only = slice(one, one + 1)
+        assert close(play(denoiser, latents[only], before[only], played[:, only], seed[only]), both[:, only])
+
+
+def test_correction_touches_only_games_whose_keys_changed():
+    latents, before, played, seed = game()
+    played[:] = before[:, -1]
+    played[5:, 0] = 1 - before[0, -1]  # game 0 changes its keys once, game 1 never
+    plain = play(tiny(correction=0), latents, before, played, seed)
+    corrected = play(tiny(correction=0.9), latents, before, played, seed)
+    difference = (plain - corrected).abs().flatten(2).amax(2)  # (frames, b)
+    assert (difference[:, 1] == 0).all() and (difference[:5, 0] == 0).all() and difference[5, 0] > 0.1
+
+
+@pytest.mark.parametrize("given", [1, 2])
+def test_a_short_start_is_filled_up_with_its_first_frame(given):
+    denoiser = tiny()
+    latents, before, played, seed = game(start=given)
+    missing = Rollout(denoiser).start_frames - given
+    padded = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
+    idle = F.pad(before, (0, 0, missing, 0))  # no key is held in the frames that are made up
+    made = play(denoiser, latents, before, played, seed)
+    assert made.isfinite().all() and torch.equal(made, play(denoiser, padded, idle, played, seed))
+
+
+def test_a_long_start_is_used_whole():
+    denoiser = tiny()
+    latents, before, played, seed = game(start=20)
+    made = play(denoiser, latents, before, played, seed)
+    changed = latents.clone()
+    changed[:, 0] += 1
+    assert not close(play(denoiser, changed, before, played, seed), made, 1e-2), "its first frame is the sink"
+    changed = latents.clone()
+    changed[:, 5] += 1  # two layers of three frames each reach from 19 back to 11
+    assert close(play(denoiser, changed, before, played, seed), made)
+
+
+def tensors(thing, name: str = "") -> dict[str, Tensor]:
+    """All tensors that `thing`, its cache and its window hold, by name."""
+    found = {}
+    for key, value in vars(thing).items():
+        if isinstance(value, Tensor):
+            found[f"{name}{key}"] = value
+        elif type(value).__module__.startswith("engine.") and not isinstance(
+            value, Denoiser | DenoiserConfig
+        ):
+            found |= tensors(value, f"{name}{key}.")
+    return found
+
+
+def test_a_long_game_costs_what_a_short_one_costs():
+    denoiser = tiny()
+    latents, before, played, seed = game(batch=1, frames=300)
+    rollout = Rollout(denoiser, 1)
+    rollout.reset(latents, before, seed)
+    sizes = {name: x.untyped_storage().nbytes() for name, x in tensors(rollout).items()}
+    fixed = {
+        name: tensors(rollout)[name].data_ptr() for name in ("cache.buffer", "cache.anchor", "window.clean")
+    }
+    seconds = []
+    for action in played:
+        start = time.process_time()
+        frame = rollout.step(action)
+        seconds.append(time.process_time() - start)
+        assert frame.isfinite().all()
+    early, late = statistics.median(seconds[10:70]), statistics.median(seconds[-60:])
+    assert late < 1.5 * early, f"{1000 * early:.2f} ms a step at first, {1000 * late:.2f} ms at last"
+    assert fixed == {name: tensors(rollout)[name].data_ptr() for name in fixed}
+    after = {name: x.untyped_storage().nbytes() for name, x in tensors(rollout).items()}
+    assert after.keys() == sizes.keys() and all(after[name] <= sizes[name] for name in sizes), "state grew"
+
+
+def test_an_emitted_frame_belongs_to_its_receiver():
+    """Whatever is done with it does not reach the game."""
+    denoiser = tiny()
+    latents, before, played, seed = game()
+    rollout, expected = Rollout(denoiser, 2), play(denoiser, latents, before, played, seed)
+    rollout.reset(latents, before, seed)
+    for action, frame in zip(played, expected, strict=True):
+        made = rollout.step(action)
+        assert torch.equal(made, frame)
+        made.fill_(torch.nan)
