@@ -1,4 +1,4 @@
-"""Frames ↔ latents at a spatial factor of 16, each frame alone: no look-ahead, no temporal delay."""
+"""Frames ↔ latents at a spatial factor of 8, each frame alone: no look-ahead, no temporal delay."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import AutoencoderConfig
-
-FACTOR = 16
 
 
 class ResidualLayer(nn.Module):
@@ -35,21 +33,18 @@ def _up(wide: int, width: int) -> nn.Module:
 
 
 class Autoencoder(nn.Module):
-    """Convolutional autoencoder, narrow where pixels are many, so that decoding is a few milliseconds on a
-    CPU.
+    """Convolutional autoencoder, narrow where pixels are many: decoding takes a few milliseconds on a CPU.
 
-    Latents have zero mean and unit variance in every channel (a batch norm without parameters), so the
-    denoiser needs no scale, and are trained with a little noise on them, so that near latents decode to near
-    pictures.
+    Latents have zero mean and unit variance over all channels together. Noise on them in training makes the
+    network give more variance to what matters more for the picture; moved and zoomed latents must decode to moved
+    and zoomed pictures (Kouzelis et al., 2025, EQ-VAE), so that motion in the world is motion in the latents.
     """
 
-    latent_noise = 0.05
+    latent_noise = 0.1
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         w = list(config.widths)
-        if len(w) != 4:
-            raise ValueError(f"the autoencoder needs 4 widths for a factor of {FACTOR}, not {w}")
         encoder: list[nn.Module] = [
             nn.PixelUnshuffle(2),
             nn.Conv2d(12, w[0], 3, padding=1),
@@ -59,7 +54,7 @@ class Autoencoder(nn.Module):
             encoder += [_down(fine, coarse), ResidualLayer(coarse)]
         encoder += [ResidualLayer(w[-1]) for _ in range(config.depth - 1)]
         self.encoder = nn.Sequential(*encoder, nn.Conv2d(w[-1], config.channels, 1))
-        self.standard = nn.BatchNorm2d(config.channels, affine=False, momentum=0.01)
+        self.standard = nn.BatchNorm2d(1, affine=False, momentum=0.01)
         decoder: list[nn.Module] = [nn.Conv2d(config.channels, w[-1], 3, padding=1)]
         decoder += [ResidualLayer(w[-1]) for _ in range(config.depth)]
         for coarse, fine in zip(w[::-1], w[-2::-1], strict=False):
@@ -68,12 +63,13 @@ class Autoencoder(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """uint8 frames (n, 3, h, w) → latents (n, c, h/16, w/16)."""
+        """uint8 frames (n, 3, h, w) → latents (n, c, h/8, w/8)."""
         pixels = to_float(frames).contiguous(memory_format=torch.channels_last)
-        return self.standard(self.encoder(pixels).float())
+        latents = self.encoder(pixels).float()
+        return self.standard(latents.flatten(1)[:, None, None]).view_as(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (n, c, y, x) → uint8 frames (n, 3, 16 y, 16 x)."""
+        """Latents (n, c, y, x) → uint8 frames (n, 3, 8 y, 8 x)."""
         pixels = self.decoder(latents.contiguous(memory_format=torch.channels_last)).float()
         return ((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -84,19 +80,35 @@ class Autoencoder(nn.Module):
         The gradient term keeps texture and small things (enemies, medkits) that squared error alone averages
         away.
         """
-        latents = self.encode(frames)
+        latents, pixels = self.encode(frames), to_float(frames)
+        moved = len(frames) // 2
+        latents = torch.cat([zoom(latents[:moved], grid := random_crops(moved)), latents[moved:]])
+        pixels = torch.cat([zoom(pixels[:moved], grid), pixels[moved:]])
         noisy = latents + self.latent_noise * torch.randn_like(latents)
-        pixels = self.decoder(noisy.contiguous(memory_format=torch.channels_last)).float()
-        error = pixels - to_float(frames)  # (n, 3, h, w)
+        made = self.decoder(noisy.contiguous(memory_format=torch.channels_last)).float()
+        error = made - pixels  # (n, 3, h, w)
         squared = error.square().mean()
         edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (
             error[..., 1:, :] - error[..., :-1, :]
         ).abs().mean()
         loss = error.abs().mean() + 4 * squared + 0.5 * edges
-        return loss, {"psnr": 10 * torch.log10(4 / squared.detach())}
+        return loss, {"psnr": 10 * torch.log10(4 / error[moved:].detach().square().mean())}
 
     def forward(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return self.loss(frames)
+
+
+def random_crops(count: int) -> Tensor:
+    """Affine maps (n, 2, 3) of random windows that are three quarters of the picture or more on each side."""
+    size = 0.75 + 0.25 * torch.rand(count)
+    middle = (2 * torch.rand(count, 2) - 1) * (1 - size)[:, None]
+    return torch.cat([torch.diag_embed(size[:, None].expand(-1, 2)), middle[..., None]], -1)
+
+
+def zoom(x: Tensor, crops: Tensor) -> Tensor:
+    """The crops (n, 2, 3) of x (n, c, h, w), bilinearly enlarged to its size."""
+    grid = F.affine_grid(crops.to(x.device), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def to_float(frames: Tensor) -> Tensor:

@@ -46,11 +46,18 @@ class WorldConfig:
 
 @dataclass
 class AutoencoderConfig:
-    """Frames ↔ latents at a spatial factor of 16, each frame alone."""
+    """Frames ↔ latents, each frame alone. Every width halves the resolution: three make a factor of 8."""
 
-    channels: int = 32  # of the latents
-    widths: list[int] = field(default_factory=lambda: [32, 64, 96, 128])  # from half resolution to a 16th
+    channels: int = 8  # of the latents
+    widths: list[int] = field(
+        default_factory=lambda: [32, 64, 128]
+    )  # from half resolution to that of the latents
     depth: int = 2  # residual layers at the coarsest level
+
+    def latent_shape(self, world: WorldConfig) -> tuple[int, int, int]:
+        """(channels, rows, columns) of one frame's latents."""
+        factor = 2 ** len(self.widths)
+        return self.channels, world.height // factor, world.width // factor
 
 
 @dataclass
@@ -61,7 +68,7 @@ class DenoiserConfig:
     layers: int = 6
     head_dim: int = 64
     mlp_ratio: int = 4
-    patch: int = 2  # latents per token side
+    patch: int = 4  # latents per token side
     window: int = 4  # frames in flight
     recent: int = 8  # finished frames remembered
     sink: int = 1  # first frames remembered for ever

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .autoencoder import FACTOR, Autoencoder
+from .autoencoder import Autoencoder
 from .config import DenoiserConfig, TrainConfig
 from .denoiser import Denoiser
 from .device import autocast, cast_weights, pick_device, pick_precision
@@ -17,15 +17,15 @@ from .rollout import Rollout
 
 LADDERS = {1: [1.0], 2: [0.6, 1.0], 3: [0.5, 0.8, 1.0], 4: [0.4, 0.7, 0.9, 1.0]}
 SIZES = [  # patch, width, layers, window, recent
+    (4, 256, 6, 4, 8),
+    (4, 256, 8, 4, 8),
+    (4, 256, 6, 2, 8),
+    (4, 256, 6, 1, 8),
+    (4, 256, 6, 4, 16),
+    (4, 384, 8, 4, 8),
+    (4, 512, 8, 4, 8),
     (2, 256, 6, 4, 8),
-    (2, 256, 8, 4, 8),
     (2, 256, 6, 2, 8),
-    (2, 256, 6, 1, 8),
-    (2, 256, 6, 4, 16),
-    (2, 384, 8, 4, 8),
-    (2, 512, 8, 4, 8),
-    (1, 256, 6, 4, 8),
-    (1, 256, 6, 2, 8),
 ]
 
 
@@ -36,8 +36,7 @@ def frontier(config: TrainConfig) -> dict:
     """
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
-    rows, columns = config.world.height // FACTOR, config.world.width // FACTOR
-    channels = config.model.autoencoder.channels
+    shape = config.model.autoencoder.latent_shape(config.world)
     autoencoder = Autoencoder(config.model.autoencoder).to(device).eval()
     figures: dict = {"precision": str(dtype or torch.float32), "threads": torch.get_num_threads()}
     print("patch width layers window recent  params M  step ms p50  p99")
@@ -51,7 +50,7 @@ def frontier(config: TrainConfig) -> dict:
             recent=recent,
             ladder=LADDERS[window],
         )
-        denoiser = Denoiser(size, len(config.world.keys), channels, rows, columns).to(device).eval()
+        denoiser = Denoiser(size, len(config.world.keys), *shape).to(device).eval()
         for module in (denoiser, autoencoder):
             cast_weights(module, dtype)
         times = _time(denoiser, autoencoder, device, dtype, config.steps or 100)

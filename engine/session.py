@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .autoencoder import FACTOR, Autoencoder
+from .autoencoder import Autoencoder
 from .checkpoint import Checkpoint
 from .config import UserError, WorldConfig
 from .denoiser import Denoiser
@@ -52,8 +52,7 @@ class Player:
 def make_denoiser(checkpoint: Checkpoint) -> Denoiser:
     """The denoiser that a checkpoint's configs describe, with fresh weights."""
     model, world = checkpoint.model, checkpoint.world
-    shape = (model.autoencoder.channels, world.height // FACTOR, world.width // FACTOR)
-    return Denoiser(model.denoiser, len(world.keys), *shape)
+    return Denoiser(model.denoiser, len(world.keys), *model.autoencoder.latent_shape(world))
 
 
 class Session:

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .autoencoder import FACTOR, Autoencoder, decode_clip
+from .autoencoder import Autoencoder, decode_clip
 from .checkpoint import Checkpoint, save_checkpoint, weights_digest
 from .config import DenoiserConfig, ModelConfig, StageConfig, TrainConfig, UserError
 from .dataset import Batches, LatentsCache, Segments, load_frames, split
@@ -156,8 +156,9 @@ class DenoiserStage:
             Segments(caches[0], length, names), pace.batch, config.seed, rank, ranks, tail=tail
         )
         self.shown = Batches(Segments(caches[1], 64, names), 6, 0)
-        shape = (self.model.autoencoder.channels, config.world.height // FACTOR, config.world.width // FACTOR)
-        denoiser = Denoiser(self.model.denoiser, len(names), *shape)
+        denoiser = Denoiser(
+            self.model.denoiser, len(names), *self.model.autoencoder.latent_shape(config.world)
+        )
         if rolled:
             before.load_into("denoiser", denoiser)
         self.module = (RolloutLoss if rolled else PlainLoss)(denoiser, pace)

@@ -50,7 +50,7 @@ def doom_config() -> WorldConfig:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of doom_gathering: tiny networks that learned nothing, with starts a and b beside it."""
-    from engine.autoencoder import FACTOR, Autoencoder
+    from engine.autoencoder import Autoencoder
     from engine.checkpoint import save_checkpoint
     from engine.config import AutoencoderConfig, DenoiserConfig, ModelConfig
     from engine.denoiser import Denoiser
@@ -59,17 +59,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     keys = {"forward": ["W", "Up"], "turn_left": ["Left"], "turn_right": ["Right"]}
     world = WorldConfig("doom_gathering", "doom", "health_gathering", keys=keys)
-    small = AutoencoderConfig(8, [8, 8, 12, 16], 1)
+    small = AutoencoderConfig(4, [8, 8, 12], 1)
     model = ModelConfig(
         small, DenoiserConfig(32, 2, 32, window=3, recent=3, ladder=[0.5, 0.8, 1.0], correction=0.8)
     )
     torch.manual_seed(0)
-    denoiser = Denoiser(
-        model.denoiser, len(keys), small.channels, world.height // FACTOR, world.width // FACTOR
-    )
-    for (
-        weights
-    ) in denoiser.parameters():  # fresh ones may be zero, so that noise and keys would change nothing
+    denoiser = Denoiser(model.denoiser, len(keys), *small.latent_shape(world))
+    for weights in denoiser.parameters():  # fresh ones may be zero: noise and keys would change nothing
         torch.nn.init.normal_(weights, std=0.2)
     folder = tmp_path_factory.mktemp("checkpoint")
     networks = {"autoencoder": Autoencoder(small), "denoiser": denoiser}
