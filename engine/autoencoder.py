@@ -36,7 +36,7 @@ class Autoencoder(nn.Module):
     """Convolutional autoencoder, narrow where pixels are many: decoding takes a few milliseconds on a CPU.
 
     Latents have zero mean and unit variance over all channels together. Noise on them in training makes the
-    network give more variance to what matters more for the picture; moved and zoomed latents must decode to moved
+    network give more variance to what matters more for the picture. Moved and zoomed latents must decode to moved
     and zoomed pictures (Kouzelis et al., 2025, EQ-VAE), so that motion in the world is motion in the latents.
     """
 

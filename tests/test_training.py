@@ -44,8 +44,8 @@ def run(*options: str) -> dict:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("training") / "data"
-    figures = run("stage=collect", "world=doom_gathering", "frames=1200", "workers=1", f"data={path}")
-    assert figures["frames"] == 1200
+    figures = run("stage=collect", "world=doom_gathering", "frames=800", "workers=1", f"data={path}")
+    assert figures["frames"] == 800
     return path
 
 
