@@ -35,9 +35,10 @@ def _up(wide: int, width: int) -> nn.Module:
 class Autoencoder(nn.Module):
     """Convolutional autoencoder, narrow where pixels are many: decoding takes a few milliseconds on a CPU.
 
-    Latents have zero mean and unit variance over all channels together. Noise on them in training gives more of
-    the variance to what matters more for the picture. Moved and zoomed latents must decode to the moved and zoomed
-    picture (Kouzelis et al., 2025, EQ-VAE), so that motion in the world is motion in the latents.
+    Latents have zero mean and unit variance over all channels together. Noise on them in training gives
+    more of the variance to what matters more for the picture. Moved and zoomed latents must decode to the
+    moved and zoomed picture (Kouzelis et al., 2025, EQ-VAE), so that motion in the world is motion in the
+    latents.
     """
 
     latent_noise = 0.1
