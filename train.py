@@ -27,7 +27,6 @@ from engine import optim
 from engine.config import TrainConfig, UserError, load_config
 from engine.device import autocast, pick_device, pick_precision
 
-
 RANDOM = ("random", "cuda_random")  # what of a saved state belongs to one process alone
 
 
@@ -125,7 +124,7 @@ class Training:
             raise UserError(f"{said}; delete it to start anew, or give another out=DIR.") from error
         self.step, self.seconds = state["step"], state["seconds"]
         if self.rank and not self.state_file.exists():
-            torch.manual_seed(self.config.seed + 1000 * self.rank + self.step)  # a process that was not there before
+            torch.manual_seed(self.config.seed + 1000 * self.rank + self.step)  # it was not there before
             return
         torch.set_rng_state(state["random"])
         if state["cuda_random"] is not None and self.device.type == "cuda":

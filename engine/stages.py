@@ -149,8 +149,12 @@ class DenoiserStage:
         key = weights_digest(self.autoencoder)
         length = max(shortest(self.model.denoiser) + (pace.unroll - 1 if rolled else 0), pace.clip)
         names = tuple(config.world.keys)
-        cache = LatentsCache.build(train + held_out, self._encode, Path(config.data) / f"latents-{key}", key)
-        caches = [LatentsCache(cache.path, key, part) for part in (train, held_out or train)]
+        path, recordings = Path(config.data) / f"latents-{key}", train + held_out
+        if mine := recordings[rank::ranks]:
+            LatentsCache.build(mine, self._encode, path, key, batch=64)
+        if ranks > 1:
+            torch.distributed.barrier()  # each process has encoded its share
+        caches = [LatentsCache(path, key, part) for part in (train, held_out or train)]
         tail = length - self.model.denoiser.sink - self.model.denoiser.recent
         self.batches = Batches(
             Segments(caches[0], length, names), pace.batch, config.seed, rank, ranks, tail=tail
