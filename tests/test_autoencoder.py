@@ -76,6 +76,8 @@ def test_decode_clips_to_what_a_screen_shows():
     autoencoder.decoder = torch.nn.Identity()
     made = autoencoder.decode(wild[None, :, None, None]).flatten()
     assert made.tolist() == [0, 0, 1, 128, 255, 255, 255, 255]
+    every = torch.arange(256, dtype=torch.uint8)[None, :, None, None]
+    assert torch.equal(autoencoder.decode(to_float(every)), every)
 
 
 def test_it_learns_real_frames(frames):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import engine.denoiser
 from engine.config import DenoiserConfig
 from engine.denoiser import Denoiser, weighted_error
 from engine.kv_cache import Context, Written
@@ -182,6 +183,42 @@ def test_half_of_a_batch_is_trained_with_a_foreign_sink():
             assert torch.equal(past[:, :, tokens:], own[:, :, 6 * tokens :].repeat(2, 1, 1, 1)), (
                 "its own ring"
             )
+
+
+@pytest.mark.parametrize("commit_position", [0, 1])
+def test_loss_lays_actions_on_the_frames_that_they_cause(commit_position, monkeypatch):
+    """Frame t is the number t and so is its action: what the networks are given must agree."""
+    denoiser = make(scramble=0.2, commit_position=commit_position)
+    number = torch.arange(10.0)
+    latents = number[:, None, None, None].expand(2, 10, *SHAPE)
+    actions = number[:, None].expand(2, 10, 2)
+    monkeypatch.setattr(engine.denoiser, "training_sigma", lambda ladder, b: torch.zeros(b, len(ladder)))
+    monkeypatch.setattr(denoiser, "_roughen", lambda clean: (clean, torch.zeros(clean.shape[:2])))
+    forward, seen = denoiser.transformer.forward, []
+
+    def watched(noisy: Tensor, before: Tensor, sigma: Tensor, action: Tensor, frame: int, *rest) -> Tensor:
+        seen.append((noisy[0, :, 0, 0, 0].tolist(), before[0, :, 0, 0, 0].tolist(), frame))
+        return forward(noisy, before, sigma, action, frame, *rest)
+
+    def told(actions: Tensor, known: Tensor, dropped: Tensor | None = None) -> Tensor:
+        seen.append((actions[0, :, 0].tolist(), known[0].tolist()))
+        return torch.zeros(*known.shape, SMALL["width"])
+
+    monkeypatch.setattr(denoiser.transformer, "forward", watched)
+    monkeypatch.setattr(denoiser.actions, "forward", told)
+    starts, sizes = set(), set()
+    for _ in range(40):
+        seen.clear()
+        denoiser.loss(latents, actions, windows=2)
+        (history, certain), (committed, preceding, first), (shown, known), (window, before, start) = seen
+        assert first == 0 and history == committed == list(range(start)) and set(certain) == {1}
+        assert preceding == [0, *history[:-1]] and set(before) == {start - 1}
+        assert window == [start + k for k in range(len(window))]
+        assert shown == [start + min(k, commit_position) for k in range(len(window))]
+        assert known == [float(k <= commit_position) for k in range(len(window))]
+        starts.add(start)
+        sizes.add(len(window))
+    assert starts == {4, 5, 6, 7} and sizes == {1, 3}
 
 
 def test_loss_takes_the_shortest_segment_and_none_shorter():

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,15 @@ import pytest
 import torch
 
 import train
+from engine import stages
 from engine.autoencoder import Autoencoder
 from engine.checkpoint import Checkpoint
 from engine.config import TrainConfig, load_config
+from engine.denoiser import Denoiser, weighted_error
 from engine.optim import learning_rate, moving_average
 from engine.picture import load_picture
 from engine.recording import Recorder
+from engine.rollout import Rollout
 from engine.session import Player, Session
 
 ROOT = Path(__file__).parent.parent
@@ -190,6 +194,46 @@ def test_a_finished_stage_stays_finished(trained, data):
     before = torch.load(out / "rollout.state.pt")
     assert run("stage=rollout", f"data={data}", f"out={out}", "steps=8")["steps"] == 8
     assert_same(torch.load(out / "rollout.state.pt"), before)
+
+
+@pytest.mark.parametrize("commit_position", [0, 1])
+def test_rolled_windows_are_held_against_the_frames_of_their_actions(commit_position, monkeypatch):
+    """Frame t is the number t and so is its action, which is held while the window from frame t on is made."""
+    config = load_config("train", TrainConfig, ["preset=toy", "stage=rollout"])
+    size = replace(config.model.denoiser, commit_position=commit_position)
+    loss = stages.RolloutLoss(Denoiser(size, 1, 2, 4, 6), replace(config.pace(), unroll=4, plain_share=0.0))
+    number, start, window = torch.arange(10.0), size.sink + size.recent, size.window
+    seen: list[tuple] = []
+
+    def watch(name: str) -> None:
+        plain = getattr(Rollout, name)
+
+        def watched(rollout: Rollout, *given):
+            numbers = (
+                [x.flatten(2)[0, :, 0].tolist() for x in given[:2]]
+                if name == "reset"
+                else given[-1][0].tolist()
+            )
+            seen.append((name, rollout.cache.frames, numbers))
+            return plain(rollout, *given)
+
+        monkeypatch.setattr(Rollout, name, watched)
+
+    def error(made: torch.Tensor, true: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        seen.append(("error", made.requires_grad, true[0, :, 0, 0, 0].tolist(), sigma[0].tolist()))
+        return weighted_error(made, true, sigma)
+
+    for name in ("reset", "predict", "advance"):
+        watch(name)
+    monkeypatch.setattr(stages, "weighted_error", error)
+    value, _ = loss((number[:, None, None, None].expand(2, 10, 2, 4, 6), number[:, None].expand(2, 10, 1)))
+    value.backward()
+    assert seen.pop(0)[2] == [list(range(start))] * 2 and len(seen) == 3 * 4
+    for frame in range(start, start + 4):
+        true = list(range(frame, frame + window))
+        assert seen.pop(0) == ("predict", frame, [frame])
+        assert seen.pop(0) == ("error", True, true, pytest.approx(size.ladder))
+        assert seen.pop(0) == ("advance", frame, [frame])
 
 
 def test_learning_rate_warms_up_and_decays():
