@@ -14,7 +14,8 @@ from engine.rollout import Rollout
 from engine.sampler import scalings
 
 SHAPE = (2, 4, 6)
-SMALL = {"width": 48, "layers": 2, "head_dim": 24, "window": 3, "recent": 3, "ladder": [0.5, 0.8, 1.0]}
+SMALL = {"width": 48, "layers": 2, "head_dim": 24, "patch": 2, "sink": 1}
+SMALL |= {"window": 3, "recent": 3, "ladder": [0.5, 0.8, 1.0]}
 
 
 def make(scramble: float = 0.0, **changes) -> Denoiser:

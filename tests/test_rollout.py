@@ -24,7 +24,8 @@ KEYS, SHAPE = 3, (2, 4, 6)  # channels, rows, columns: 6 tokens and the action's
 
 def tiny(**changes) -> Denoiser:
     """An untrained denoiser whose every weight matters: gates that start at zero would hide mistakes."""
-    plain = {"width": 32, "layers": 2, "head_dim": 16, "window": 3, "recent": 3, "ladder": [0.5, 0.8, 1.0]}
+    size = {"width": 32, "layers": 2, "head_dim": 16, "patch": 2}
+    plain = {**size, "window": 3, "recent": 3, "sink": 1, "ladder": [0.5, 0.8, 1.0], "correction": 0.9}
     torch.manual_seed(0)
     denoiser = Denoiser(DenoiserConfig(**{**plain, **changes}), KEYS, *SHAPE)
     with torch.no_grad():

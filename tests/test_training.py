@@ -198,9 +198,9 @@ def test_a_finished_stage_stays_finished(trained, data):
 
 @pytest.mark.parametrize("commit_position", [0, 1])
 def test_rolled_windows_are_held_against_the_frames_of_their_actions(commit_position, monkeypatch):
-    """Frame t is the number t and so is its action, which is held while the window from frame t on is made."""
+    """Frame t is the number t and so is its action, held while the window from frame t on is made."""
     config = load_config("train", TrainConfig, ["preset=toy", "stage=rollout"])
-    size = replace(config.model.denoiser, commit_position=commit_position)
+    size = replace(config.model.denoiser, commit_position=commit_position, patch=2)
     loss = stages.RolloutLoss(Denoiser(size, 1, 2, 4, 6), replace(config.pace(), unroll=4, plain_share=0.0))
     number, start, window = torch.arange(10.0), size.sink + size.recent, size.window
     seen: list[tuple] = []
@@ -209,12 +209,8 @@ def test_rolled_windows_are_held_against_the_frames_of_their_actions(commit_posi
         plain = getattr(Rollout, name)
 
         def watched(rollout: Rollout, *given):
-            numbers = (
-                [x.flatten(2)[0, :, 0].tolist() for x in given[:2]]
-                if name == "reset"
-                else given[-1][0].tolist()
-            )
-            seen.append((name, rollout.cache.frames, numbers))
+            told = [x.flatten(2)[0, :, 0].tolist() for x in given[:2]] if name == "reset" else given[-1][0, 0]
+            seen.append((name, rollout.cache.frames, told))
             return plain(rollout, *given)
 
         monkeypatch.setattr(Rollout, name, watched)
@@ -231,9 +227,9 @@ def test_rolled_windows_are_held_against_the_frames_of_their_actions(commit_posi
     assert seen.pop(0)[2] == [list(range(start))] * 2 and len(seen) == 3 * 4
     for frame in range(start, start + 4):
         true = list(range(frame, frame + window))
-        assert seen.pop(0) == ("predict", frame, [frame])
+        assert seen.pop(0) == ("predict", frame, frame)
         assert seen.pop(0) == ("error", True, true, pytest.approx(size.ladder))
-        assert seen.pop(0) == ("advance", frame, [frame])
+        assert seen.pop(0) == ("advance", frame, frame)
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -335,7 +331,7 @@ def refusal(capsys, *options: str) -> str:
         (["stage=denoiser", "model.denoiser.width=100"], "100"),
         (["stage=denoiser", "model.denoiser.head_dim=0"], "head_dim"),
         (["stage=denoiser", "model.denoiser.ladder=[0.9,0.5,1]"], "ladder"),
-        (["stage=autoencoder", "model.autoencoder.widths=[8,8]"], "widths"),
+        (["stage=denoiser", "model.denoiser.patch=5"], "patch"),
         (["stage=denoiser", "device=abacus"], "abacus"),
         (["stage=autoencoder", "data={tmp}/empty"], "no recording"),
         (["stage=denoiser", "out={tmp}/empty"], "no checkpoint"),
