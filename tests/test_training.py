@@ -331,7 +331,6 @@ def refusal(capsys, *options: str) -> str:
         (["stage=denoiser", "model.denoiser.width=100"], "100"),
         (["stage=denoiser", "model.denoiser.head_dim=0"], "head_dim"),
         (["stage=denoiser", "model.denoiser.ladder=[0.9,0.5,1]"], "ladder"),
-        (["stage=denoiser", "model.denoiser.patch=5"], "patch"),
         (["stage=denoiser", "device=abacus"], "abacus"),
         (["stage=autoencoder", "data={tmp}/empty"], "no recording"),
         (["stage=denoiser", "out={tmp}/empty"], "no checkpoint"),
@@ -351,6 +350,11 @@ def test_bad_input_is_one_sentence(options, word, data, tmp_path, capsys):
 def test_an_autoencoder_of_another_game_is_refused(started, data, capsys):
     said = refusal(capsys, "stage=denoiser", "world=doom_defend", f"data={data}", f"out={started}")
     assert "doom_gathering" in said
+
+
+def test_patches_that_do_not_divide_the_latents_are_refused(started, data, capsys):
+    options = ["stage=denoiser", "model.denoiser.patch=5", f"data={data}", f"out={started}"]
+    assert "patch" in refusal(capsys, *options)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "other config"])
