@@ -10,6 +10,7 @@ from .actions import ActionEncoder
 from .config import DenoiserConfig
 from .kv_cache import Context, KVCache, Written
 from .layers import Memory
+from .motion import Motion
 from .sampler import add_noise, scalings, training_sigma
 from .transformer import Transformer
 from .window import bind
@@ -22,6 +23,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config, self.keys, self.shape = config, keys, (channels, rows, columns)
         self.actions = ActionEncoder(keys, config.width)
+        self.motion = Motion(keys, channels, config.patch, config.window)
         self.transformer = Transformer(config, channels, rows, columns)
         self.register_buffer("ladder", torch.tensor(config.ladder), persistent=False)
 
@@ -40,9 +42,11 @@ class Denoiser(nn.Module):
         """
         skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
         action = self.actions(actions, known, dropped)
-        before = memory.last[:, None].expand_as(noisy)
-        made = self.transformer(scale * noisy, before, sigma, action, frame, memory)
-        return skip * noisy + out * made.float()
+        ahead = torch.arange(noisy.shape[1], device=noisy.device)
+        guess = self.motion(memory.last[:, None].expand_as(noisy), actions, ahead)
+        missed = noisy - (1 - sigma[..., None, None, None]) * guess  # what the guess misses, just as noisy
+        made = self.transformer(scale * missed, guess, sigma, action, frame, memory)
+        return guess + skip * missed + out * made.float()
 
     def commit(
         self, clean: Tensor, actions: Tensor, frame: int, memory: Memory, sigma: Tensor | None = None
@@ -57,8 +61,11 @@ class Denoiser(nn.Module):
         scale = scalings(sigma)[2][..., None, None, None]
         first = clean[:, :1] if memory.last is None else memory.last[:, None]
         before = torch.cat([first, clean[:, :-1]], 1)
-        self.transformer(scale * clean, before, sigma, self.actions(actions, known), frame, memory, mask)
-        memory.last = clean[:, -1]
+        ahead = torch.zeros(clean.shape[1], dtype=torch.int64, device=clean.device)
+        guess = self.motion(before, actions, ahead)
+        missed = clean - (1 - sigma[..., None, None, None]) * guess
+        self.transformer(scale * missed, guess, sigma, self.actions(actions, known), frame, memory, mask)
+        memory.last = clean[:, -1].clone()
 
     def history_mask(self, frames: int, device: torch.device) -> Tensor:
         """(frames n, frames n): 0 where a token may look at a key of its own or of the `recent` frames

@@ -118,7 +118,8 @@ class RolloutLoss(PlainLoss):
             rollout.advance(made.detach(), actions[:, frame])
         error = torch.stack(errors)  # (steps, b, w)
         logs = {"head_first": error[0, :, 0].mean(), "head_last": error[-1, :, 0].mean()}
-        return error.mean(), {name: value.detach() for name, value in logs.items()}
+        unused = 0 * self.denoiser.actions.null.sum()  # data parallelism wants a gradient for every weight
+        return error.mean() + unused, {name: value.detach() for name, value in logs.items()}
 
 
 def _compute_dtype(device: torch.device) -> torch.dtype:

@@ -39,19 +39,17 @@ class Transformer(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        before: Tensor,
+        guess: Tensor,
         sigma: Tensor,
         action: Tensor,
         frame: int,
         memory: Memory,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """latents and the finished frame before each (b, t, c, y, x), sigma (b, t), action tokens (b, t, d),
-        index of the first frame, memory, mask (t n, m) added to the scores → (b, t, c, y, x).
-
-        Attention could find the frame before as well; as an input it makes "nothing moves" easy to learn.
+        """latents and a first guess at them (b, t, c, y, x), sigma (b, t), action tokens (b, t, d), index
+        of the first frame, memory, mask (t n, m) added to the scores → (b, t, c, y, x).
         """
-        both = torch.cat([latents, before], 2)
+        both = torch.cat([latents, guess], 2)
         p = self.patch
         x = self.patch_in(rearrange(both, "b t c (y p) (x q) -> b t (y x) (c p q)", p=p, q=p))
         x = torch.cat([action[:, :, None].to(x.dtype), x + self.place.to(x.dtype)], 2)  # (b, t, n, d)

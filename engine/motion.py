@@ -1,0 +1,45 @@
+"""Motion: the first guess at a frame, read off the last finished one and the held keys alone."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import pad, unfold
+
+
+class Motion(nn.Module):
+    """The last finished frame moved as the keys say: a linear map of each patch and its surroundings,
+    with a matrix of its own for every key and for every number of frames ahead.
+
+    Turning shifts and walking zooms the picture: both are nearly linear in the latents around a patch, so
+    they are learnt within minutes, and a key pressed late moves every frame in flight at once. What the
+    guess misses is the transformer's work.
+    """
+
+    def __init__(self, keys: int, channels: int, patch: int, ahead: int):
+        super().__init__()
+        self.patch, self.border = patch, patch // 2
+        around = patch + 2 * self.border
+        self.weight = nn.Parameter(torch.zeros(ahead, 1 + keys, channels * patch**2, channels * around**2))
+        still = torch.zeros(channels, patch, patch, channels, around, around)
+        c, y, x = torch.meshgrid(*(torch.arange(n) for n in (channels, patch, patch)), indexing="ij")
+        still[c, y, x, c, y + self.border, x + self.border] = 1
+        with torch.no_grad():  # without knowledge nothing moves
+            self.weight[:, 0] = still.flatten(3).flatten(0, 2)
+
+    def forward(self, before: Tensor, actions: Tensor, ahead: Tensor) -> Tensor:
+        """The finished frame that each guess starts from (b, t, c, y, x), actions (b, t, k), how many
+        frames lie between (t,) → guesses (b, t, c, y, x).
+        """
+        b, t, _, rows, columns = before.shape
+        edge = (self.border,) * 4
+        around = pad(before.flatten(0, 1), edge, mode="replicate")
+        around = unfold(around, self.patch + 2 * self.border, stride=self.patch)  # (b t, p, n)
+        around = rearrange(around, "(b t) p n -> t (b n) p", b=b)
+        matrices = rearrange(self.weight[ahead], "t f o p -> t p (f o)")
+        moved = rearrange(around @ matrices, "t (b n) (f o) -> b t n f o", b=b, f=actions.shape[-1] + 1)
+        held = torch.cat([torch.ones_like(actions[..., :1]), actions], -1)  # (b, t, f)
+        guess = (moved.float() * held[:, :, None, :, None]).sum(3)
+        grid = {"y": rows // self.patch, "x": columns // self.patch, "p": self.patch, "q": self.patch}
+        return rearrange(guess, "b t (y x) (c p q) -> b t c (y p) (x q)", c=before.shape[2], **grid)
