@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -119,8 +120,8 @@ class Training:
             self.module.load_state_dict(state["module"])
             self.average.load_state_dict(state["average"])
             self.optimiser.load_state_dict(state["optimiser"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            said = f"{self.state_file} does not fit this config"
+        except (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+            said = f"{first} is damaged or does not fit this config"
             raise UserError(f"{said}; delete it to start anew, or give another out=DIR.") from error
         self.step, self.seconds = state["step"], state["seconds"]
         if self.rank and not self.state_file.exists():

@@ -82,7 +82,7 @@ class Autoencoder(nn.Module):
         away.
         """
         latents, pixels = self.encode(frames), to_float(frames)
-        moved = len(frames) // 2
+        moved = (len(frames) + 1) // 2
         latents = torch.cat([zoom(latents[:moved], grid := random_crops(moved)), latents[moved:]])
         pixels = torch.cat([zoom(pixels[:moved], grid), pixels[moved:]])
         noisy = latents + self.latent_noise * torch.randn_like(latents)
@@ -93,7 +93,7 @@ class Autoencoder(nn.Module):
             error[..., 1:, :] - error[..., :-1, :]
         ).abs().mean()
         loss = error.abs().mean() + 4 * squared + 0.5 * edges
-        return loss, {"psnr": 10 * torch.log10(4 / error[moved:].detach().square().mean())}
+        return loss, {"psnr": 10 * torch.log10(4 / error.detach().square().mean())}
 
     def forward(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return self.loss(frames)

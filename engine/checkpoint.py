@@ -38,13 +38,14 @@ def save_checkpoint(
         "world": asdict(world),
         **about,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, beside, metadata={"rollplay": json.dumps(head)})
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            beside.unlink(missing_ok=True)
         raise UserError(
             f"The checkpoint {path} could not be written ({error}); free some space and run again."
         ) from error
@@ -83,6 +84,7 @@ class Checkpoint:
                 raise UserError(
                     f"{self.path} has format {self.about['format']}; this version reads {FORMAT}."
                 )
+            self.modules = list(self.about["modules"])
             parts = self.about["model"]
             self.model = ModelConfig(
                 AutoencoderConfig(**parts["autoencoder"]), DenoiserConfig(**parts["denoiser"])
@@ -95,7 +97,7 @@ class Checkpoint:
 
     def load_into(self, name: str, module: nn.Module) -> None:
         """Fills `module` with the weights stored as `name`; refuses missing, foreign and misshapen ones."""
-        if name not in self.about["modules"]:
+        if name not in self.modules:
             raise UserError(
                 f"{self.path} holds no {name}, only {self.about['modules']}; train that stage first."
             )
@@ -109,9 +111,9 @@ class Checkpoint:
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
-            first = str(error).splitlines()[1:2]
+            first = "".join(str(error).splitlines()[1:2]).strip()[:160]
             raise UserError(
-                f"The weights in {self.path} do not fit its config: {' '.join(first).strip()}"
+                f"The weights in {self.path} do not fit its config ({first}); train anew."
             ) from error
 
     def digest(self) -> str:

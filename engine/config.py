@@ -79,7 +79,7 @@ class DenoiserConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.width % self.head_dim or self.head_dim % 4:
+        if self.head_dim < 4 or self.width % self.head_dim or self.head_dim % 4:
             raise UserError(
                 f"model.width {self.width} must be a multiple of head_dim {self.head_dim}, that of 4."
             )

@@ -94,6 +94,11 @@ class LatentsCache:
     def __len__(self) -> int:
         return sum(map(len, self.latents))
 
+    def longest(self) -> int:
+        """Frames of the longest episode."""
+        ends = (np.flatnonzero(np.append(resets, True)) for resets in self.resets)
+        return max(int(np.diff(end, prepend=0).max()) for end in ends)
+
     @classmethod
     def build(
         cls,

@@ -37,6 +37,7 @@ def counter_noise(seed: Tensor, frame: int, level: Tensor, shape: tuple[int, ...
     """
     device, count = seed.device, math.prod(shape)
     frames = torch.arange(frame, frame + len(level), device=device)
+    seed = seed ^ _hash(seed >> 32)  # all 64 bits of a seed count
     key = _hash(seed[:, None] * 0x9E3779B1 + _hash(frames * 0x85EBCA77 + level * 0xC2B2AE3D))  # (b, t)
     half = (count + 1) // 2
     counter = torch.arange(2 * half, device=device) * 0x27D4EB2F

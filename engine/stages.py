@@ -160,7 +160,7 @@ class DenoiserStage:
         self.batches = Batches(
             Segments(caches[0], length, names), pace.batch, config.seed, rank, ranks, tail=tail
         )
-        self.shown = Batches(Segments(caches[1], 64, names), 6, 0)
+        self.shown = Batches(Segments(caches[1], min(64, caches[1].longest()), names), 6, 0)
         denoiser = Denoiser(
             self.model.denoiser, len(names), *self.model.autoencoder.latent_shape(config.world)
         )

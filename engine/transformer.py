@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .config import DenoiserConfig
+from .config import DenoiserConfig, UserError
 from .layers import DiTLayer, Memory, Positions, SigmaEncoder, modulated_norm
 
 
@@ -18,7 +18,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.patch = config.patch
         if rows % self.patch or columns % self.patch:
-            raise ValueError(f"latents of {columns}x{rows} do not divide into patches of {self.patch}")
+            said = f"Latents of {columns}x{rows} do not divide into patches of {self.patch}"
+            raise UserError(f"{said}; change model.denoiser.patch or the world's frame size.")
         self.rows, self.columns = rows // self.patch, columns // self.patch
         self.tokens = 1 + self.rows * self.columns  # a frame
         width, flat = config.width, channels * self.patch**2
