@@ -41,7 +41,7 @@ class Autoencoder(nn.Module):
     latents.
     """
 
-    latent_noise = 0.1
+    latent_noise = 0.2
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -92,7 +92,7 @@ class Autoencoder(nn.Module):
         edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (
             error[..., 1:, :] - error[..., :-1, :]
         ).abs().mean()
-        loss = error.abs().mean() + 4 * squared + 0.5 * edges
+        loss = error.abs().mean() + 4 * squared + 0.1 * edges
         return loss, {"psnr": 10 * torch.log10(4 / error.detach().square().mean())}
 
     def forward(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

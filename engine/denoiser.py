@@ -43,7 +43,8 @@ class Denoiser(nn.Module):
         skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
         action = self.actions(actions, known, dropped)
         ahead = torch.arange(noisy.shape[1], device=noisy.device)
-        guess = self.motion(memory.last[:, None].expand_as(noisy), actions, ahead)
+        held = actions if dropped is None else actions * ~dropped[..., None]
+        guess = self.motion(memory.last[:, None].expand_as(noisy), held, ahead)
         missed = noisy - (1 - sigma[..., None, None, None]) * guess  # what the guess misses, just as noisy
         made = self.transformer(scale * missed, guess, sigma, action, frame, memory)
         return guess + skip * missed + out * made.float()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     "engine/__init__.py  engine/config.py",
     "engine/worlds/base.py  engine/device.py  engine/picture.py  engine/optim.py  engine/sampler.py",
-    "engine/film.py  engine/pace.py  engine/video.py",
+    "engine/film.py  engine/pace.py  engine/motion.py  engine/video.py",
     "kernels/reference.py  kernels/attention.py  kernels/norm.py  kernels/rope.py",
     "kernels/__init__.py  engine/worlds/doom.py  engine/worlds/gym.py  engine/policies.py",
     "kernels/benchmark.py  engine/worlds/__init__.py  engine/recording.py  engine/kv_cache.py",
