@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -28,18 +30,40 @@ class Motion(nn.Module):
         with torch.no_grad():  # without knowledge nothing moves
             self.weight[:, 0] = still.flatten(3).flatten(0, 2)
 
+    def _around(self, frames: Tensor) -> Tensor:
+        """Each patch with its surroundings: frames (n, c, y, x) → (n, patches, c · around²)."""
+        edge = (self.border,) * 4
+        around = unfold(pad(frames, edge, mode="replicate"), self.patch + 2 * self.border, stride=self.patch)
+        return around.transpose(1, 2)
+
     def forward(self, before: Tensor, actions: Tensor, ahead: Tensor) -> Tensor:
         """The finished frame that each guess starts from (b, t, c, y, x), actions (b, t, k), how many
         frames lie between (t,) → guesses (b, t, c, y, x).
         """
-        b, t, _, rows, columns = before.shape
-        edge = (self.border,) * 4
-        around = pad(before.flatten(0, 1), edge, mode="replicate")
-        around = unfold(around, self.patch + 2 * self.border, stride=self.patch)  # (b t, p, n)
-        around = rearrange(around, "(b t) p n -> t (b n) p", b=b)
+        b, _, c, rows, columns = before.shape
+        around = rearrange(self._around(before.flatten(0, 1)), "(b t) n p -> t (b n) p", b=b)
         matrices = rearrange(self.weight[ahead], "t f o p -> t p (f o)")
         moved = rearrange(around @ matrices, "t (b n) (f o) -> b t n f o", b=b, f=actions.shape[-1] + 1)
         held = torch.cat([torch.ones_like(actions[..., :1]), actions], -1)  # (b, t, f)
         guess = (moved.float() * held[:, :, None, :, None]).sum(3)
         grid = {"y": rows // self.patch, "x": columns // self.patch, "p": self.patch, "q": self.patch}
-        return rearrange(guess, "b t (y x) (c p q) -> b t c (y p) (x q)", c=before.shape[2], **grid)
+        return rearrange(guess, "b t (y x) (c p q) -> b t c (y p) (x q)", c=c, **grid)
+
+    @torch.no_grad()
+    def fit(self, clips: Iterable[tuple[Tensor, Tensor]], ridge: float = 1000.0) -> None:
+        """Least squares over true clips, (b, 1 + ahead, c, y, x) and the keys of their second frame (b,
+        k): the best linear guess in closed form, of which gradient descent would take hours.
+        """
+        gram: Tensor | float = 0.0
+        cross: Tensor | float = 0.0
+        for latents, action in clips:
+            around = self._around(latents[:, 0])
+            held = torch.cat([torch.ones_like(action[:, :1]), action], -1)
+            inputs = torch.einsum("bnp,bf->bnfp", around, held).flatten(0, 1).flatten(1)  # (b n, f p)
+            wanted = unfold(latents[:, 1:].flatten(0, 1), self.patch, stride=self.patch)
+            wanted = rearrange(wanted, "(b t) o n -> (b n) (t o)", b=len(latents))
+            gram = gram + (inputs.T @ inputs).float()
+            cross = cross + (inputs.T @ wanted).float()
+        solved = torch.linalg.solve(gram + ridge * torch.eye(len(gram), device=gram.device), cross)
+        ahead, held, _, around = self.weight.shape
+        self.weight.copy_(rearrange(solved, "(f p) (t o) -> t f o p", f=held, t=ahead))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .autoencoder import Autoencoder, decode_clip
 from .checkpoint import Checkpoint, save_checkpoint, weights_digest
@@ -21,6 +22,7 @@ from .picture import grid
 from .recording import find_recordings
 from .rollout import Rollout
 
+FITTED = 25_000  # clips from which the first guess is fitted
 LICENCE = "Weights and start frames derive from ViZDoom (MIT) with Freedoom art (BSD-3-Clause); see NOTICE."
 
 
@@ -166,7 +168,20 @@ class DenoiserStage:
         )
         if rolled:
             before.load_into("denoiser", denoiser)
+        elif (
+            rank == 0 and not (out / "denoiser.state.pt").exists()
+        ):  # other processes get the first one's weights
+            self._fit_motion(denoiser, caches[0], names)
         self.module = (RolloutLoss if rolled else PlainLoss)(denoiser, pace)
+
+    def _fit_motion(self, denoiser: Denoiser, cache: LatentsCache, names: tuple[str, ...]) -> None:
+        """Where training begins: the best linear guess, from some ten thousand true frames."""
+        batches = Batches(Segments(cache, 1 + denoiser.config.window, names), 256, self.config.seed)
+        with autocast(self.device, self.dtype):
+            clips = tqdm(range(FITTED // 256), desc="first guess", unit="batch", disable=None)
+            denoiser.motion.fit(
+                (latents, actions[:, 1]) for latents, actions in (next(batches) for _ in clips)
+            )
 
     @torch.inference_mode()
     def _encode(self, frames: Tensor) -> Tensor:
