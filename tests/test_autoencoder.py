@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -158,7 +159,9 @@ def test_zoom_shows_the_crop():
 
 
 def test_half_of_the_frames_are_moved_with_their_latents(frames, monkeypatch):
-    """An autoencoder whose latents are its pixels makes no error, wherever it is shown."""
+    """An autoencoder whose latents are its pixels makes no error, wherever it is shown; errors of any frame,
+    moved or not, count in the figure that is shown.
+    """
     autoencoder, seen = make(), []
 
     def watched(x: Tensor, crops: Tensor) -> Tensor:
@@ -170,4 +173,9 @@ def test_half_of_the_frames_are_moved_with_their_latents(frames, monkeypatch):
     autoencoder.decoder, autoencoder.latent_noise = torch.nn.Identity(), 0.0
     loss, _ = autoencoder(frames[:5])
     assert loss.item() < 1e-6
-    assert [shape for shape, _ in seen] == [(2, 3, 96, 128)] * 2 and seen[0][1] is seen[1][1]
+    assert [shape for shape, _ in seen] == [(3, 3, 96, 128)] * 2 and seen[0][1] is seen[1][1]
+    for wrong in (0, 4):
+        off = 0.5 * (torch.arange(5) == wrong)[:, None, None, None]
+        monkeypatch.setattr(autoencoder.decoder, "forward", lambda latents, off=off: latents + off)
+        _, logs = autoencoder(frames[:5])
+        assert abs(logs["psnr"].item() - 10 * math.log10(4 / (0.5**2 / 5))) < 1e-3, f"frame {wrong}"

@@ -22,8 +22,8 @@ def make(scramble: float = 0.0, **changes) -> Denoiser:
     torch.manual_seed(0)
     denoiser = Denoiser(DenoiserConfig(**{**SMALL, **changes}), 2, *SHAPE)
     with torch.no_grad():
-        for parameter in denoiser.parameters():
-            parameter.add_(scramble * torch.randn_like(parameter))
+        for name, parameter in denoiser.named_parameters():
+            parameter.add_(scramble * torch.randn_like(parameter) * (0.2 if name == "motion.weight" else 1))
     return denoiser
 
 
@@ -83,7 +83,7 @@ def test_it_learns_what_keys_do(permuted):
     """The loss falls, and keys move the wave; with another game's keys the same must fail."""
     denoiser = make()
     assert obedience(denoiser) < 0.7
-    losses = train(denoiser, 110, permuted)
+    losses = train(denoiser, 80, permuted)
     found, first, last = obedience(denoiser.eval()), sum(losses[:5]) / 5, sum(losses[-20:]) / 20
     if permuted:
         assert found < 0.7
@@ -141,6 +141,59 @@ def test_a_dropped_action_says_nothing():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dropping", [False, True])
+def test_an_estimate_is_the_guess_and_what_it_misses(dropping):
+    """Written out: Motion moves the last frame as the shown keys say, and the network does the rest."""
+    denoiser = make(scramble=0.2)
+    noisy, sigma, actions, known, frame, context = outside()
+    dropped = torch.tensor([[True] * 3, [False, True, False]]) if dropping else None
+    held = actions.clone()
+    if dropping:
+        held[0], held[1, 1] = 0, 0
+    one = torch.cat(
+        [denoiser.motion(context.last[:, None], held[:, [k]], torch.tensor([k])) for k in range(3)], 1
+    )
+    level = sigma[..., None, None, None]
+    skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
+    missed = noisy - (1 - level) * one
+    action = denoiser.actions(actions, known, dropped)
+    made = denoiser.transformer(scale * missed, one, sigma, action, frame, context)
+    expected = one + skip * missed + out * made
+    assert torch.allclose(
+        denoiser(noisy, sigma, actions, known, frame, context, dropped), expected, atol=1e-5
+    )
+    assert (one - context.last[:, None]).abs().max() > 0.1, "the guess is not just the last frame"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("level", [0.0, 0.3])
+def test_a_commit_guesses_each_frame_from_the_one_before(level, monkeypatch):
+    """Frame t is guessed from frame t - 1 under the action t; the very first from itself; later passes go on
+    where the last one ended.
+    """
+    denoiser = make(scramble=0.2)
+    latents, actions, _ = world(2, 6, torch.Generator().manual_seed(0))
+    sigma = torch.full((2, 6), level)
+    seen = []
+    monkeypatch.setattr(denoiser.transformer, "forward", lambda *given: seen.append(given))
+    memory, now = Written(), torch.tensor([0])
+    denoiser.commit(latents[:, :4], actions[:, :4], 0, memory, sigma[:, :4])
+    assert torch.equal(memory.last, latents[:, 3])
+    denoiser.commit(latents[:, 4:], actions[:, 4:], 4, memory, sigma[:, 4:])
+    assert torch.equal(memory.last, latents[:, 5])
+    missed, guess = (torch.cat([given[which] for given in seen], 1) for which in range(2))
+    for frame in range(6):
+        before = latents[:, [max(0, frame - 1)]]
+        expected = denoiser.motion(before, actions[:, [frame]], now)
+        assert torch.allclose(guess[:, [frame]], expected, atol=1e-5), frame
+        scale = ((1 - level) ** 2 + level**2) ** -0.5
+        rest = scale * (latents[:, [frame]] - (1 - level) * expected)
+        assert torch.allclose(missed[:, [frame]], rest, atol=1e-5), frame
+    memory.last.fill_(torch.nan)
+    assert latents.isfinite().all(), "the memory has a frame of its own"
+
+
+@torch.no_grad()
 def test_a_clean_frame_stays_as_it_is():
     noisy, _, *rest = outside()
     made = make(scramble=0.2)(noisy, torch.zeros(2, 3), *rest)
@@ -188,38 +241,51 @@ def test_half_of_a_batch_is_trained_with_a_foreign_sink():
 
 @pytest.mark.parametrize("commit_position", [0, 1])
 def test_loss_lays_actions_on_the_frames_that_they_cause(commit_position, monkeypatch):
-    """Frame t is the number t and so is its action: what the networks are given must agree."""
+    """Frame t is the number t and so is its action: what the networks and the guess are given must agree."""
     denoiser = make(scramble=0.2, commit_position=commit_position)
     number = torch.arange(10.0)
     latents = number[:, None, None, None].expand(2, 10, *SHAPE)
     actions = number[:, None].expand(2, 10, 2)
     monkeypatch.setattr(engine.denoiser, "training_sigma", lambda ladder, b: torch.zeros(b, len(ladder)))
     monkeypatch.setattr(denoiser, "_roughen", lambda clean: (clean, torch.zeros(clean.shape[:2])))
-    forward, seen = denoiser.transformer.forward, []
+    forward, guesses, tellings, passes = denoiser.transformer.forward, [], [], []
 
-    def watched(noisy: Tensor, before: Tensor, sigma: Tensor, action: Tensor, frame: int, *rest) -> Tensor:
-        seen.append((noisy[0, :, 0, 0, 0].tolist(), before[0, :, 0, 0, 0].tolist(), frame))
-        return forward(noisy, before, sigma, action, frame, *rest)
+    def watched(missed: Tensor, guess: Tensor, sigma: Tensor, action: Tensor, frame: int, *rest) -> Tensor:
+        passes.append(((missed + guess)[0, :, 0, 0, 0].tolist(), guess[0, :, 0, 0, 0].tolist(), frame))
+        return forward(missed, guess, sigma, action, frame, *rest)
+
+    def guessed(before: Tensor, actions: Tensor, ahead: Tensor) -> Tensor:
+        guesses.append((before[0, :, 0, 0, 0].tolist(), actions[0, :, 0].tolist(), ahead.tolist()))
+        return before
 
     def told(actions: Tensor, known: Tensor, dropped: Tensor | None = None) -> Tensor:
-        seen.append((actions[0, :, 0].tolist(), known[0].tolist()))
+        gone = known[0] * 0 > 0 if dropped is None else dropped[0]
+        tellings.append((actions[0, :, 0].tolist(), known[0].tolist(), gone.tolist()))
         return torch.zeros(*known.shape, SMALL["width"])
 
     monkeypatch.setattr(denoiser.transformer, "forward", watched)
+    monkeypatch.setattr(denoiser.motion, "forward", guessed)
     monkeypatch.setattr(denoiser.actions, "forward", told)
-    starts, sizes = set(), set()
-    for _ in range(40):
-        seen.clear()
+    starts, sizes, drops = set(), set(), set()
+    for _ in range(60):
+        for seen in (guesses, tellings, passes):
+            seen.clear()
         denoiser.loss(latents, actions, windows=2)
-        (history, certain), (committed, preceding, first), (shown, known), (window, before, start) = seen
-        assert first == 0 and history == committed == list(range(start)) and set(certain) == {1}
-        assert preceding == [0, *history[:-1]] and set(before) == {start - 1}
-        assert window == [start + k for k in range(len(window))]
-        assert shown == [start + min(k, commit_position) for k in range(len(window))]
-        assert known == [float(k <= commit_position) for k in range(len(window))]
+        (preceding, causing, nexts), (before, held, ahead) = guesses
+        (history, certain, _), (shown, known, gone) = tellings
+        (committed, first_guess, first), (window, guess, start) = passes
+        places = list(range(len(window)))
+        assert first == 0 and history == committed == causing == list(range(start)) and set(certain) == {1}
+        assert first_guess == preceding == [0, *history[:-1]] and set(nexts) == {0}
+        assert window == [start + k for k in places]
+        assert shown == [start + min(k, commit_position) for k in places]
+        assert known == [float(k <= commit_position) for k in places]
+        assert guess == before == [start - 1] * len(window) and ahead == places
+        assert held == ([0] * len(window) if gone[0] else shown)
         starts.add(start)
         sizes.add(len(window))
-    assert starts == {4, 5, 6, 7} and sizes == {1, 3}
+        drops.add(gone[0])
+    assert starts == {4, 5, 6, 7} and sizes == {1, 3} and drops == {False, True}
 
 
 def test_loss_takes_the_shortest_segment_and_none_shorter():
@@ -237,7 +303,8 @@ def test_every_weight_is_trained():
     latents, actions, _ = world(8, 8, torch.Generator().manual_seed(0))
     for _ in range(8):  # enough that some action is dropped
         denoiser.loss(latents, actions, windows=4)[0].backward()
-    still = [name for name, p in denoiser.named_parameters() if p.grad is None or not p.grad.any()]
+    trained = [(name, p) for name, p in denoiser.named_parameters() if p.requires_grad]
+    still = [name for name, p in trained if p.grad is None or not p.grad.any()]
     assert not still
 
 
@@ -245,8 +312,10 @@ def test_weighted_error_is_that_of_the_networks_output():
     clean, noisy = torch.randn(2, 3, *SHAPE), torch.randn(2, 3, *SHAPE)
     sigma = torch.tensor([[0.3, 0.6, 1.0], [0.2, 0.9, 0.5]])
     skip, out, _ = (s[..., None, None, None] for s in scalings(sigma))
-    network, target = torch.randn_like(clean), (clean - skip * noisy) / out
-    error = weighted_error(skip * noisy + out * network, clean, sigma)
+    guess, network = torch.randn_like(clean), torch.randn_like(clean)
+    missed = noisy - (1 - sigma[..., None, None, None]) * guess
+    target = (clean - guess - skip * missed) / out
+    error = weighted_error(guess + skip * missed + out * network, clean, sigma)
     assert error.shape == (2, 3)
     assert torch.allclose(error, (network - target).square().mean((2, 3, 4)), rtol=1e-4)
     off = clean + 0.1

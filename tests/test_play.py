@@ -244,7 +244,8 @@ def test_a_window_keeps_the_worlds_pace(tiny_checkpoint, capsys):
         capsys, "display=window", f"checkpoint={tiny_checkpoint}", "policy=random", "frames=40", "device=cpu"
     )
     assert figures["frames"] == 40 and {"late", "dropped"} <= figures.keys()
-    assert 0.5 < figures["real_time_ratio"] < 1.1
+    busy = max(1.0, os.getloadavg()[0] / os.cpu_count())
+    assert 0.5 / busy < figures["real_time_ratio"] < 1.1
 
 
 def test_hud_leaves_the_centre_free():

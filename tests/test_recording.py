@@ -175,7 +175,7 @@ def test_kill_9_loses_less_than_a_second(tmp_path, moments, pause):
         lost = when[len(recording) :]
         print(f"killed after {len(when)} frames: {len(recording)} readable")
         assert not lost or lost[-1] - lost[0] < 1e9, f"{len(lost)} of {len(when)} frames lost"
-        assert len(recording) or len(when) < 10
+        assert len(recording) or len(when) < 16  # 8 in the queue, 1 being encoded, a cluster of 250 ms
         assert [number_of(frame) for frame in recording.frames()] == [i % 32 for i in range(len(recording))]
         for i, action in enumerate(recording.actions):
             np.testing.assert_array_equal(action, action_of(i % 32))

@@ -16,21 +16,27 @@ from engine.denoiser import Denoiser
 from engine.kv_cache import Context, Written
 from engine.layers import qk_norm_rope
 from engine.rollout import Rollout
-from engine.sampler import add_noise, counter_noise, ramp
+from engine.sampler import add_noise, counter_noise, ramp, scalings
 from engine.window import bind
 
 KEYS, SHAPE = 3, (2, 4, 6)  # channels, rows, columns: 6 tokens and the action's
 
 
 def tiny(**changes) -> Denoiser:
-    """An untrained denoiser whose every weight matters: gates that start at zero would hide mistakes."""
+    """An untrained denoiser whose every weight matters: gates that start at zero would hide mistakes.
+
+    Motion only loosely holds on to what it moves, or a game on its own frames would grow without bounds.
+    """
     size = {"width": 32, "layers": 2, "head_dim": 16, "patch": 2}
     plain = {**size, "window": 3, "recent": 3, "sink": 1, "ladder": [0.5, 0.8, 1.0], "correction": 0.9}
     torch.manual_seed(0)
     denoiser = Denoiser(DenoiserConfig(**{**plain, **changes}), KEYS, *SHAPE)
     with torch.no_grad():
-        for parameter in denoiser.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+        for name, parameter in denoiser.named_parameters():
+            if name == "motion.weight":
+                parameter.mul_(0.5).add_(0.04 * torch.randn_like(parameter))
+            else:
+                parameter.add_(0.2 * torch.randn_like(parameter))
     return denoiser.eval()
 
 
@@ -69,7 +75,7 @@ def context(denoiser: Denoiser, latents: Tensor, actions: Tensor, first: int = 0
             torch.cat([v[:, :, : config.sink], v[:, :, -config.recent :]], 2),
         )
         layers.append(tuple(x.flatten(2, 3) for x in joined))
-    return Context(layers, written.last)
+    return Context(layers, latents[:, -1])
 
 
 def test_cached_commits_are_one_masked_pass():
@@ -163,7 +169,7 @@ def test_gradient_path_gives_the_same_numbers():
         assert made.requires_grad and not expected.requires_grad and close(made, expected)
         assert close(learning.advance(made, action), playing.advance(expected, action))
     made.square().sum().backward()  # after the commit has written into the cache
-    silent = {name for name, parameter in denoiser.named_parameters() if parameter.grad is None}
+    silent = {name for name, p in denoiser.named_parameters() if p.requires_grad and p.grad is None}
     assert silent == {"actions.null"}, "only dropped actions use it"
     assert denoiser.transformer.layers[0].attention.qkv.weight.grad.abs().max() > 0
 
@@ -213,12 +219,23 @@ def test_cached_steps_are_the_written_out_definition(changes, monkeypatch):
     latents, before, played, seed = game(frames=8)
     made = play(denoiser, latents, before, played, seed)
 
+    def moved(last: Tensor, keys: Tensor, ahead: int) -> Tensor:
+        return denoiser.motion(last[:, None], keys[:, None], torch.tensor([ahead]))
+
     def estimate(clean: Tensor, levels: Tensor, keys: Tensor, known: Tensor) -> Tensor:
         frame = latents.shape[1]
         noise = counter_noise(seed, frame, torch.zeros(len(levels), dtype=torch.int64), SHAPE)
-        sigma = levels.expand(2, -1)
+        sigma, noisy = levels.expand(2, -1), add_noise(clean, noise, levels.expand(2, -1))
         memory = context(denoiser, latents, before)
-        return denoiser(add_noise(clean, noise, sigma), sigma, keys, known, frame, memory)
+        guess = torch.cat([moved(latents[:, -1], keys[:, k], k) for k in range(len(levels))], 1)
+        missed = noisy - (1 - sigma[..., None, None, None]) * guess
+        skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
+        action = denoiser.actions(keys, known)
+        return (
+            guess
+            + skip * missed
+            + out * denoiser.transformer(scale * missed, guess, sigma, action, frame, memory)
+        )
 
     ladder, window = torch.tensor(config.ladder), config.window
     known = torch.tensor([[float(k <= c) for k in range(window)]] * 2)

