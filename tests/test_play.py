@@ -349,6 +349,7 @@ def test_a_real_window(window, tmp_path):
 
     for taps in range(1, 4):  # shorter than a step: in one frame
         window.do("key", "--delay", "0", "Left")
+        window.wait(lambda taps=taps: window.held("turn_left") >= taps)
         window.frames_pass(3)
         assert window.held("turn_left") == taps
 
