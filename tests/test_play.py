@@ -361,6 +361,7 @@ def test_a_real_window(window, tmp_path):
     window.wait(lambda: window.held("strafe_right") > 2)
     root = window.do("search", "--maxdepth", "0", "--class", ".*")
     window.do("windowfocus", root)
+    window.wait(lambda: "strafe_right" not in window.lines()[-1]["keys"])
     window.frames_pass(3)
     strafed = window.held("strafe_right")
     window.frames_pass(4)
