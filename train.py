@@ -259,7 +259,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except PermissionError as error:
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
         print(
             f"train.py: {error.filename} cannot be written; choose another place with out=DIR.",
             file=sys.stderr,

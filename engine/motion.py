@@ -23,7 +23,9 @@ class Motion(nn.Module):
         super().__init__()
         self.patch, self.border = patch, patch // 2
         around = patch + 2 * self.border
-        self.weight = nn.Parameter(torch.zeros(ahead, 1 + keys, channels * patch**2, channels * around**2))
+        self.weight = nn.Parameter(
+            torch.zeros(ahead, 1 + keys, channels * patch**2, channels * around**2), requires_grad=False
+        )
         still = torch.zeros(channels, patch, patch, channels, around, around)
         c, y, x = torch.meshgrid(*(torch.arange(n) for n in (channels, patch, patch)), indexing="ij")
         still[c, y, x, c, y + self.border, x + self.border] = 1
@@ -54,16 +56,21 @@ class Motion(nn.Module):
         """Least squares over true clips, (b, 1 + ahead, c, y, x) and the keys of their second frame (b,
         k): the best linear guess in closed form, of which gradient descent would take hours.
         """
-        gram: Tensor | float = 0.0
-        cross: Tensor | float = 0.0
+        ahead, keys, _, size = self.weight.shape
+        sums: dict[tuple[float, ...], Tensor] = {}  # few combinations of keys are held, so one sum for each
         for latents, action in clips:
-            around = self._around(latents[:, 0])
-            held = torch.cat([torch.ones_like(action[:, :1]), action], -1)
-            inputs = torch.einsum("bnp,bf->bnfp", around, held).flatten(0, 1).flatten(1)  # (b n, f p)
-            wanted = unfold(latents[:, 1:].flatten(0, 1), self.patch, stride=self.patch)
-            wanted = rearrange(wanted, "(b t) o n -> (b n) (t o)", b=len(latents))
-            gram = gram + (inputs.T @ inputs).float()
-            cross = cross + (inputs.T @ wanted).float()
-        solved = torch.linalg.solve(gram + ridge * torch.eye(len(gram), device=gram.device), cross)
-        ahead, held, _, around = self.weight.shape
-        self.weight.copy_(rearrange(solved, "(f p) (t o) -> t f o p", f=held, t=ahead))
+            around = self._around(latents[:, 0].float())  # (b, n, p)
+            wanted = unfold(latents[:, 1:].flatten(0, 1).float(), self.patch, stride=self.patch)
+            wanted = rearrange(wanted, "(b t) o n -> b n (t o)", b=len(latents))
+            for held in action.unique(dim=0):
+                mine = (action == held).all(1)
+                x, y = around[mine].flatten(0, 1), wanted[mine].flatten(0, 1)
+                name = (1.0, *held.tolist())
+                sums[name] = sums.get(name, 0) + (x.T @ torch.cat([x, y], 1)).double()  # (p, p + t o)
+        held = torch.tensor(list(sums), dtype=torch.float64, device=self.weight.device)  # (s, f)
+        grams, crosses = torch.stack(list(sums.values())).tensor_split([size], -1)
+        gram = torch.einsum("sf,sg,spq->fpgq", held, held, grams).flatten(2).flatten(0, 1)
+        cross = torch.einsum("sf,spo->fpo", held, crosses).flatten(0, 1)
+        gram.diagonal().add_(ridge)
+        solved = torch.linalg.solve(gram, cross)
+        self.weight.copy_(rearrange(solved, "(f p) (t o) -> t f o p", f=keys, t=ahead))

@@ -177,11 +177,8 @@ class DenoiserStage:
     def _fit_motion(self, denoiser: Denoiser, cache: LatentsCache, names: tuple[str, ...]) -> None:
         """Where training begins: the best linear guess, from some ten thousand true frames."""
         batches = Batches(Segments(cache, 1 + denoiser.config.window, names), 256, self.config.seed)
-        with autocast(self.device, self.dtype):
-            clips = tqdm(range(FITTED // 256), desc="first guess", unit="batch", disable=None)
-            denoiser.motion.fit(
-                (latents, actions[:, 1]) for latents, actions in (next(batches) for _ in clips)
-            )
+        clips = tqdm(range(FITTED // 256), desc="first guess", unit="batch", disable=None)
+        denoiser.motion.fit((latents, actions[:, 1]) for latents, actions in (next(batches) for _ in clips))
 
     @torch.inference_mode()
     def _encode(self, frames: Tensor) -> Tensor:
