@@ -189,7 +189,7 @@ class PlayConfig:
     fullscreen: bool = False
     device: str = "auto"
     precision: str = "auto"
-    threads: int = 0
+    threads: int = 1  # two take twice as long for a step this small; 0: torch decides
 
     def __post_init__(self) -> None:
         self.game = self.game.lower()  # YAML reads true as a truth value, which comes here as "True"
