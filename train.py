@@ -48,7 +48,7 @@ class Training:
         torch.manual_seed(config.seed + 1000 * rank)
         self.stage = make_stage(config, self.device, self.dtype, rank, ranks)
         self.module = self.stage.module.to(self.device)
-        self.optimiser = optim.make_optimiser(self.module, self.pace)
+        self.optimiser = optim.Optimiser(self.module, self.pace)
         self.average = optim.moving_average(self.module, self.pace.ema)
         self.runner = DistributedDataParallel(self.module) if ranks > 1 else self.module
         if config.compile:
@@ -74,10 +74,9 @@ class Training:
             loss, logs = self.runner(self.stage.batch(self.step))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.pace.grad_clip)
-        optim.set_learning_rate(self.optimiser, optim.learning_rate(self.pace, self.step, progress))
         if torch.isfinite(norm):
-            self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+            self.optimiser.step(optim.learning_rate(self.pace, self.step, progress))
+        self.optimiser.zero_grad()
         self.average.update_parameters(self.module)
         self.step += 1
         return {"loss": loss.detach(), "grad": norm, **logs}

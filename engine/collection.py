@@ -24,6 +24,7 @@ from .worlds import make_world
 
 RECORDING_FRAMES = 6000  # frames in one recording; the unit of work and of resuming
 REPORT_FRAMES = 50  # a worker tells the progress bar after so many
+RESTARTS = 3  # a simulator that crashes takes its worker with it; seen once in some hundred starts
 LEAVE_SECONDS = 2.0  # that a worker without a parent has to close its world
 
 _played = None  # in a worker: frames played by all workers, shared with the parent
@@ -80,29 +81,39 @@ def plan(config: TrainConfig) -> list[Job]:
 
 
 def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
-    """Plays all jobs in worker processes → number of episodes."""
+    """Plays all jobs in worker processes → number of episodes. A worker that dies is replaced a few times."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(config.workers or cores or 1, len(todo))
-    # spawn, not fork: the parent may hold torch's threads, which do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    played = context.Value("q", 0)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(played,))
     bar = tqdm(total=kept + sum(job.frames for job in todo), initial=kept, unit="frame", desc="collect")
-    try:
-        with bar:
-            return _follow([pool.submit(play, job) for job in todo], bar, played)
-    except BrokenProcessPool:
-        raise UserError("A collecting process was killed; run again with fewer workers to go on.") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    episodes, deaths = 0, 0
+    with bar:
+        while left := [job for job in todo if not job.directory.exists()]:
+            # spawn, not fork: the parent may hold torch's threads, which do not survive a fork
+            context = multiprocessing.get_context("spawn")
+            played = context.Value("q", 0)
+            bar.n = bar.total - sum(job.frames for job in left)  # a dead worker's half recording is made anew
+            pool = ProcessPoolExecutor(
+                workers, mp_context=context, initializer=_start_worker, initargs=(played,)
+            )
+            try:
+                episodes += _follow([pool.submit(play, job) for job in left], bar, played)
+            except BrokenProcessPool:
+                deaths += 1
+                if deaths > RESTARTS:
+                    said = f"A collecting process died {deaths} times"
+                    raise UserError(f"{said}; run again with fewer workers to go on.") from None
+                bar.write("A collecting process died (a fault of the simulator, or memory ran out); going on.")
+            finally:
+                pool.shutdown(cancel_futures=True)
+    return episodes
 
 
 def _follow(futures: list[Future], bar: tqdm, played) -> int:
-    waiting, episodes, seen = set(futures), 0, 0
+    waiting, episodes, seen, begun = set(futures), 0, 0, bar.n
     while waiting:
         finished, waiting = wait(waiting, timeout=0.25, return_when=FIRST_COMPLETED)
         bar.update(played.value - seen)
-        seen = bar.n - bar.initial
+        seen = bar.n - begun
         episodes += sum(future.result() for future in finished)
     return episodes
 
@@ -110,6 +121,9 @@ def _follow(futures: list[Future], bar: tqdm, played) -> int:
 def _start_worker(played) -> None:
     global _played
     _played = played
+    nowhere = os.open(os.devnull, os.O_WRONLY)  # a simulator that outlives its worker must not hold our pipes
+    for output in (1, 2):
+        os.dup2(nowhere, output)
     parent = multiprocessing.parent_process()
 
     def leave_with_parent() -> None:  # a killed parent cannot tell its workers to stop

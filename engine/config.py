@@ -69,11 +69,14 @@ class DenoiserConfig:
     head_dim: int = 64
     mlp_ratio: int = 4
     patch: int = 4  # latents per token side
+    fine: int = 96  # channels of the convolutions around the tokens
+    stem: int = 2  # convolution layers before the tokens
+    head: int = 4  # convolution layers behind them
     window: int = 4  # frames in flight
     recent: int = 8  # finished frames remembered
     sink: int = 1  # first frames remembered for ever
     commit_position: int = 0  # window positions up to here show their own, final action
-    ladder: list[float] = field(default_factory=lambda: [0.4, 0.7, 0.9, 1.0])  # oldest to newest
+    ladder: list[float] = field(default_factory=lambda: [0.6, 0.8, 0.93, 1.0])  # oldest to newest
     correction: float = (
         0.9  # noise level to which the leaving frame is sent back after a key change; 0: never
     )
@@ -114,6 +117,7 @@ class StageConfig:
     warmup: int = 200  # steps
     decay_share: float = 0.3  # of the run, at its end, over which the learning rate falls to zero
     weight_decay: float = 0.01
+    muon: bool = True  # for the matrices of the transformer's layers
     grad_clip: float = 1.0
     ema: float = 0.999
     clip: int = 15  # frames in a training segment

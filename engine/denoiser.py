@@ -44,9 +44,10 @@ class Denoiser(nn.Module):
         action = self.actions(actions, known, dropped)
         ahead = torch.arange(noisy.shape[1], device=noisy.device)
         held = actions if dropped is None else actions * ~dropped[..., None]
-        guess = self.motion(memory.last[:, None].expand_as(noisy), held, ahead)
+        before = memory.last[:, None]
+        guess = self.motion(before, held, ahead)
         missed = noisy - (1 - sigma[..., None, None, None]) * guess  # what the guess misses, just as noisy
-        made = self.transformer(scale * missed, guess, sigma, action, frame, memory)
+        made = self.transformer(scale * missed, guess, before, sigma, action, frame, memory)
         return guess + skip * missed + out * made.float()
 
     def commit(
@@ -65,7 +66,8 @@ class Denoiser(nn.Module):
         ahead = torch.zeros(clean.shape[1], dtype=torch.int64, device=clean.device)
         guess = self.motion(before, actions, ahead)
         missed = clean - (1 - sigma[..., None, None, None]) * guess
-        self.transformer(scale * missed, guess, sigma, self.actions(actions, known), frame, memory, mask)
+        action = self.actions(actions, known)
+        self.transformer(scale * missed, guess, before, sigma, action, frame, memory, mask, painted=False)
         memory.last = clean[:, -1].clone()
 
     def history_mask(self, frames: int, device: torch.device) -> Tensor:

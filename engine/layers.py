@@ -113,6 +113,28 @@ class DiTLayer(nn.Module):
         return torch.addcmul(x, gate_m[:, :, None], y)
 
 
+class ConvLayer(nn.Module):
+    """x + convolutions(x) at the latents' resolution, normalised over channels, scaled and shifted by the
+    frame's condition.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.condition = nn.Linear(width, 2 * channels)
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        for zero in (self.condition, self.second):
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x (b t, f, y, x) with channels last in memory, condition (b, t, d) → as x."""
+        scale, shift = self.condition(condition).chunk(2, -1)
+        rows = rearrange(x, "(b t) f y x -> b t (y x) f", b=len(condition))
+        y = modulated_norm(rows, scale, shift).view_as(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x + self.second(F.silu(self.first(F.silu(y))))
+
+
 class SigmaEncoder(nn.Module):
     """Noise levels (b, t) in [0, 1] → conditioning (b, t, d), through sines of geometric frequencies."""
 

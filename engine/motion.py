@@ -33,23 +33,23 @@ class Motion(nn.Module):
             self.weight[:, 0] = still.flatten(3).flatten(0, 2)
 
     def _around(self, frames: Tensor) -> Tensor:
-        """Each patch with its surroundings: frames (n, c, y, x) → (n, patches, c · around²)."""
-        edge = (self.border,) * 4
-        around = unfold(pad(frames, edge, mode="replicate"), self.patch + 2 * self.border, stride=self.patch)
-        return around.transpose(1, 2)
+        """Each patch with its surroundings: frames (b, t, c, y, x) → (b, t, patches, c · around²)."""
+        edge, size = (self.border,) * 4, self.patch + 2 * self.border
+        around = unfold(pad(frames.flatten(0, 1), edge, mode="replicate"), size, stride=self.patch)
+        return rearrange(around, "(b t) p n -> b t n p", b=len(frames))
 
     def forward(self, before: Tensor, actions: Tensor, ahead: Tensor) -> Tensor:
-        """The finished frame that each guess starts from (b, t, c, y, x), actions (b, t, k), how many
+        """The finished frame that each guess starts from (b, t or 1, c, y, x), actions (b, t, k), how many
         frames lie between (t,) → guesses (b, t, c, y, x).
         """
-        b, _, c, rows, columns = before.shape
-        around = rearrange(self._around(before.flatten(0, 1)), "(b t) n p -> t (b n) p", b=b)
+        b, t = actions.shape[:2]
+        around = rearrange(self._around(before).expand(-1, t, -1, -1), "b t n p -> t (b n) p")
         matrices = rearrange(self.weight[ahead], "t f o p -> t p (f o)")
         moved = rearrange(around @ matrices, "t (b n) (f o) -> b t n f o", b=b, f=actions.shape[-1] + 1)
         held = torch.cat([torch.ones_like(actions[..., :1]), actions], -1)  # (b, t, f)
         guess = (moved.float() * held[:, :, None, :, None]).sum(3)
-        grid = {"y": rows // self.patch, "x": columns // self.patch, "p": self.patch, "q": self.patch}
-        return rearrange(guess, "b t (y x) (c p q) -> b t c (y p) (x q)", c=c, **grid)
+        grid = {"y": before.shape[3] // self.patch, "p": self.patch, "q": self.patch}
+        return rearrange(guess, "b t (y x) (c p q) -> b t c (y p) (x q)", **grid)
 
     @torch.no_grad()
     def fit(self, clips: Iterable[tuple[Tensor, Tensor]], ridge: float = 1000.0) -> None:
@@ -59,7 +59,7 @@ class Motion(nn.Module):
         ahead, keys, _, size = self.weight.shape
         sums: dict[tuple[float, ...], Tensor] = {}  # few combinations of keys are held, so one sum for each
         for latents, action in clips:
-            around = self._around(latents[:, 0].float())  # (b, n, p)
+            around = self._around(latents[:, :1].float())[:, 0]  # (b, n, p)
             wanted = unfold(latents[:, 1:].flatten(0, 1).float(), self.patch, stride=self.patch)
             wanted = rearrange(wanted, "(b t) o n -> b n (t o)", b=len(latents))
             for held in action.unique(dim=0):

@@ -9,14 +9,45 @@ from torch.optim.swa_utils import AveragedModel
 from .config import StageConfig
 
 
-def make_optimiser(module: nn.Module, pace: StageConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay only on matrices, never on gains, biases and tables."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": pace.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=pace.learning_rate, betas=(0.9, 0.98), fused=True)
+class Optimiser:
+    """AdamW, and Muon (Jordan et al., 2024; torch.optim.Muon) for the matrices inside a transformer's layers.
+
+    Muon's steps are scaled to AdamW's (Liu et al., 2025), so that both take one learning rate. Weight decay is
+    only on matrices, never on gains, biases and tables.
+    """
+
+    def __init__(self, module: nn.Module, pace: StageConfig):
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        inner = [p for name, p in trained.items() if pace.muon and ".layers." in name and p.ndim == 2]
+        other = [p for p in trained.values() if not any(p is q for q in inner)]
+        groups = [
+            {"params": [p for p in other if p.ndim > 1], "weight_decay": pace.weight_decay},
+            {"params": [p for p in other if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=pace.learning_rate, betas=(0.9, 0.98), fused=True)
+        ]
+        if inner:
+            how = {"weight_decay": pace.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            self.parts.append(torch.optim.Muon(inner, lr=pace.learning_rate, **how))
+
+    def step(self, rate: float) -> None:
+        """One step with the learning rate `rate`."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, state: list[dict]) -> None:
+        for part, own in zip(self.parts, state, strict=True):
+            part.load_state_dict(own)
 
 
 def learning_rate(pace: StageConfig, step: int, progress: float) -> float:
@@ -24,11 +55,6 @@ def learning_rate(pace: StageConfig, step: int, progress: float) -> float:
     warm = min(1.0, (step + 1) / max(1, pace.warmup))
     decay = min(1.0, (1 - progress) / max(1e-6, pace.decay_share))
     return pace.learning_rate * warm * max(0.0, decay)
-
-
-def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimiser.param_groups:
-        group["lr"] = rate
 
 
 def moving_average(module: nn.Module, decay: float) -> AveragedModel:

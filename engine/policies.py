@@ -13,7 +13,7 @@ Policy = Callable[[dict[str, float], ActionSpace], np.ndarray]
 
 OPPOSITES = (("forward", "backward"), ("strafe_left", "strafe_right"), ("turn_left", "turn_right"))
 OPPOSITES += (("left", "right"), ("up", "down"))
-SHARES = {"scripted": 0.40, "random": 0.30, "idle": 0.12, "walls": 0.09, "spin": 0.09}
+SHARES = {"scripted": 0.55, "random": 0.20, "idle": 0.08, "walls": 0.05, "spin": 0.12}
 STRETCH_SECONDS = {"idle": (2.0, 6.0)}  # long stillness teaches nothing after its first seconds
 DEFAULT_STRETCH_SECONDS = (5.0, 20.0)
 
@@ -70,9 +70,18 @@ class Held:
 
 
 class Random(Held):
-    """Sticky random keys: each combination is held 4–20 frames, opposite keys never together."""
+    """Sticky random keys: each combination is held 4–20 frames, opposite keys never together;
+    away from a wall after a while."""
+
+    def __call__(self, state: dict[str, float], action_space: ActionSpace) -> np.ndarray:
+        if self.stuck >= 8:  # long enough to see what pushing does
+            self.left = 0
+        return super().__call__(state, action_space)
 
     def choose(self) -> tuple[tuple[str, ...], int]:
+        if self.stuck >= 8:
+            held = (self.some("backward", "strafe_left", "strafe_right"), self.some("turn_left", "turn_right"))
+            return held, self.frames(8, 24)
         count = min(int(self.rng.choice(4, p=[0.08, 0.42, 0.36, 0.14])), len(self.names))
         held: list[str] = []
         for name in self.rng.permutation(self.names)[:count]:
@@ -140,9 +149,9 @@ class Scripted(Held):
         if "forward" not in self.names:  # a fixed place: sweep and rest
             return ((turn,), self.frames(3, 25)) if self.rng.random() < 0.7 else ((), self.frames(2, 10))
         if self.stuck >= 4:
-            if self.rng.random() < 0.25:
-                return ("backward", turn), self.frames(6, 14)
-            return (turn,), self.frames(6, 18)  # 36–110 degrees at two tics a frame
+            if self.rng.random() < 0.6:  # a view full of wall teaches little: most often step back and turn away
+                return ("backward", turn), self.frames(12, 28)
+            return (turn,), self.frames(10, 24)  # 60–145 degrees at two tics a frame
         kind = self.rng.random()
         if kind < 0.42:
             return ("forward",), self.frames(10, 45)

@@ -62,9 +62,12 @@ class Rollout:
         """Holds the keys (b, k) for one frame → the finished frame's latents (b, c, y, x)."""
         return self.advance(self.predict(action), action)
 
-    def predict(self, action: Tensor) -> Tensor:
-        """Bind, noise, denoise: the window's clean estimates (b, w, c, y, x) under the newest keys (b, k)."""
-        return self._denoise(action, self.ladder, self.config.window)
+    def predict(self, action: Tensor, clean: Tensor | None = None) -> Tensor:
+        """Bind, noise, denoise: the window's clean estimates (b, w, c, y, x) under the newest keys (b, k).
+
+        Training gives other contents (b, w, c, y, x) than the window's own to be noised.
+        """
+        return self._denoise(action, self.ladder, self.config.window, clean)
 
     @torch.no_grad()
     def advance(self, clean: Tensor, action: Tensor) -> Tensor:
@@ -82,11 +85,11 @@ class Rollout:
         self.window.roll()
         return head[:, 0]
 
-    def _denoise(self, action: Tensor, sigma: Tensor, stage: int) -> Tensor:
+    def _denoise(self, action: Tensor, sigma: Tensor, stage: int, clean: Tensor | None = None) -> Tensor:
         shown, known = self.window.bind(action)
         frame = self.cache.frames
         noise = counter_noise(self.seed, frame, self.levels + 16 * stage, self.denoiser.shape)
-        noisy = add_noise(self.window.clean, noise, sigma)
+        noisy = add_noise(self.window.clean if clean is None else clean, noise, sigma)
         self._see()
         return self.denoiser(noisy, sigma, shown, known, frame, self.cache)
 

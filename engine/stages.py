@@ -91,12 +91,13 @@ class PlainLoss(nn.Module):
 
 
 class RolloutLoss(PlainLoss):
-    """Self-generated history: `Rollout` plays recorded actions, and every window is held against the true
-    frames.
+    """Self-generated history: `Rollout` plays recorded actions, and at every step a window that stands on the
+    model's own frames is held against the true ones.
 
-    History and half-finished frames are the model's own and detached; each window's estimates are regressed.
-    This is what the network meets in play: its own frames behind it, and frames begun for other keys than
-    those held now.
+    The history is the model's own, so that it learns to go on from its own faults. What is noised is the true
+    frame, as a denoiser that is regressed on what it cannot know learns to paint the mean of all that could be:
+    flat colour. Only where keys changed under the frames in flight is it, in half of the games, the model's own
+    stale estimate: this is what makes a frame obey a key pressed late. All of the model's own is detached.
     """
 
     def __init__(self, denoiser: Denoiser, pace: StageConfig):
@@ -112,16 +113,25 @@ class RolloutLoss(PlainLoss):
         rollout, start = self.rollout, self.rollout.start_frames
         seed = torch.randint(2**31, (len(latents),)).to(latents.device)
         rollout.reset(latents[:, :start], actions[:, :start], seed)
-        errors = []
+        errors, logs = [], {}
         for frame in range(start, start + self.pace.unroll):
-            made = rollout.predict(actions[:, frame])
-            true = latents[:, frame : frame + made.shape[1]]
+            true = latents[:, frame : frame + self.denoiser.config.window]
+            stale = self._stale(actions[:, : frame + 1]).to(latents.device)
+            clean = torch.where(stale[:, None, None, None, None], rollout.window.clean, true)
+            made = rollout.predict(actions[:, frame], clean)
             errors.append(weighted_error(made, true, rollout.ladder))  # (b, w)
-            rollout.advance(made.detach(), actions[:, frame])
+            head = rollout.step(actions[:, frame])
+            if frame in (start, start + self.pace.unroll - 1):
+                name = "own_first" if frame == start else "own_last"
+                logs[name] = (head - true[:, 0]).square().mean()
         error = torch.stack(errors)  # (steps, b, w)
-        logs = {"head_first": error[0, :, 0].mean(), "head_last": error[-1, :, 0].mean()}
         unused = 0 * self.denoiser.actions.null.sum()  # data parallelism wants a gradient for every weight
-        return error.mean() + unused, {name: value.detach() for name, value in logs.items()}
+        return error.mean() + unused, logs | {"head_last": error[-1, :, 0].mean().detach()}
+
+    def _stale(self, actions: Tensor) -> Tensor:
+        """Actions up to now (b, t, k) → which windows keep their own estimates, bool (b,)."""
+        lately = actions[:, -self.denoiser.config.window :]
+        return (lately != lately[:, -1:]).any(-1).any(-1) & (torch.rand(len(actions)) < 0.5).to(actions.device)
 
 
 def _compute_dtype(device: torch.device) -> torch.dtype:

@@ -1,4 +1,6 @@
-"""The diffusion transformer over frame tokens: one action token and the patches of every frame."""
+"""The diffusion transformer over frame tokens: one action token and the patches of every frame; and the
+convolutions around it.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import DenoiserConfig, UserError
-from .layers import DiTLayer, Memory, Positions, SigmaEncoder, modulated_norm
+from .layers import ConvLayer, DiTLayer, Memory, Positions, SigmaEncoder, modulated_norm
 
 
 class Transformer(nn.Module):
-    """Latents of some frames (b, t, c, y, x), conditioned frame by frame → as many of the same shape."""
+    """Latents of some frames (b, t, c, y, x), conditioned frame by frame → as many of the same shape.
+
+    Convolutions at the latents' own resolution stand before and behind the tokens, joined past them (as in a
+    U-Net, Ronneberger et al., 2015): what moves a little is their work, far and long-ago things are that of the
+    attention over a few large tokens.
+    """
 
     def __init__(self, config: DenoiserConfig, channels: int, rows: int, columns: int):
         super().__init__()
@@ -22,8 +29,10 @@ class Transformer(nn.Module):
             raise UserError(f"{said}; change model.denoiser.patch or the world's frame size.")
         self.rows, self.columns = rows // self.patch, columns // self.patch
         self.tokens = 1 + self.rows * self.columns  # a frame
-        width, flat = config.width, channels * self.patch**2
-        self.patch_in = nn.Linear(2 * flat, width)
+        width, fine = config.width, config.fine
+        self.stem_in = nn.Conv2d(3 * channels, fine, 3, padding=1)
+        self.stem = nn.ModuleList(ConvLayer(fine, width) for _ in range(config.stem))
+        self.patch_in = nn.Linear(fine * self.patch**2, width)
         self.place = nn.Parameter(0.02 * torch.randn(self.tokens - 1, width))
         self.sigma = SigmaEncoder(width)
         self.modulation = nn.Linear(width, 6 * width)
@@ -31,9 +40,11 @@ class Transformer(nn.Module):
             DiTLayer(width, config.head_dim, config.mlp_ratio) for _ in range(config.layers)
         )
         self.last = nn.Linear(width, 2 * width)
-        self.patch_out = nn.Linear(width, flat)
+        self.patch_out = nn.Linear(width, fine * self.patch**2)
+        self.head = nn.ModuleList(ConvLayer(fine, width) for _ in range(config.head))
+        self.head_out = nn.Conv2d(fine, channels, 3, padding=1)
         self.positions = Positions(config.head_dim, self.rows, self.columns)
-        for zero in (self.modulation, self.last, self.patch_out):
+        for zero in (self.modulation, self.last, self.patch_out, self.head_out):
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
 
@@ -41,25 +52,37 @@ class Transformer(nn.Module):
         self,
         latents: Tensor,
         guess: Tensor,
+        before: Tensor,
         sigma: Tensor,
         action: Tensor,
         frame: int,
         memory: Memory,
         mask: Tensor | None = None,
-    ) -> Tensor:
-        """latents and a first guess at them (b, t, c, y, x), sigma (b, t), action tokens (b, t, d), index
-        of the first frame, memory, mask (t n, m) added to the scores → (b, t, c, y, x).
+        painted: bool = True,
+    ) -> Tensor | None:
+        """latents and a first guess at them (b, t, c, y, x), the finished frame before them (b, t or 1, c, y,
+        x), sigma (b, t), action tokens (b, t, d), index of the first frame, memory, mask (t n, m) added to the
+        scores → (b, t, c, y, x); None where only the memory is wanted (`painted` false).
         """
-        both = torch.cat([latents, guess], 2)
-        p = self.patch
-        x = self.patch_in(rearrange(both, "b t c (y p) (x q) -> b t (y x) (c p q)", p=p, q=p))
-        x = torch.cat([action[:, :, None].to(x.dtype), x + self.place.to(x.dtype)], 2)  # (b, t, n, d)
+        b, t = latents.shape[:2]
         condition = F.silu(self.sigma(sigma) + action)  # (b, t, d)
+        given = torch.cat([latents, guess, before.expand(-1, t, -1, -1, -1)], 2).flatten(0, 1)
+        fine = self.stem_in(given.contiguous(memory_format=torch.channels_last))  # (b t, f, y, x)
+        for conv in self.stem:
+            fine = conv(fine, condition)
+        p = self.patch
+        x = self.patch_in(rearrange(fine, "(b t) f (y p) (x q) -> b t (y x) (p q f)", b=b, p=p, q=p))
+        x = torch.cat([action[:, :, None].to(x.dtype), x + self.place.to(x.dtype)], 2)  # (b, t, n, d)
         modulation = self.modulation(condition)
-        angles = self.positions(frame, x.shape[1])
+        angles = self.positions(frame, t)
         for index, layer in enumerate(self.layers):
             x = layer(x, modulation, angles, memory, index, mask)
+        if not painted:
+            return None
         scale, shift = self.last(condition).chunk(2, -1)
         out = self.patch_out(modulated_norm(x[:, :, 1:], scale, shift))
-        shape = {"y": self.rows, "x": self.columns, "p": self.patch, "q": self.patch}
-        return rearrange(out, "b t (y x) (c p q) -> b t c (y p) (x q)", **shape)
+        out = rearrange(out, "b t (y x) (p q f) -> (b t) (y p) (x q) f", y=self.rows, p=p, q=p)
+        fine = fine + out.permute(0, 3, 1, 2)
+        for conv in self.head:
+            fine = conv(fine, condition)
+        return self.head_out(F.silu(fine)).unflatten(0, (b, t))

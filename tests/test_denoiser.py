@@ -157,7 +157,8 @@ def test_an_estimate_is_the_guess_and_what_it_misses(dropping):
     skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
     missed = noisy - (1 - level) * one
     action = denoiser.actions(actions, known, dropped)
-    made = denoiser.transformer(scale * missed, one, sigma, action, frame, context)
+    around = denoiser.motion.around(context.last[:, None])
+    made = denoiser.transformer(scale * missed, one, around, sigma, action, frame, context)
     expected = one + skip * missed + out * made
     assert torch.allclose(
         denoiser(noisy, sigma, actions, known, frame, context, dropped), expected, atol=1e-5
@@ -181,7 +182,7 @@ def test_a_commit_guesses_each_frame_from_the_one_before(level, monkeypatch):
     assert torch.equal(memory.last, latents[:, 3])
     denoiser.commit(latents[:, 4:], actions[:, 4:], 4, memory, sigma[:, 4:])
     assert torch.equal(memory.last, latents[:, 5])
-    missed, guess = (torch.cat([given[which] for given in seen], 1) for which in range(2))
+    missed, guess, around = (torch.cat([given[which] for given in seen], 1) for which in range(3))
     for frame in range(6):
         before = latents[:, [max(0, frame - 1)]]
         expected = denoiser.motion(before, actions[:, [frame]], now)
@@ -189,6 +190,7 @@ def test_a_commit_guesses_each_frame_from_the_one_before(level, monkeypatch):
         scale = ((1 - level) ** 2 + level**2) ** -0.5
         rest = scale * (latents[:, [frame]] - (1 - level) * expected)
         assert torch.allclose(missed[:, [frame]], rest, atol=1e-5), frame
+        assert torch.equal(around[:, [frame]], denoiser.motion.around(before)), frame
     memory.last.fill_(torch.nan)
     assert latents.isfinite().all(), "the memory has a frame of its own"
 
@@ -250,11 +252,13 @@ def test_loss_lays_actions_on_the_frames_that_they_cause(commit_position, monkey
     monkeypatch.setattr(denoiser, "_roughen", lambda clean: (clean, torch.zeros(clean.shape[:2])))
     forward, guesses, tellings, passes = denoiser.transformer.forward, [], [], []
 
-    def watched(missed: Tensor, guess: Tensor, sigma: Tensor, action: Tensor, frame: int, *rest) -> Tensor:
-        passes.append(((missed + guess)[0, :, 0, 0, 0].tolist(), guess[0, :, 0, 0, 0].tolist(), frame))
-        return forward(missed, guess, sigma, action, frame, *rest)
+    def watched(missed: Tensor, guess: Tensor, around: Tensor, sigma: Tensor, action: Tensor, *rest) -> Tensor:
+        passes.append(((missed + guess)[0, :, 0, 0, 0].tolist(), guess[0, :, 0, 0, 0].tolist(), rest[0]))
+        assert (around[0, :, 0, 0] == guess[0, :, 0, 0, 0]).all()
+        return forward(missed, guess, around, sigma, action, *rest)
 
     def guessed(before: Tensor, actions: Tensor, ahead: Tensor) -> Tensor:
+        before = before.expand(-1, actions.shape[1], -1, -1, -1)
         guesses.append((before[0, :, 0, 0, 0].tolist(), actions[0, :, 0].tolist(), ahead.tolist()))
         return before
 

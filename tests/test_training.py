@@ -24,7 +24,7 @@ from engine.autoencoder import Autoencoder
 from engine.checkpoint import Checkpoint
 from engine.config import TrainConfig, load_config
 from engine.denoiser import Denoiser, weighted_error
-from engine.optim import learning_rate, moving_average
+from engine.optim import Optimiser, learning_rate, moving_average
 from engine.picture import load_picture
 from engine.recording import Recorder
 from engine.rollout import Rollout
@@ -196,12 +196,17 @@ def test_a_finished_stage_stays_finished(trained, data):
     assert_same(torch.load(out / "rollout.state.pt"), before)
 
 
+def rolled_loss(**size) -> stages.RolloutLoss:
+    config = load_config("train", TrainConfig, ["preset=toy", "stage=rollout"])
+    size = replace(config.model.denoiser, patch=2, **size)
+    return stages.RolloutLoss(Denoiser(size, 1, 2, 4, 6), replace(config.pace(), unroll=4, plain_share=0.0))
+
+
 @pytest.mark.parametrize("commit_position", [0, 1])
 def test_rolled_windows_are_held_against_the_frames_of_their_actions(commit_position, monkeypatch):
     """Frame t is the number t and so is its action, held while the window from frame t on is made."""
-    config = load_config("train", TrainConfig, ["preset=toy", "stage=rollout"])
-    size = replace(config.model.denoiser, commit_position=commit_position, patch=2)
-    loss = stages.RolloutLoss(Denoiser(size, 1, 2, 4, 6), replace(config.pace(), unroll=4, plain_share=0.0))
+    loss = rolled_loss(commit_position=commit_position)
+    size = loss.denoiser.config
     number, start, window = torch.arange(10.0), size.sink + size.recent, size.window
     seen: list[tuple] = []
 
@@ -209,7 +214,7 @@ def test_rolled_windows_are_held_against_the_frames_of_their_actions(commit_posi
         plain = getattr(Rollout, name)
 
         def watched(rollout: Rollout, *given):
-            told = [x.flatten(2)[0, :, 0].tolist() for x in given[:2]] if name == "reset" else given[-1][0, 0]
+            told = [x.flatten(2)[0, :, 0].tolist() for x in given[:2]] if name == "reset" else given[0][0, 0]
             seen.append((name, rollout.cache.frames, told))
             return plain(rollout, *given)
 
@@ -219,17 +224,46 @@ def test_rolled_windows_are_held_against_the_frames_of_their_actions(commit_posi
         seen.append(("error", made.requires_grad, true[0, :, 0, 0, 0].tolist(), sigma[0].tolist()))
         return weighted_error(made, true, sigma)
 
-    for name in ("reset", "predict", "advance"):
+    for name in ("reset", "predict", "step"):
         watch(name)
     monkeypatch.setattr(stages, "weighted_error", error)
     value, _ = loss((number[:, None, None, None].expand(2, 10, 2, 4, 6), number[:, None].expand(2, 10, 1)))
     value.backward()
-    assert seen.pop(0)[2] == [list(range(start))] * 2 and len(seen) == 3 * 4
+    assert seen.pop(0)[2] == [list(range(start))] * 2 and len(seen) == 4 * 4
     for frame in range(start, start + 4):
         true = list(range(frame, frame + window))
-        assert seen.pop(0) == ("predict", frame, frame)
+        assert seen.pop(0) == ("predict", frame, frame), "what is learnt from"
         assert seen.pop(0) == ("error", True, true, pytest.approx(size.ladder))
-        assert seen.pop(0) == ("advance", frame, frame)
+        assert seen.pop(0) == ("step", frame, frame), "the model's own game goes on"
+        assert seen.pop(0) == ("predict", frame, frame)
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_stale_estimates_stay_only_where_keys_changed(changes, monkeypatch):
+    """With held keys every window is noised from true frames; after a change half of them keep their own."""
+    loss = rolled_loss()
+    true, given = torch.randn(64, 10, 2, 4, 6), []
+    actions = torch.ones(64, 10, 1)
+    if changes:
+        actions[:, 6:] = 0
+    plain = Rollout.predict
+
+    def predict(rollout: Rollout, action: torch.Tensor, clean: torch.Tensor | None = None) -> torch.Tensor:
+        if clean is not None:
+            given.append((clean.clone(), rollout.window.clean.clone()))
+        return plain(rollout, action, clean)
+
+    monkeypatch.setattr(Rollout, "predict", predict)
+    loss((true, actions))
+    start = loss.denoiser.config.sink + loss.denoiser.config.recent
+    shares = []
+    for frame, (clean, own) in enumerate(given, start):
+        is_true = (clean == true[:, frame : frame + clean.shape[1]]).flatten(1).all(1)
+        assert (is_true | (clean == own).flatten(1).all(1)).all()
+        shares.append(1 - is_true.float().mean().item())
+    for frame, share in enumerate(shares, start):
+        stale = changes and 6 <= frame < 6 + loss.denoiser.config.window - 1
+        assert 0.2 < share < 0.8 if stale else share == 0, (frame, shares)
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -392,3 +426,23 @@ def test_the_program_itself_exits_with_2():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("train.py: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_muon_takes_the_matrices_of_layers_and_both_parts_follow_the_rate():
+    config = load_config("train", TrainConfig, ["preset=toy", "stage=denoiser"])
+    denoiser = Denoiser(replace(config.model.denoiser, patch=2), 1, 2, 4, 6)
+    optimiser = Optimiser(denoiser, config.pace())
+    adam, muon = (
+        [p for group in part.param_groups for p in group["params"]] for part in optimiser.parts
+    )
+    matrices = {id(m.weight) for m in denoiser.transformer.layers.modules() if isinstance(m, torch.nn.Linear)}
+    assert {id(p) for p in muon} == matrices
+    trained = {id(p) for p in denoiser.parameters() if p.requires_grad}
+    assert {id(p) for p in adam} == trained - matrices, "every weight once, frozen ones never"
+    before = {id(p): p.detach().clone() for p in denoiser.parameters()}
+    for rate, moved in ((0.0, False), (0.01, True)):
+        for p in denoiser.parameters():
+            p.grad = torch.randn_like(p)
+        optimiser.step(rate)
+        assert all(bool((p != before[id(p)]).any()) == moved for p in (*adam, *muon))
+    assert len(Optimiser(denoiser, replace(config.pace(), muon=False)).parts) == 1
