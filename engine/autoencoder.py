@@ -65,14 +65,21 @@ class Autoencoder(nn.Module):
 
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 frames (n, 3, h, w) → latents (n, c, h/8, w/8)."""
-        pixels = to_float(frames).contiguous(memory_format=torch.channels_last)
-        latents = self.encoder(pixels).float()
+        return self.read(to_float(frames))
+
+    def read(self, pixels: Tensor) -> Tensor:
+        """Float pixels in [-1, 1] (n, 3, h, w) → latents (n, c, h/8, w/8), float32."""
+        latents = self.encoder(pixels.contiguous(memory_format=torch.channels_last)).float()
         return self.standard(latents.flatten(1)[:, None, None]).view_as(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (n, c, y, x) → uint8 frames (n, 3, 8 y, 8 x)."""
-        pixels = self.decoder(latents.contiguous(memory_format=torch.channels_last)).float()
+        pixels = self.paint(latents)
         return ((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+    def paint(self, latents: Tensor) -> Tensor:
+        """Latents (n, c, y, x) → float pixels, about in [-1, 1], (n, 3, 8 y, 8 x), float32."""
+        return self.decoder(latents.contiguous(memory_format=torch.channels_last)).float()
 
     def loss(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction loss of uint8 frames (n, 3, h, w): absolute and squared error, and that of the

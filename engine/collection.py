@@ -102,7 +102,9 @@ def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
                 if deaths > RESTARTS:
                     said = f"A collecting process died {deaths} times"
                     raise UserError(f"{said}; run again with fewer workers to go on.") from None
-                bar.write("A collecting process died (a fault of the simulator, or memory ran out); going on.")
+                bar.write(
+                    "A collecting process died (a fault of the simulator, or memory ran out); going on."
+                )
             finally:
                 pool.shutdown(cancel_futures=True)
     return episodes

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 POLICIES = ("keyboard", "scripted", "random", "idle", "spin", "walls")
-STAGES = ("collect", "autoencoder", "denoiser", "rollout", "evaluate", "frontier")
+STAGES = ("collect", "autoencoder", "motion", "denoiser", "rollout", "evaluate", "frontier")
 
 
 class UserError(Exception):
@@ -72,11 +72,15 @@ class DenoiserConfig:
     fine: int = 96  # channels of the convolutions around the tokens
     stem: int = 2  # convolution layers before the tokens
     head: int = 4  # convolution layers behind them
+    motion: int = 64  # channels of the network that moves the last picture
+    motion_layers: int = 4
+    momentum: int = 4  # finished frames whose actions it knows
+    spread: float = 0.5  # standard deviation of what the moved picture misses, latents having 1
     window: int = 4  # frames in flight
     recent: int = 8  # finished frames remembered
     sink: int = 1  # first frames remembered for ever
     commit_position: int = 0  # window positions up to here show their own, final action
-    ladder: list[float] = field(default_factory=lambda: [0.6, 0.8, 0.93, 1.0])  # oldest to newest
+    ladder: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 1.0])  # oldest to newest
     correction: float = (
         0.9  # noise level to which the leaving frame is sent back after a key change; 0: never
     )
@@ -94,6 +98,8 @@ class DenoiserConfig:
             raise UserError(
                 f"The ladder needs {self.window} ascending levels that end at 1, not {self.ladder}."
             )
+        if self.momentum < 2 or self.spread <= 0:
+            raise UserError("model.denoiser.momentum must be at least 2 and spread positive.")
         if not 0 <= self.commit_position < self.window or self.sink < 1 or self.recent < 1:
             raise UserError("commit_position must lie in the window; sink and recent must be at least 1.")
 

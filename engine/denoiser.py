@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .actions import ActionEncoder
+from .autoencoder import Autoencoder
 from .config import DenoiserConfig
 from .kv_cache import Context, KVCache, Written
 from .layers import Memory
@@ -19,11 +20,19 @@ from .window import bind
 class Denoiser(nn.Module):
     """Estimates clean latents of a window of frames, each with its own noise level and action."""
 
-    def __init__(self, config: DenoiserConfig, keys: int, channels: int, rows: int, columns: int):
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        keys: int,
+        channels: int,
+        rows: int,
+        columns: int,
+        autoencoder: Autoencoder | None = None,
+    ):
         super().__init__()
         self.config, self.keys, self.shape = config, keys, (channels, rows, columns)
         self.actions = ActionEncoder(keys, config.width)
-        self.motion = Motion(keys, channels, config.patch, config.window)
+        self.motion = make_motion(config, keys, channels, autoencoder).requires_grad_(False)
         self.transformer = Transformer(config, channels, rows, columns)
         self.register_buffer("ladder", torch.tensor(config.ladder), persistent=False)
 
@@ -36,39 +45,45 @@ class Denoiser(nn.Module):
         frame: int,
         memory: Memory,
         dropped: Tensor | None = None,
+        guess: Tensor | None = None,
     ) -> Tensor:
         """noisy (b, t, c, y, x), sigma (b, t), actions (b, t, k), known (b, t), index of the first frame,
-        memory → clean (b, t, c, y, x), float32.
+        memory → clean (b, t, c, y, x), float32. `guess`: what `self.guess` says, where that is known already.
         """
-        skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
+        guess = self.guess(actions, memory) if guess is None else guess
+        before = memory.last[:, 1:]
+        if dropped is not None:  # without keys nobody knows what moves
+            guess = torch.where(dropped[..., None, None, None], before, guess)
+        skip, out, scale = (s[..., None, None, None] for s in scalings(sigma, self.config.spread))
         action = self.actions(actions, known, dropped)
-        ahead = torch.arange(noisy.shape[1], device=noisy.device)
-        held = actions if dropped is None else actions * ~dropped[..., None]
-        before = memory.last[:, None]
-        guess = self.motion(before, held, ahead)
         missed = noisy - (1 - sigma[..., None, None, None]) * guess  # what the guess misses, just as noisy
         made = self.transformer(scale * missed, guess, before, sigma, action, frame, memory)
         return guess + skip * missed + out * made.float()
+
+    def guess(self, actions: Tensor, memory: Memory) -> Tensor:
+        """First guesses (b, t, c, y, x) at the frames behind the memory, under the actions (b, t, k)."""
+        return self.motion(memory.last, memory.held, actions)
 
     def commit(
         self, clean: Tensor, actions: Tensor, frame: int, memory: Memory, sigma: Tensor | None = None
     ) -> None:
         """Writes the keys and values of finished frames (b, t, c, y, x) into memory; each frame looks at the
         `recent` frames before it and at itself, never at the sink. sigma (b, t) tells how noisy the frames
-        are, 0 unless given.
+        are, 0 unless given. The frame before stands in for the guess: there is nothing to be guessed.
         """
         sigma = clean.new_zeros(clean.shape[:2]) if sigma is None else sigma
-        known = torch.ones_like(sigma)
         mask = self.history_mask(clean.shape[1], clean.device) if clean.shape[1] > 1 else None
-        scale = scalings(sigma)[2][..., None, None, None]
-        first = clean[:, :1] if memory.last is None else memory.last[:, None]
-        before = torch.cat([first, clean[:, :-1]], 1)
-        ahead = torch.zeros(clean.shape[1], dtype=torch.int64, device=clean.device)
-        guess = self.motion(before, actions, ahead)
-        missed = clean - (1 - sigma[..., None, None, None]) * guess
-        action = self.actions(actions, known)
-        self.transformer(scale * missed, guess, before, sigma, action, frame, memory, mask, painted=False)
-        memory.last = clean[:, -1].clone()
+        scale = scalings(sigma, self.config.spread)[2][..., None, None, None]
+        past = clean[:, :1].expand(-1, 2, -1, -1, -1) if memory.last is None else memory.last
+        before = torch.cat([past[:, 1:], clean[:, :-1]], 1)
+        missed = clean - (1 - sigma[..., None, None, None]) * before
+        action = self.actions(actions, torch.ones_like(sigma))
+        self.transformer(scale * missed, before, before, sigma, action, frame, memory, mask, painted=False)
+        idle = actions.new_zeros(len(actions), self.config.momentum, self.keys)
+        memory.last = torch.cat([past, clean], 1)[:, -2:].clone()
+        memory.held = torch.cat([idle if memory.held is None else memory.held, actions], 1)[
+            :, -len(idle[0]) :
+        ]
 
     def history_mask(self, frames: int, device: torch.device) -> Tensor:
         """(frames n, frames n): 0 where a token may look at a key of its own or of the `recent` frames
@@ -102,11 +117,15 @@ class Denoiser(nn.Module):
         memory = Written()
         history, sigma = self._roughen(latents[:, :start])
         self.commit(history, actions[:, :start], 0, memory, sigma)
-        context = self._context(memory, start, windows)
         size = 1 if torch.rand(()) < 0.2 else config.window
         span = slice(start, start + size)
-        clean, held = (x[:, span].repeat(windows, *(1,) * (x.ndim - 1)) for x in (latents, actions))
-        error = self._window_error(clean, held, start, context)
+        shown, known = bind(actions[:, span], config.commit_position)
+        guess = self.guess(shown, memory)
+        context = self._context(memory, start, windows)
+        clean, shown, known, guess = (
+            x.repeat(windows, *(1,) * (x.ndim - 1)) for x in (latents[:, span], shown, known, guess)
+        )
+        error = self._window_error(clean, shown, known, start, context, guess)
         logs = {"head": error[:, 0].mean().detach()} if size > 1 else {"single": error.mean().detach()}
         return error.mean(), logs
 
@@ -138,22 +157,29 @@ class Denoiser(nn.Module):
             seen_k = torch.cat([sink_k, k[:, :, ring]], 2)
             seen_v = torch.cat([v[order, :, : c.sink * n], v[:, :, ring]], 2)
             layers.append((seen_k.repeat(windows, 1, 1, 1), seen_v.repeat(windows, 1, 1, 1)))
-        return Context(layers, memory.last.repeat(windows, 1, 1, 1))
+        return Context(layers, memory.last.repeat(windows, 1, 1, 1, 1), memory.held.repeat(windows, 1, 1))
 
-    def _window_error(self, clean: Tensor, actions: Tensor, start: int, context: Context) -> Tensor:
+    def _window_error(
+        self, clean: Tensor, shown: Tensor, known: Tensor, start: int, context: Context, guess: Tensor
+    ) -> Tensor:
         """Weighted squared error (b, t) of one noised window."""
         b, t = clean.shape[:2]
         sigma = training_sigma(self.ladder, b)[:, :t]
         noisy = add_noise(clean, torch.randn_like(clean), sigma)
-        shown, known = bind(actions, self.config.commit_position)
         dropped = (torch.rand(b, 1, device=clean.device) < 0.1).expand(b, t)
-        made = self(noisy, sigma, shown, known, start, context, dropped)
-        return weighted_error(made, clean, sigma)
+        made = self(noisy, sigma, shown, known, start, context, dropped, guess)
+        return weighted_error(made, clean, sigma, self.config.spread)
 
 
-def weighted_error(made: Tensor, clean: Tensor, sigma: Tensor) -> Tensor:
+def weighted_error(made: Tensor, clean: Tensor, sigma: Tensor, spread: float) -> Tensor:
     """Squared error (b, t) of clean estimates (b, t, c, y, x), in units of the network's output; sigma (b,
     t).
     """
-    out = scalings(sigma)[1].clamp_min(0.1)
+    out = scalings(sigma, spread)[1].clamp_min(0.1 * spread)
     return rearrange((made - clean).square(), "b t c y x -> b t (c y x)").mean(-1) / out.square()
+
+
+def make_motion(config: DenoiserConfig, keys: int, channels: int, autoencoder: Autoencoder | None) -> Motion:
+    """The network of the first guess, with fresh weights."""
+    size = config.window, config.momentum, config.motion, config.motion_layers
+    return Motion(keys, channels, *size, autoencoder)

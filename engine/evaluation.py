@@ -102,7 +102,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def fidelity(player: Player, clips: Clips, report: Path, seed: int) -> dict:
     """PSNR against the true frames after 1, 16 and 64 frames, that of doing nothing (the last frame
-    repeated), and that of the autoencoder alone, which bounds it.
+    repeated), both also where a key is held, and that of the autoencoder alone, which bounds it; sharpness in
+    shares of the true frames' own.
     """
     start = player.denoiser.config.sink + player.denoiser.config.recent
     length = start + HORIZONS[-1]
@@ -111,6 +112,11 @@ def fidelity(player: Player, clips: Clips, report: Path, seed: int) -> dict:
     true = frames[:, start:]
     figures = {f"psnr@{h}": psnr(made[:, h - 1], true[:, h - 1]) for h in HORIZONS}
     figures["psnr@1_repeat"] = psnr(frames[:, start - 1], true[:, 0])
+    moving = actions[:, start].any(-1).numpy()  # a still picture is easy to repeat
+    if moving.any():
+        figures["psnr@1_moving"] = psnr(made[moving, 0], true[moving, 0])
+        figures["psnr@1_moving_repeat"] = psnr(frames[moving, start - 1], true[moving, 0])
+    figures |= {f"sharpness@{h}": sharpness(made[:, h - 1]) / sharpness(true[:, h - 1]) for h in HORIZONS}
     rebuilt = np.stack([player.decode(player.encode(clip[start : start + 1])[0])[0] for clip in frames])
     figures["psnr_autoencoder"] = psnr(rebuilt, true[:, 0])
     rows = [x[i, ::6] for i in range(4) for x in (true, made)]
@@ -151,7 +157,7 @@ def turning(player: Player, clips: Clips, seed: int) -> dict:
         )
         if way[start] != 0 and way[start - 1] != way[start] and (way[start:] == way[start]).all():
             places.append((i, at))
-    frames, actions = clips.choose(places, 2 * TRIALS, length, seed)
+    frames, actions = clips.choose(places, 4 * TRIALS, length, seed)
     made = roll(player, frames, actions, seed)
     agree, first, judged = 0, 0, 0
     for clip, dream in zip(frames, made, strict=True):

@@ -50,7 +50,7 @@ def frontier(config: TrainConfig) -> dict:
             recent=recent,
             ladder=LADDERS[window],
         )
-        denoiser = Denoiser(size, len(config.world.keys), *shape).to(device).eval()
+        denoiser = Denoiser(size, len(config.world.keys), *shape, autoencoder).to(device).eval()
         for module in (denoiser, autoencoder):
             cast_weights(module, dtype)
         times = _time(denoiser, autoencoder, device, dtype, config.steps or 100)

@@ -40,12 +40,13 @@ class KVCache:
         )  # the sink's keys as first written
         self.frames = 0  # committed so far
         self.first = 0  # token from which on a pass may look
-        self.last: Tensor | None = None  # the last committed frame's latents (b, c, y, x)
+        self.last: Tensor | None = None  # the last two committed frames (b, 2, c, y, x)
+        self.held: Tensor | None = None  # the actions of the last few (b, m, k)
 
     def reset(self) -> None:
         """Forgets everything; no memory is given back or taken."""
         self.buffer.zero_()
-        self.frames, self.last = 0, None
+        self.frames, self.last, self.held = 0, None, None
 
     def look(self, sink: bool) -> None:
         """Chooses what the next pass sees: sink | ring | itself, or ring | itself (as a commit does)."""
@@ -96,6 +97,7 @@ class Written:
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.last: Tensor | None = None
+        self.held: Tensor | None = None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.layers.append((k, v))
@@ -105,8 +107,8 @@ class Written:
 class Context:
     """A memory for a window over given frames: per layer the keys and values (b, h, m, d) it may look at."""
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]], last: Tensor):
-        self.layers, self.last = layers, last
+    def __init__(self, layers: list[tuple[Tensor, Tensor]], last: Tensor, held: Tensor):
+        self.layers, self.last, self.held = layers, last, held
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         past_k, past_v = self.layers[layer]

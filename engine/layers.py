@@ -14,9 +14,12 @@ from engine.kernels import attention, modulated_norm, qk_norm_rope, rotate
 
 
 class Memory(Protocol):
-    """What a pass sees besides itself (kv_cache.py); `last` is the newest frame of it (b, c, y, x)."""
+    """What a pass sees besides itself (kv_cache.py); `last` are the two newest frames of it (b, 2, c,
+    y, x), `held` the actions of the newest few (b, m, k).
+    """
 
     last: Tensor | None
+    held: Tensor | None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The pass's own keys and values (b, h, n, d), behind the remembered ones → both (b, h, m, d)."""

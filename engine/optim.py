@@ -12,8 +12,8 @@ from .config import StageConfig
 class Optimiser:
     """AdamW, and Muon (Jordan et al., 2024; torch.optim.Muon) for the matrices inside a transformer's layers.
 
-    Muon's steps are scaled to AdamW's (Liu et al., 2025), so that both take one learning rate. Weight decay is
-    only on matrices, never on gains, biases and tables.
+    Muon's steps are scaled to AdamW's (Liu et al., 2025), so that both take one learning rate. Weight decay
+    is only on matrices, never on gains, biases and tables.
     """
 
     def __init__(self, module: nn.Module, pace: StageConfig):

@@ -80,7 +80,10 @@ class Random(Held):
 
     def choose(self) -> tuple[tuple[str, ...], int]:
         if self.stuck >= 8:
-            held = (self.some("backward", "strafe_left", "strafe_right"), self.some("turn_left", "turn_right"))
+            held = (
+                self.some("backward", "strafe_left", "strafe_right"),
+                self.some("turn_left", "turn_right"),
+            )
             return held, self.frames(8, 24)
         count = min(int(self.rng.choice(4, p=[0.08, 0.42, 0.36, 0.14])), len(self.names))
         held: list[str] = []
@@ -149,7 +152,9 @@ class Scripted(Held):
         if "forward" not in self.names:  # a fixed place: sweep and rest
             return ((turn,), self.frames(3, 25)) if self.rng.random() < 0.7 else ((), self.frames(2, 10))
         if self.stuck >= 4:
-            if self.rng.random() < 0.6:  # a view full of wall teaches little: most often step back and turn away
+            if (
+                self.rng.random() < 0.6
+            ):  # a view full of wall teaches little: most often step back and turn away
                 return ("backward", turn), self.frames(12, 28)
             return (turn,), self.frames(10, 24)  # 60–145 degrees at two tics a frame
         kind = self.rng.random()

@@ -49,7 +49,7 @@ class Rollout:
         self.denoiser.commit(latents, actions, 0, written)
         for layer, (k, v) in enumerate(written.layers):
             self.cache.fill(layer, k, v)
-        self.cache.last = written.last
+        self.cache.last, self.cache.held = written.last, written.held
         self.held.copy_(actions[:, -1])
         self.window.reset(self.held)
         for filled in range(self.config.window - 1):
@@ -62,12 +62,18 @@ class Rollout:
         """Holds the keys (b, k) for one frame → the finished frame's latents (b, c, y, x)."""
         return self.advance(self.predict(action), action)
 
-    def predict(self, action: Tensor, clean: Tensor | None = None) -> Tensor:
+    def predict(self, action: Tensor, clean: Tensor | None = None, guess: Tensor | None = None) -> Tensor:
         """Bind, noise, denoise: the window's clean estimates (b, w, c, y, x) under the newest keys (b, k).
 
-        Training gives other contents (b, w, c, y, x) than the window's own to be noised.
+        Training gives other contents (b, w, c, y, x) than the window's own to be noised, and the guess, which
+        it needs twice.
         """
-        return self._denoise(action, self.ladder, self.config.window, clean)
+        return self._denoise(action, self.ladder, self.config.window, clean, guess)
+
+    @torch.no_grad()
+    def guess(self, action: Tensor) -> Tensor:
+        """The window's first guesses (b, w, c, y, x) under the newest keys (b, k)."""
+        return self.denoiser.guess(self.window.bind(action)[0], self.cache)
 
     @torch.no_grad()
     def advance(self, clean: Tensor, action: Tensor) -> Tensor:
@@ -85,13 +91,20 @@ class Rollout:
         self.window.roll()
         return head[:, 0]
 
-    def _denoise(self, action: Tensor, sigma: Tensor, stage: int, clean: Tensor | None = None) -> Tensor:
+    def _denoise(
+        self,
+        action: Tensor,
+        sigma: Tensor,
+        stage: int,
+        clean: Tensor | None = None,
+        guess: Tensor | None = None,
+    ) -> Tensor:
         shown, known = self.window.bind(action)
         frame = self.cache.frames
         noise = counter_noise(self.seed, frame, self.levels + 16 * stage, self.denoiser.shape)
         noisy = add_noise(self.window.clean if clean is None else clean, noise, sigma)
         self._see()
-        return self.denoiser(noisy, sigma, shown, known, frame, self.cache)
+        return self.denoiser(noisy, sigma, shown, known, frame, self.cache, guess=guess)
 
     def _correct(self, head: Tensor) -> Tensor:
         """The leaving frame (b, 1, c, y, x) sent back to a higher level and denoised alone under its true

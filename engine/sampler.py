@@ -18,14 +18,15 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return torch.lerp(clean, noise, sigma)
 
 
-def scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sigma (b, t) → (skip, out, in), each (b, t): clean = skip * x + out * network(in * x).
+def scalings(sigma: Tensor, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """sigma (b, t), standard deviation of the clean data → (skip, out, in), each (b, t): clean = skip * x +
+    out * network(in * x).
 
     They keep the network's input and target at unit variance for every sigma, so one loss weight fits all
     levels.
     """
-    spread = ((1 - sigma).square() + sigma.square()).sqrt()
-    return (1 - sigma) / spread.square(), sigma / spread, 1 / spread
+    total = ((spread * (1 - sigma)).square() + sigma.square()).sqrt()
+    return spread**2 * (1 - sigma) / total.square(), spread * sigma / total, 1 / total
 
 
 def counter_noise(seed: Tensor, frame: int, level: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -29,7 +29,7 @@ class Player:
         self.dtype = pick_precision(precision, self.device)
         self.autoencoder = Autoencoder(self.checkpoint.model.autoencoder)
         self.checkpoint.load_into("autoencoder", self.autoencoder)
-        self.denoiser = make_denoiser(self.checkpoint)
+        self.denoiser = make_denoiser(self.checkpoint, self.autoencoder)
         self.checkpoint.load_into("denoiser", self.denoiser)
         for module in (self.autoencoder, self.denoiser):
             module.to(self.device).eval().requires_grad_(False)
@@ -49,10 +49,10 @@ class Player:
             return self.autoencoder.decode(latents).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def make_denoiser(checkpoint: Checkpoint) -> Denoiser:
+def make_denoiser(checkpoint: Checkpoint, autoencoder: Autoencoder) -> Denoiser:
     """The denoiser that a checkpoint's configs describe, with fresh weights."""
     model, world = checkpoint.model, checkpoint.world
-    return Denoiser(model.denoiser, len(world.keys), *model.autoencoder.latent_shape(world))
+    return Denoiser(model.denoiser, len(world.keys), *model.autoencoder.latent_shape(world), autoencoder)
 
 
 class Session:

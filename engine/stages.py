@@ -10,19 +10,23 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .autoencoder import Autoencoder, decode_clip
 from .checkpoint import Checkpoint, save_checkpoint, weights_digest
-from .config import DenoiserConfig, ModelConfig, StageConfig, TrainConfig, UserError
+from .config import DenoiserConfig, ModelConfig, TrainConfig, UserError
 from .dataset import Batches, LatentsCache, Segments, load_frames, split
-from .denoiser import Denoiser, weighted_error
+from .denoiser import Denoiser, make_motion
 from .device import autocast
+from .losses import MotionLoss, PlainLoss, RolloutLoss, compute_dtype
 from .picture import grid
 from .recording import find_recordings
 from .rollout import Rollout
 
-FITTED = 25_000  # clips from which the first guess is fitted
+SOURCES = {
+    "motion": "autoencoder",
+    "denoiser": "motion",
+    "rollout": "denoiser",
+}  # whose networks a stage reads
 LICENCE = "Weights and start frames derive from ViZDoom (MIT) with Freedoom art (BSD-3-Clause); see NOTICE."
 
 
@@ -79,116 +83,50 @@ class AutoencoderStage:
         )
 
 
-class PlainLoss(nn.Module):
-    """Flow matching on true frames, as one module that data parallelism can wrap."""
-
-    def __init__(self, denoiser: Denoiser, pace: StageConfig):
-        super().__init__()
-        self.denoiser, self.pace = denoiser, pace
-
-    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.denoiser.loss(*batch, self.pace.windows)
-
-
-class RolloutLoss(PlainLoss):
-    """Self-generated history: `Rollout` plays recorded actions, and at every step a window that stands on the
-    model's own frames is held against the true ones.
-
-    The history is the model's own, so that it learns to go on from its own faults. What is noised is the true
-    frame, as a denoiser that is regressed on what it cannot know learns to paint the mean of all that could be:
-    flat colour. Only where keys changed under the frames in flight is it, in half of the games, the model's own
-    stale estimate: this is what makes a frame obey a key pressed late. All of the model's own is detached.
-    """
-
-    def __init__(self, denoiser: Denoiser, pace: StageConfig):
-        super().__init__(denoiser, pace)
-        self.rollout: Rollout | None = None
-
-    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        if torch.rand(()) < self.pace.plain_share:
-            return super().forward(batch)
-        latents, actions = batch
-        if self.rollout is None:
-            self.rollout = Rollout(self.denoiser, len(latents), _compute_dtype(latents.device))
-        rollout, start = self.rollout, self.rollout.start_frames
-        seed = torch.randint(2**31, (len(latents),)).to(latents.device)
-        rollout.reset(latents[:, :start], actions[:, :start], seed)
-        errors, logs = [], {}
-        for frame in range(start, start + self.pace.unroll):
-            true = latents[:, frame : frame + self.denoiser.config.window]
-            stale = self._stale(actions[:, : frame + 1]).to(latents.device)
-            clean = torch.where(stale[:, None, None, None, None], rollout.window.clean, true)
-            made = rollout.predict(actions[:, frame], clean)
-            errors.append(weighted_error(made, true, rollout.ladder))  # (b, w)
-            head = rollout.step(actions[:, frame])
-            if frame in (start, start + self.pace.unroll - 1):
-                name = "own_first" if frame == start else "own_last"
-                logs[name] = (head - true[:, 0]).square().mean()
-        error = torch.stack(errors)  # (steps, b, w)
-        unused = 0 * self.denoiser.actions.null.sum()  # data parallelism wants a gradient for every weight
-        return error.mean() + unused, logs | {"head_last": error[-1, :, 0].mean().detach()}
-
-    def _stale(self, actions: Tensor) -> Tensor:
-        """Actions up to now (b, t, k) → which windows keep their own estimates, bool (b,)."""
-        lately = actions[:, -self.denoiser.config.window :]
-        return (lately != lately[:, -1:]).any(-1).any(-1) & (torch.rand(len(actions)) < 0.5).to(actions.device)
-
-
-def _compute_dtype(device: torch.device) -> torch.dtype:
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-
-
-class DenoiserStage:
-    """Trains the denoiser on cached latents; `stage=rollout` goes on from it with the model's own history."""
+class LatentsStage:
+    """What the stages on latents share: the networks of the stage before, the latents cache, its batches."""
 
     def __init__(
         self, config: TrainConfig, device: torch.device, dtype: torch.dtype | None, rank: int, ranks: int
     ):
         self.config, self.device, self.dtype = config, device, dtype
-        pace, out = config.pace(), Path(config.out)
-        rolled = config.stage == "rollout"
-        before = Checkpoint(out / ("denoiser.safetensors" if rolled else "autoencoder.safetensors"))
-        if list(before.world.keys) != list(config.world.keys):
-            said = (
-                f"{before.path} was trained for {before.world.name}, whose keys {config.world.name} has not"
-            )
-            raise UserError(f"{said}; give another out=DIR, or world={before.world.name}.")
+        self.names = tuple(config.world.keys)
+        self.before = Checkpoint(Path(config.out) / f"{SOURCES[config.stage]}.safetensors")
+        if list(self.before.world.keys) != list(config.world.keys):
+            said = f"{self.before.path} was trained for {self.before.world.name}"
+            said = f"{said}, whose keys {config.world.name} has not"
+            raise UserError(f"{said}; give another out=DIR, or world={self.before.world.name}.")
+        made = self.before.model
         self.model = ModelConfig(
-            before.model.autoencoder, before.model.denoiser if rolled else config.model.denoiser
+            made.autoencoder, made.denoiser if config.stage == "rollout" else config.model.denoiser
         )
         self.autoencoder = Autoencoder(self.model.autoencoder).to(device).eval().requires_grad_(False)
-        before.load_into("autoencoder", self.autoencoder)
-        train, held_out = split(find_recordings(config.data))
+        self.before.load_into("autoencoder", self.autoencoder)
+        self.caches = self._open_caches(rank, ranks)
+        length, tail = self.segment()
+        self.batches = Batches(
+            Segments(self.caches[0], length, self.names),
+            config.pace().batch,
+            config.seed,
+            rank,
+            ranks,
+            tail=tail,
+        )
+
+    def segment(self) -> tuple[int, int]:
+        """Frames of a training segment, and how many of them at its end are to be predicted."""
+        raise NotImplementedError
+
+    def _open_caches(self, rank: int, ranks: int) -> list[LatentsCache]:
+        """Latents of the recordings to train on and of those held out; what is missing is encoded first."""
+        train, held_out = split(find_recordings(self.config.data))
         key = weights_digest(self.autoencoder)
-        length = max(shortest(self.model.denoiser) + (pace.unroll - 1 if rolled else 0), pace.clip)
-        names = tuple(config.world.keys)
-        path, recordings = Path(config.data) / f"latents-{key}", train + held_out
-        if mine := recordings[rank::ranks]:
+        path = Path(self.config.data) / f"latents-{key}"
+        if mine := (train + held_out)[rank::ranks]:
             LatentsCache.build(mine, self._encode, path, key, batch=64)
         if ranks > 1:
             torch.distributed.barrier()  # each process has encoded its share
-        caches = [LatentsCache(path, key, part) for part in (train, held_out or train)]
-        tail = length - self.model.denoiser.sink - self.model.denoiser.recent
-        self.batches = Batches(
-            Segments(caches[0], length, names), pace.batch, config.seed, rank, ranks, tail=tail
-        )
-        self.shown = Batches(Segments(caches[1], min(64, caches[1].longest()), names), 6, 0)
-        denoiser = Denoiser(
-            self.model.denoiser, len(names), *self.model.autoencoder.latent_shape(config.world)
-        )
-        if rolled:
-            before.load_into("denoiser", denoiser)
-        elif (
-            rank == 0 and not (out / "denoiser.state.pt").exists()
-        ):  # other processes get the first one's weights
-            self._fit_motion(denoiser, caches[0], names)
-        self.module = (RolloutLoss if rolled else PlainLoss)(denoiser, pace)
-
-    def _fit_motion(self, denoiser: Denoiser, cache: LatentsCache, names: tuple[str, ...]) -> None:
-        """Where training begins: the best linear guess, from some ten thousand true frames."""
-        batches = Batches(Segments(cache, 1 + denoiser.config.window, names), 256, self.config.seed)
-        clips = tqdm(range(FITTED // 256), desc="first guess", unit="batch", disable=None)
-        denoiser.motion.fit((latents, actions[:, 1]) for latents, actions in (next(batches) for _ in clips))
+        return [LatentsCache(path, key, part) for part in (train, held_out or train)]
 
     @torch.inference_mode()
     def _encode(self, frames: Tensor) -> Tensor:
@@ -200,6 +138,69 @@ class DenoiserStage:
         latents, actions = next(self.batches)
         return latents.to(self.device, non_blocking=True), actions.to(self.device, non_blocking=True)
 
+    def save(self, path: Path, module: nn.Module, about: dict) -> None:
+        config = self.config
+        modules = {"autoencoder": self.autoencoder} | self.trained(module)
+        save_checkpoint(path, modules, self.model, config.world, seed=config.seed, licence=LICENCE, **about)
+
+    def trained(self, module: nn.Module) -> dict[str, nn.Module]:
+        """The networks of the module in training by the names under which checkpoints know them."""
+        raise NotImplementedError
+
+
+class MotionStage(LatentsStage):
+    """Trains the network of the first guess: pictures moved as the keys say."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        channels, _, _ = self.model.autoencoder.latent_shape(self.config.world)
+        motion = make_motion(self.model.denoiser, len(self.names), channels, self.autoencoder)
+        self.module = MotionLoss(motion, self.model.denoiser.commit_position)
+        self.shown = Batches(Segments(self.caches[1], self.segment()[0], self.names), 6, 0)
+
+    def segment(self) -> tuple[int, int]:
+        return self.model.denoiser.momentum + self.model.denoiser.window, self.model.denoiser.window
+
+    @torch.no_grad()
+    def picture(self, module: MotionLoss) -> np.ndarray:
+        """Held-out clips: the last picture and the true coming ones, above where it was moved to."""
+        module.eval()
+        batch = (x.to(self.device) for x in self.shown.segments.batch(self.shown.indices(0)))
+        with autocast(self.device, self.dtype):
+            last, held, actions, true = module.clip(*batch)
+            made = module.motion(last, held, actions)
+            rows = [torch.cat([last[:, 1:], x], 1) for x in (true, made)]
+            rows = [decode_clip(self.autoencoder, x).permute(0, 1, 3, 4, 2).cpu().numpy() for x in rows]
+        return grid([row for pair in zip(*rows, strict=True) for row in pair])
+
+    def trained(self, module: MotionLoss) -> dict[str, nn.Module]:
+        return {"motion": module.motion}
+
+
+class DenoiserStage(LatentsStage):
+    """Trains the denoiser on cached latents; `stage=rollout` goes on from it with the model's own history."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        config, rolled = self.config, self.config.stage == "rollout"
+        self.shown = Batches(Segments(self.caches[1], min(64, self.caches[1].longest()), self.names), 6, 0)
+        shape = self.model.autoencoder.latent_shape(config.world)
+        denoiser = Denoiser(self.model.denoiser, len(self.names), *shape, self.autoencoder)
+        if rolled:
+            self.before.load_into("denoiser", denoiser)
+        else:
+            self.before.load_into("motion", denoiser.motion)
+        self.module = (RolloutLoss if rolled else PlainLoss)(denoiser, config.pace())
+
+    def segment(self) -> tuple[int, int]:
+        pace, sizes = self.config.pace(), self.model.denoiser
+        unrolled = pace.unroll - 1 if self.config.stage == "rollout" else 0
+        length = max(shortest(sizes) + unrolled, pace.clip)
+        return length, length - sizes.sink - sizes.recent
+
+    def trained(self, module: PlainLoss) -> dict[str, nn.Module]:
+        return {"denoiser": module.denoiser}
+
     @torch.no_grad()
     def picture(self, module: PlainLoss) -> np.ndarray:
         """Held-out games: every third true frame above the one that the model makes of the same start and
@@ -208,7 +209,7 @@ class DenoiserStage:
         module.eval()
         latents, actions = (x.to(self.device) for x in self.shown.segments.batch(self.shown.indices(0)))
         with autocast(self.device, self.dtype):
-            rollout = Rollout(module.denoiser, len(latents), _compute_dtype(self.device))
+            rollout = Rollout(module.denoiser, len(latents), compute_dtype(self.device))
             start = rollout.start_frames
             rollout.reset(
                 latents[:, :start], actions[:, :start], torch.arange(len(latents), device=self.device)
@@ -218,11 +219,6 @@ class DenoiserStage:
         rows = [rearrange(x, "b t c h w -> b t h w c").cpu().numpy() for x in both]
         return grid([row for pair in zip(*rows, strict=True) for row in pair])
 
-    def save(self, path: Path, module: PlainLoss, about: dict) -> None:
-        config = self.config
-        modules = {"autoencoder": self.autoencoder, "denoiser": module.denoiser}
-        save_checkpoint(path, modules, self.model, config.world, seed=config.seed, licence=LICENCE, **about)
-
 
 def shortest(config: DenoiserConfig) -> int:
     """Frames of the shortest segment that holds a window and all that it looks at."""
@@ -231,5 +227,5 @@ def shortest(config: DenoiserConfig) -> int:
 
 def make_stage(config: TrainConfig, device: torch.device, dtype: torch.dtype | None, rank: int, ranks: int):
     """The stage that `config.stage` names, with its data open."""
-    kind = AutoencoderStage if config.stage == "autoencoder" else DenoiserStage
-    return kind(config, device, dtype, rank, ranks)
+    kinds = {"autoencoder": AutoencoderStage, "motion": MotionStage}
+    return kinds.get(config.stage, DenoiserStage)(config, device, dtype, rank, ranks)

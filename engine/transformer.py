@@ -17,7 +17,7 @@ class Transformer(nn.Module):
     """Latents of some frames (b, t, c, y, x), conditioned frame by frame → as many of the same shape.
 
     Convolutions at the latents' own resolution stand before and behind the tokens, joined past them (as in a
-    U-Net, Ronneberger et al., 2015): what moves a little is their work, far and long-ago things are that of the
+    U-Net, Ronneberger et al., 2015): fine things nearby are their work, far and long-ago ones that of the
     attention over a few large tokens.
     """
 
@@ -61,8 +61,8 @@ class Transformer(nn.Module):
         painted: bool = True,
     ) -> Tensor | None:
         """latents and a first guess at them (b, t, c, y, x), the finished frame before them (b, t or 1, c, y,
-        x), sigma (b, t), action tokens (b, t, d), index of the first frame, memory, mask (t n, m) added to the
-        scores → (b, t, c, y, x); None where only the memory is wanted (`painted` false).
+        x), sigma (b, t), action tokens (b, t, d), index of the first frame, memory, mask (t n, m) added to
+        the scores → (b, t, c, y, x); None where only the memory is wanted (`painted` false).
         """
         b, t = latents.shape[:2]
         condition = F.silu(self.sigma(sigma) + action)  # (b, t, d)

@@ -60,18 +60,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     keys = {"forward": ["W", "Up"], "turn_left": ["Left"], "turn_right": ["Right"]}
     world = WorldConfig("doom_gathering", "doom", "health_gathering", keys=keys)
     small = AutoencoderConfig(4, [8, 8, 12], 1)
-    model = ModelConfig(
-        small, DenoiserConfig(32, 2, 32, window=3, recent=3, ladder=[0.5, 0.8, 1.0], correction=0.8)
-    )
+    window = {"window": 3, "recent": 3, "ladder": [0.5, 0.8, 1.0], "correction": 0.8}
+    model = ModelConfig(small, DenoiserConfig(32, 2, 32, fine=8, stem=1, head=1, **window))
     torch.manual_seed(0)
-    denoiser = Denoiser(model.denoiser, len(keys), *small.latent_shape(world))
+    autoencoder = Autoencoder(small)
+    denoiser = Denoiser(model.denoiser, len(keys), *small.latent_shape(world), autoencoder)
     for name, weights in denoiser.named_parameters():
-        if name == "motion.weight":  # on random matrices alone a game would grow without bounds
-            weights.data.mul_(0.7).add_(0.01 * torch.randn_like(weights))
-        else:  # fresh ones may be zero: noise and keys would change nothing
-            torch.nn.init.normal_(weights, std=0.2)
+        # fresh ones may be zero: noise and keys would change nothing
+        small = weights.ndim == 4 and not name.startswith("motion")
+        torch.nn.init.normal_(weights, std=0.04 if small else 0.2)
     folder = tmp_path_factory.mktemp("checkpoint")
-    networks = {"autoencoder": Autoencoder(small), "denoiser": denoiser}
+    networks = {"autoencoder": autoencoder, "denoiser": denoiser}
     save_checkpoint(folder / "tiny.safetensors", networks, model, world)
 
     frames = np.random.default_rng(0).integers(0, 255, (1, 6, 8, 3), np.uint8).repeat(16, 1).repeat(16, 2)

@@ -23,7 +23,21 @@ from engine.denoiser import Denoiser
 
 MODEL = ModelConfig(
     AutoencoderConfig(channels=4, widths=[8, 8, 8, 8], depth=1),
-    DenoiserConfig(64, 2, 32, patch=2, window=3, recent=3, ladder=[0.5, 0.8, 1.0], sink=2),
+    DenoiserConfig(
+        64,
+        2,
+        32,
+        patch=2,
+        fine=8,
+        stem=1,
+        head=1,
+        motion=8,
+        motion_layers=1,
+        window=3,
+        recent=3,
+        ladder=[0.5, 0.8, 1.0],
+        sink=2,
+    ),
 )
 WORLD = WorldConfig(
     "test", height=64, width=96, tics=3, fps=11.5, keys={"left": ["A"], "right": ["D", "Right"]}

@@ -14,7 +14,7 @@ from engine.rollout import Rollout
 from engine.sampler import scalings
 
 SHAPE = (2, 4, 6)
-SMALL = {"width": 48, "layers": 2, "head_dim": 24, "patch": 2, "sink": 1}
+SMALL = {"width": 48, "layers": 2, "head_dim": 24, "patch": 2, "sink": 1, "fine": 16, "stem": 1, "head": 1}
 SMALL |= {"window": 3, "recent": 3, "ladder": [0.5, 0.8, 1.0]}
 
 
@@ -22,8 +22,9 @@ def make(scramble: float = 0.0, **changes) -> Denoiser:
     torch.manual_seed(0)
     denoiser = Denoiser(DenoiserConfig(**{**SMALL, **changes}), 2, *SHAPE)
     with torch.no_grad():
-        for name, parameter in denoiser.named_parameters():
-            parameter.add_(scramble * torch.randn_like(parameter) * (0.2 if name == "motion.weight" else 1))
+        for parameter in denoiser.parameters():
+            share = 0.2 if parameter.ndim == 4 else 1
+            parameter.add_(scramble * share * torch.randn_like(parameter))
     return denoiser
 
 
@@ -102,7 +103,7 @@ def outside(batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor, int, Contex
         actions,
         torch.ones(batch, 3),
         0,
-        Context([(nothing, nothing)] * 2, torch.randn(batch, *SHAPE)),
+        Context([(nothing, nothing)] * 2, torch.randn(batch, 2, *SHAPE), torch.rand(batch, 4, 2).round()),
     )
 
 
@@ -147,50 +148,51 @@ def test_an_estimate_is_the_guess_and_what_it_misses(dropping):
     denoiser = make(scramble=0.2)
     noisy, sigma, actions, known, frame, context = outside()
     dropped = torch.tensor([[True] * 3, [False, True, False]]) if dropping else None
-    held = actions.clone()
+    before = context.last[:, 1:]
+    one = denoiser.motion(context.last, context.held, actions)
+    assert (one - before).abs().max() > 0.1, "the guess is not just the last frame"
     if dropping:
-        held[0], held[1, 1] = 0, 0
-    one = torch.cat(
-        [denoiser.motion(context.last[:, None], held[:, [k]], torch.tensor([k])) for k in range(3)], 1
-    )
+        one[0], one[1, 1] = before[0], before[1, 0]
     level = sigma[..., None, None, None]
-    skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
+    skip, out, scale = (s[..., None, None, None] for s in scalings(sigma, denoiser.config.spread))
     missed = noisy - (1 - level) * one
     action = denoiser.actions(actions, known, dropped)
-    around = denoiser.motion.around(context.last[:, None])
-    made = denoiser.transformer(scale * missed, one, around, sigma, action, frame, context)
+    made = denoiser.transformer(scale * missed, one, before, sigma, action, frame, context)
     expected = one + skip * missed + out * made
     assert torch.allclose(
         denoiser(noisy, sigma, actions, known, frame, context, dropped), expected, atol=1e-5
     )
-    assert (one - context.last[:, None]).abs().max() > 0.1, "the guess is not just the last frame"
+    given = denoiser(noisy, sigma, actions, known, frame, context, dropped, torch.zeros_like(one))
+    assert (given - expected).abs().max() > 0.1, "a guess that is given is taken"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("level", [0.0, 0.3])
-def test_a_commit_guesses_each_frame_from_the_one_before(level, monkeypatch):
-    """Frame t is guessed from frame t - 1 under the action t; the very first from itself; later passes go on
-    where the last one ended.
+def test_a_commit_tells_each_frame_from_the_one_before(level, monkeypatch):
+    """Frame t is held against frame t - 1, the very first against itself; later passes go on where the last
+    one ended. The memory keeps two frames and four actions.
     """
     denoiser = make(scramble=0.2)
     latents, actions, _ = world(2, 6, torch.Generator().manual_seed(0))
     sigma = torch.full((2, 6), level)
     seen = []
-    monkeypatch.setattr(denoiser.transformer, "forward", lambda *given: seen.append(given))
-    memory, now = Written(), torch.tensor([0])
-    denoiser.commit(latents[:, :4], actions[:, :4], 0, memory, sigma[:, :4])
-    assert torch.equal(memory.last, latents[:, 3])
-    denoiser.commit(latents[:, 4:], actions[:, 4:], 4, memory, sigma[:, 4:])
-    assert torch.equal(memory.last, latents[:, 5])
-    missed, guess, around = (torch.cat([given[which] for given in seen], 1) for which in range(3))
+    monkeypatch.setattr(denoiser.transformer, "forward", lambda *given, painted: seen.append(given))
+    memory = Written()
+    denoiser.commit(latents[:, :1], actions[:, :1], 0, memory, sigma[:, :1])
+    assert torch.equal(memory.last, latents[:, [0, 0]])
+    assert not memory.held[:, :3].any() and torch.equal(memory.held[:, 3:], actions[:, :1])
+    denoiser.commit(latents[:, 1:5], actions[:, 1:5], 1, memory, sigma[:, 1:5])
+    assert torch.equal(memory.last, latents[:, 3:5]) and torch.equal(memory.held, actions[:, 1:5])
+    denoiser.commit(latents[:, 5:], actions[:, 5:], 5, memory, sigma[:, 5:])
+    assert torch.equal(memory.last, latents[:, 4:]) and torch.equal(memory.held, actions[:, 2:])
+    missed, guess, last = (torch.cat([given[which] for given in seen], 1) for which in range(3))
     for frame in range(6):
         before = latents[:, [max(0, frame - 1)]]
-        expected = denoiser.motion(before, actions[:, [frame]], now)
-        assert torch.allclose(guess[:, [frame]], expected, atol=1e-5), frame
-        scale = ((1 - level) ** 2 + level**2) ** -0.5
-        rest = scale * (latents[:, [frame]] - (1 - level) * expected)
+        assert torch.equal(guess[:, [frame]], before), frame
+        scale = ((0.5 * (1 - level)) ** 2 + level**2) ** -0.5
+        rest = scale * (latents[:, [frame]] - (1 - level) * before)
         assert torch.allclose(missed[:, [frame]], rest, atol=1e-5), frame
-        assert torch.equal(around[:, [frame]], denoiser.motion.around(before)), frame
+        assert torch.equal(last[:, [frame]], before), frame
     memory.last.fill_(torch.nan)
     assert latents.isfinite().all(), "the memory has a frame of its own"
 
@@ -229,7 +231,8 @@ def test_half_of_a_batch_is_trained_with_a_foreign_sink():
     memory = Written()
     denoiser.commit(latents, actions, 0, memory)
     tokens, context = denoiser.transformer.tokens, denoiser._context(memory, 9, 2)
-    assert torch.equal(context.last, latents[:, -1].repeat(2, 1, 1, 1)), "the frame before is its own"
+    assert torch.equal(context.last, latents[:, -2:].repeat(2, 1, 1, 1, 1)), "the frames before are its own"
+    assert torch.equal(context.held, actions[:, -4:].repeat(2, 1, 1))
     for (k, v), (past_k, past_v) in zip(memory.layers, context.layers, strict=True):
         sources = [1, 0, 2, 3] * 2
         assert torch.equal(past_v[:, :, :tokens], v[sources, :, :tokens])
@@ -252,15 +255,17 @@ def test_loss_lays_actions_on_the_frames_that_they_cause(commit_position, monkey
     monkeypatch.setattr(denoiser, "_roughen", lambda clean: (clean, torch.zeros(clean.shape[:2])))
     forward, guesses, tellings, passes = denoiser.transformer.forward, [], [], []
 
-    def watched(missed: Tensor, guess: Tensor, around: Tensor, sigma: Tensor, action: Tensor, *rest) -> Tensor:
-        passes.append(((missed + guess)[0, :, 0, 0, 0].tolist(), guess[0, :, 0, 0, 0].tolist(), rest[0]))
-        assert (around[0, :, 0, 0] == guess[0, :, 0, 0, 0]).all()
-        return forward(missed, guess, around, sigma, action, *rest)
+    def watched(missed: Tensor, guess: Tensor, before: Tensor, *rest, painted: bool = True) -> Tensor | None:
+        passes.append(
+            ((0.5 * missed + guess)[0, :, 0, 0, 0].tolist(), guess[0, :, 0, 0, 0].tolist(), rest[2])
+        )
+        assert (before[0, :, 0, 0, 0] == guess[0, :, 0, 0, 0]).all()
+        assert painted == (len(passes) == 2), "a commit paints nothing"
+        return forward(missed, guess, before, *rest, painted=painted)
 
-    def guessed(before: Tensor, actions: Tensor, ahead: Tensor) -> Tensor:
-        before = before.expand(-1, actions.shape[1], -1, -1, -1)
-        guesses.append((before[0, :, 0, 0, 0].tolist(), actions[0, :, 0].tolist(), ahead.tolist()))
-        return before
+    def guessed(last: Tensor, held: Tensor, actions: Tensor) -> Tensor:
+        guesses.append([last[0, :, 0, 0, 0].tolist(), held[0, :, 0].tolist(), actions[0, :, 0].tolist()])
+        return last[:, 1:].expand(-1, actions.shape[1], -1, -1, -1)
 
     def told(actions: Tensor, known: Tensor, dropped: Tensor | None = None) -> Tensor:
         gone = known[0] * 0 > 0 if dropped is None else dropped[0]
@@ -275,17 +280,17 @@ def test_loss_lays_actions_on_the_frames_that_they_cause(commit_position, monkey
         for seen in (guesses, tellings, passes):
             seen.clear()
         denoiser.loss(latents, actions, windows=2)
-        (preceding, causing, nexts), (before, held, ahead) = guesses
+        ((last, held, moving),) = guesses
         (history, certain, _), (shown, known, gone) = tellings
         (committed, first_guess, first), (window, guess, start) = passes
         places = list(range(len(window)))
-        assert first == 0 and history == committed == causing == list(range(start)) and set(certain) == {1}
-        assert first_guess == preceding == [0, *history[:-1]] and set(nexts) == {0}
+        assert first == 0 and history == committed == list(range(start)) and set(certain) == {1}
+        assert first_guess == [0, *history[:-1]]
         assert window == [start + k for k in places]
         assert shown == [start + min(k, commit_position) for k in places]
         assert known == [float(k <= commit_position) for k in places]
-        assert guess == before == [start - 1] * len(window) and ahead == places
-        assert held == ([0] * len(window) if gone[0] else shown)
+        assert guess == [start - 1] * len(window) and last == [start - 2, start - 1]
+        assert held == [start - 4, start - 3, start - 2, start - 1] and moving == shown
         starts.add(start)
         sizes.add(len(window))
         drops.add(gone[0])
@@ -315,14 +320,14 @@ def test_every_weight_is_trained():
 def test_weighted_error_is_that_of_the_networks_output():
     clean, noisy = torch.randn(2, 3, *SHAPE), torch.randn(2, 3, *SHAPE)
     sigma = torch.tensor([[0.3, 0.6, 1.0], [0.2, 0.9, 0.5]])
-    skip, out, _ = (s[..., None, None, None] for s in scalings(sigma))
+    skip, out, _ = (s[..., None, None, None] for s in scalings(sigma, 0.5))
     guess, network = torch.randn_like(clean), torch.randn_like(clean)
     missed = noisy - (1 - sigma[..., None, None, None]) * guess
     target = (clean - guess - skip * missed) / out
-    error = weighted_error(guess + skip * missed + out * network, clean, sigma)
+    error = weighted_error(guess + skip * missed + out * network, clean, sigma, 0.5)
     assert error.shape == (2, 3)
     assert torch.allclose(error, (network - target).square().mean((2, 3, 4)), rtol=1e-4)
     off = clean + 0.1
-    assert torch.allclose(weighted_error(off, clean, torch.zeros(2, 3)), torch.ones(2, 3), rtol=1e-4), (
-        "bounded"
-    )
+    assert torch.allclose(
+        weighted_error(off, clean, torch.zeros(2, 3), 0.5), torch.full((2, 3), 4.0), rtol=1e-4
+    ), "bounded"

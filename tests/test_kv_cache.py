@@ -178,7 +178,7 @@ def test_written_keeps_and_context_joins():
     for layer in range(LAYERS):
         k, v = written.extend(layer, keys(0, 1, layer=layer), keys(2, 3, layer=layer))
         assert torch.equal(k, keys(0, 1, layer=layer)) and torch.equal(v, keys(2, 3, layer=layer))
-    context = Context(written.layers, torch.zeros(BATCH, 2, 3, 4))
+    context = Context(written.layers, torch.zeros(BATCH, 2, 2, 3, 4), torch.zeros(BATCH, 4, 1))
     for layer in range(LAYERS):
         k, v = context.extend(layer, keys(4, layer=layer), keys(5, layer=layer))
         assert torch.equal(k, keys(0, 1, 4, layer=layer)) and torch.equal(v, keys(2, 3, 5, layer=layer))

@@ -23,20 +23,15 @@ KEYS, SHAPE = 3, (2, 4, 6)  # channels, rows, columns: 6 tokens and the action's
 
 
 def tiny(**changes) -> Denoiser:
-    """An untrained denoiser whose every weight matters: gates that start at zero would hide mistakes.
-
-    Motion only loosely holds on to what it moves, or a game on its own frames would grow without bounds.
-    """
-    size = {"width": 32, "layers": 2, "head_dim": 16, "patch": 2}
+    """An untrained denoiser whose every weight matters: gates that start at zero would hide mistakes."""
+    size = {"width": 32, "layers": 2, "head_dim": 16, "patch": 2, "fine": 8, "stem": 1, "head": 1}
     plain = {**size, "window": 3, "recent": 3, "sink": 1, "ladder": [0.5, 0.8, 1.0], "correction": 0.9}
     torch.manual_seed(0)
     denoiser = Denoiser(DenoiserConfig(**{**plain, **changes}), KEYS, *SHAPE)
     with torch.no_grad():
         for name, parameter in denoiser.named_parameters():
-            if name == "motion.weight":
-                parameter.mul_(0.5).add_(0.04 * torch.randn_like(parameter))
-            else:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+            small = parameter.ndim == 4 or name.startswith("motion")
+            parameter.add_((0.04 if small else 0.2) * torch.randn_like(parameter))
     return denoiser.eval()
 
 
@@ -75,7 +70,8 @@ def context(denoiser: Denoiser, latents: Tensor, actions: Tensor, first: int = 0
             torch.cat([v[:, :, : config.sink], v[:, :, -config.recent :]], 2),
         )
         layers.append(tuple(x.flatten(2, 3) for x in joined))
-    return Context(layers, latents[:, -1])
+    held = torch.cat([actions.new_zeros(len(actions), 4, actions.shape[2]), actions], 1)[:, -4:]
+    return Context(layers, latents[:, -2:], held)
 
 
 def test_cached_commits_are_one_masked_pass():
@@ -219,20 +215,16 @@ def test_cached_steps_are_the_written_out_definition(changes, monkeypatch):
     latents, before, played, seed = game(frames=8)
     made = play(denoiser, latents, before, played, seed)
 
-    def moved(last: Tensor, keys: Tensor, ahead: int) -> Tensor:
-        return denoiser.motion(last[:, None], keys[:, None], torch.tensor([ahead]))
-
     def estimate(clean: Tensor, levels: Tensor, keys: Tensor, known: Tensor) -> Tensor:
         frame = latents.shape[1]
         noise = counter_noise(seed, frame, torch.zeros(len(levels), dtype=torch.int64), SHAPE)
         sigma, noisy = levels.expand(2, -1), add_noise(clean, noise, levels.expand(2, -1))
         memory = context(denoiser, latents, before)
-        guess = torch.cat([moved(latents[:, -1], keys[:, k], k) for k in range(len(levels))], 1)
+        guess = denoiser.motion(memory.last, memory.held, keys)
         missed = noisy - (1 - sigma[..., None, None, None]) * guess
-        skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
+        skip, out, scale = (s[..., None, None, None] for s in scalings(sigma, config.spread))
         action = denoiser.actions(keys, known)
-        around = denoiser.motion.around(latents[:, -1:])
-        made = denoiser.transformer(scale * missed, guess, around, sigma, action, frame, memory)
+        made = denoiser.transformer(scale * missed, guess, latents[:, -1:], sigma, action, frame, memory)
         return guess + skip * missed + out * made
 
     ladder, window = torch.tensor(config.ladder), config.window
