@@ -99,9 +99,7 @@ def test_every_stage_writes_what_the_next_one_reads(trained, stage, steps):
 
 def test_losses_fall(trained):
     out, _ = trained
-    for stage, share in zip(
-        STAGES[:3], (0.6, 0.95, 0.8), strict=True
-    ):  # a still picture is a good first guess
+    for stage, share in (("autoencoder", 0.6), ("denoiser", 0.8)):  # that of motion: tests/test_motion.py
         fell = [line["loss"] for line in lines(out, stage)]
         assert np.mean(fell[-3:]) < share * fell[0], f"{stage}: {fell}"
 
@@ -153,7 +151,7 @@ def flat(state, name: str = "") -> dict[str, object]:
 
 def assert_same(one, other) -> None:
     one, other = flat(one), flat(other)
-    assert one.keys() == other.keys() and len(one) > 20
+    assert one.keys() == other.keys() and len(one) >= 20
     for name, value in one.items():
         same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
         assert same, name
@@ -217,10 +215,10 @@ def test_rolled_windows_are_held_against_the_frames_of_their_actions(commit_posi
     def watch(name: str) -> None:
         plain = getattr(Rollout, name)
 
-        def watched(rollout: Rollout, *given):
+        def watched(rollout: Rollout, *given, **named):
             told = [x.flatten(2)[0, :, 0].tolist() for x in given[:2]] if name == "reset" else given[0][0, 0]
             seen.append((name, rollout.cache.frames, told))
-            return plain(rollout, *given)
+            return plain(rollout, *given, **named)
 
         monkeypatch.setattr(Rollout, name, watched)
 
