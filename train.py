@@ -1,4 +1,4 @@
-"""Trains everything: python train.py stage=collect|autoencoder|denoiser|rollout|evaluate [name=value ...]
+"""Trains everything: python train.py stage=collect|autoencoder|motion|denoiser|rollout|evaluate [name=value ...]
 
 Each stage reads what the one before it wrote, in the order above, takes max_minutes=M and goes on where it
 was stopped. Often used options:

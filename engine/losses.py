@@ -11,6 +11,8 @@ from .motion import Motion
 from .rollout import Rollout
 from .window import bind
 
+STALE_CHANGED, STALE_HELD = 0.5, 0.25  # shares of windows that keep the model's own estimates
+
 
 class MotionLoss(nn.Module):
     """Moves the pictures of true clips as their keys say, as one module that data parallelism can wrap."""
@@ -41,14 +43,14 @@ class PlainLoss(nn.Module):
 
 
 class RolloutLoss(PlainLoss):
-    """Self-generated history: `Rollout` plays recorded actions, and at every step a window that stands on the
-    model's own frames is held against the true ones.
+    """Self-generated history: `Rollout` plays recorded actions, and at half of its steps a window that stands
+    on the model's own frames is held against the true ones.
 
-    The history is the model's own, so that it learns to go on from its own faults. What is noised is the true
-    frame, as a denoiser that is regressed on what it cannot know learns to paint the mean of all that could
-    be: flat colour. Only where keys changed under the frames in flight is it, in half of the games, the
-    model's own stale estimate: this makes a frame obey a key pressed late. All of the model's own is
-    detached.
+    The history is the model's own, so that it learns to go on from its own faults. What is noised is most
+    often the true frame, as a denoiser that is regressed on what it cannot know learns to paint the mean of
+    all that could be: flat colour. In some games it is the model's own stale estimate, in more of them where
+    keys changed under the frames in flight: this makes a frame obey a key pressed late, and shows how much a
+    stale estimate is to be trusted. All of the model's own is detached.
     """
 
     def __init__(self, denoiser: Denoiser, pace: StageConfig):
@@ -64,29 +66,29 @@ class RolloutLoss(PlainLoss):
         rollout, start = self.rollout, self.rollout.start_frames
         seed = torch.randint(2**31, (len(latents),)).to(latents.device)
         rollout.reset(latents[:, :start], actions[:, :start], seed)
-        errors, logs = [], {}
-        for frame in range(start, start + self.pace.unroll):
-            true = latents[:, frame : frame + self.denoiser.config.window]
-            stale = self._stale(actions[:, : frame + 1]).to(latents.device)
-            clean = torch.where(stale[:, None, None, None, None], rollout.window.clean, true)
-            guess = rollout.guess(actions[:, frame])
-            made = rollout.predict(actions[:, frame], clean, guess)
-            errors.append(weighted_error(made, true, rollout.ladder, self.denoiser.config.spread))  # (b, w)
+        learnt = torch.rand(self.pace.unroll) < 0.5
+        learnt[-1] = True  # where the history is most its own
+        errors, heads = [], []
+        for step, action in enumerate(actions[:, start : start + self.pace.unroll].unbind(1)):
+            true, guess = latents[:, start + step :][:, : self.denoiser.config.window], rollout.guess(action)
+            if learnt[step]:
+                made = rollout.predict(action, self._noised(true, actions[:, : start + step + 1]), guess)
+                errors.append(
+                    weighted_error(made, true, rollout.ladder, self.denoiser.config.spread)
+                )  # (b, w)
             with torch.no_grad():
-                head = rollout.advance(rollout.predict(actions[:, frame], guess=guess), actions[:, frame])
-            if frame in (start, start + self.pace.unroll - 1):
-                name = "own_first" if frame == start else "own_last"
-                logs[name] = (head - true[:, 0]).square().mean()
-        error = torch.stack(errors)  # (steps, b, w)
+                head = rollout.advance(rollout.predict(action, guess=guess), action)
+            heads.append((head - true[:, 0]).square().mean())
+        logs = {"own_first": heads[0], "own_last": heads[-1], "head_last": errors[-1][:, 0].mean().detach()}
         unused = 0 * self.denoiser.actions.null.sum()  # data parallelism wants a gradient for every weight
-        return error.mean() + unused, logs | {"head_last": error[-1, :, 0].mean().detach()}
+        return torch.stack(errors).mean() + unused, logs
 
-    def _stale(self, actions: Tensor) -> Tensor:
-        """Actions up to now (b, t, k) → which windows keep their own estimates, bool (b,)."""
+    def _noised(self, true: Tensor, actions: Tensor) -> Tensor:
+        """What is noised, (b, w, c, y, x), of true frames and the actions (b, t, k) up to now."""
         lately = actions[:, -self.denoiser.config.window :]
-        return (lately != lately[:, -1:]).any(-1).any(-1) & (torch.rand(len(actions)) < 0.5).to(
-            actions.device
-        )
+        share = torch.where((lately != lately[:, -1:]).any(-1).any(-1), STALE_CHANGED, STALE_HELD)
+        stale = torch.rand(len(actions)).to(share.device) < share
+        return torch.where(stale[:, None, None, None, None], self.rollout.window.clean, true)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

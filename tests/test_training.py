@@ -231,20 +231,23 @@ def test_rolled_windows_are_held_against_the_frames_of_their_actions(commit_posi
     monkeypatch.setattr(losses, "weighted_error", error)
     value, _ = loss((number[:, None, None, None].expand(2, 10, 2, 4, 6), number[:, None].expand(2, 10, 1)))
     value.backward()
-    assert seen.pop(0)[2] == [list(range(start))] * 2 and len(seen) == 4 * 4
+    assert seen.pop(0)[2] == [list(range(start))] * 2
+    learnt = []
     for frame in range(start, start + 4):
         true = list(range(frame, frame + window))
         assert seen.pop(0) == ("guess", frame, frame)
-        assert seen.pop(0) == ("predict", frame, frame), "what is learnt from"
-        assert seen.pop(0) == ("error", True, true, pytest.approx(size.ladder))
-        assert seen.pop(0) == ("predict", frame, frame), "the model's own game goes on"
+        assert seen.pop(0) == ("predict", frame, frame)
+        if seen and seen[0][0] == "error":
+            learnt.append(frame)
+            assert seen.pop(0) == ("error", True, true, pytest.approx(size.ladder))
+            assert seen.pop(0) == ("predict", frame, frame), "the model's own game goes on"
+    assert not seen and learnt[-1] == start + 3
 
 
 @pytest.mark.parametrize("changes", [False, True])
-def test_stale_estimates_stay_only_where_keys_changed(changes, monkeypatch):
-    """With held keys every window is noised from true frames; after a change half of them keep their own."""
-    loss = rolled_loss()
-    true, given = torch.randn(64, 10, 2, 4, 6), []
+def test_stale_estimates_stay_more_often_where_keys_changed(changes, monkeypatch):
+    """Most windows are noised from true frames; a half keep their own estimates after a change of keys."""
+    loss, true, given = rolled_loss(), torch.randn(64, 10, 2, 4, 6), []
     actions = torch.ones(64, 10, 1)
     if changes:
         actions[:, 6:] = 0
@@ -252,20 +255,19 @@ def test_stale_estimates_stay_only_where_keys_changed(changes, monkeypatch):
 
     def predict(rollout: Rollout, action, clean=None, guess=None) -> torch.Tensor:
         if clean is not None:
-            given.append((clean.clone(), rollout.window.clean.clone()))
+            given.append((rollout.cache.frames, clean.clone(), rollout.window.clean.clone()))
         return plain(rollout, action, clean, guess)
 
     monkeypatch.setattr(Rollout, "predict", predict)
-    loss((true, actions))
-    start = loss.denoiser.config.sink + loss.denoiser.config.recent
-    shares = []
-    for frame, (clean, own) in enumerate(given, start):
+    for _ in range(4):
+        loss((true, actions))
+    assert {frame for frame, _, _ in given} == {4, 5, 6, 7}
+    for frame, clean, own in given:
         is_true = (clean == true[:, frame : frame + clean.shape[1]]).flatten(1).all(1)
         assert (is_true | (clean == own).flatten(1).all(1)).all()
-        shares.append(1 - is_true.float().mean().item())
-    for frame, share in enumerate(shares, start):
-        stale = changes and 6 <= frame < 6 + loss.denoiser.config.window - 1
-        assert 0.2 < share < 0.8 if stale else share == 0, (frame, shares)
+        stale = 1 - is_true.float().mean().item()
+        expected = losses.STALE_CHANGED if changes and frame >= 6 else losses.STALE_HELD
+        assert stale == pytest.approx(expected, abs=0.17), (frame, stale)
 
 
 def test_learning_rate_warms_up_and_decays():
