@@ -1,7 +1,8 @@
-"""Trains everything: python train.py stage=collect|autoencoder|motion|denoiser|rollout|evaluate [name=value ...]
+"""Trains everything: python train.py stage=NAME [name=value ...]
 
-Each stage reads what the one before it wrote, in the order above, takes max_minutes=M and goes on where it
-was stopped. Often used options:
+Stages: collect, autoencoder, motion, denoiser, rollout, evaluate (and frontier, which times sizes). Each
+reads what the one before it wrote, in this order, takes max_minutes=M and goes on where it was stopped.
+Often used options:
   world=NAME        which game: doom_gathering doom_arena doom_defend doom_home gym (with world.id=...)
   preset=NAME       toy (seconds) · laptop (overnight on 2 cores) · gpu (under 25 minutes on one big GPU)
   data=DIR          recordings      out=DIR   checkpoints, metrics and pictures
