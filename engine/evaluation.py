@@ -26,6 +26,7 @@ from .session import Player, Session
 HORIZONS = (1, 16, 64)  # frames after the start at which pictures are compared
 TURN_FRAMES = 4  # a turn is judged by the flow over so many frames after the key went down
 TRIALS = 100
+CLIPS = 64  # held-out clips over which fidelity is averaged
 
 
 def evaluate(config: TrainConfig) -> dict:
@@ -107,7 +108,7 @@ def fidelity(player: Player, clips: Clips, report: Path, seed: int) -> dict:
     """
     start = player.denoiser.config.sink + player.denoiser.config.recent
     length = start + HORIZONS[-1]
-    frames, actions = clips.choose(clips.places(length), 64, length, seed)
+    frames, actions = clips.choose(clips.places(length), CLIPS, length, seed)
     made = roll(player, frames, actions, seed)
     true = frames[:, start:]
     figures = {f"psnr@{h}": psnr(made[:, h - 1], true[:, h - 1]) for h in HORIZONS}

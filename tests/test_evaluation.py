@@ -84,7 +84,9 @@ def test_turning_tells_obedience_from_defiance(player, turns, monkeypatch, obeys
     assert figures["turn_obeyed"] == figures["turn_obeyed_within_2"] == share
 
 
-def test_the_whole_stage(tiny_checkpoint, turns, tmp_path):
+def test_the_whole_stage(tiny_checkpoint, turns, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "CLIPS", 4)
+    monkeypatch.setattr(evaluation, "TRIALS", 5)
     options = [
         f"checkpoint={tiny_checkpoint}",
         f"data={turns}",

@@ -192,7 +192,7 @@ def test_mixture_shares():
         mixture({}, space)
         names.append(mixture.name)
     shares = {name: names.count(name) / len(names) for name in set(names)}
-    assert abs(shares["scripted"] - 0.40) < 0.1 and abs(shares["random"] - 0.30) < 0.1
+    assert abs(shares["scripted"] - 0.55) < 0.1 and abs(shares["random"] - 0.20) < 0.1
     assert abs(shares["idle"] - 0.12) < 0.05 and abs(shares["walls"] + shares["spin"] - 0.18) < 0.08
     with pytest.raises(UserError, match="no policy 'keyboard'"):
         make_policy("keyboard", space, 0)
