@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -96,7 +97,8 @@ def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
                 workers, mp_context=context, initializer=_start_worker, initargs=(played,)
             )
             try:
-                episodes += _follow([pool.submit(play, job) for job in left], bar, played)
+                for more in _follow([pool.submit(play, job) for job in left], bar, played):
+                    episodes += more
             except BrokenProcessPool:
                 deaths += 1
                 if deaths > RESTARTS:
@@ -110,14 +112,14 @@ def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
     return episodes
 
 
-def _follow(futures: list[Future], bar: tqdm, played) -> int:
-    waiting, episodes, seen, begun = set(futures), 0, 0, bar.n
+def _follow(futures: list[Future], bar: tqdm, played) -> Iterator[int]:
+    """Moves the bar → the number of episodes of each recording as it is finished."""
+    waiting, seen, begun = set(futures), 0, bar.n
     while waiting:
         finished, waiting = wait(waiting, timeout=0.25, return_when=FIRST_COMPLETED)
         bar.update(played.value - seen)
         seen = bar.n - begun
-        episodes += sum(future.result() for future in finished)
-    return episodes
+        yield from (future.result() for future in finished)
 
 
 def _start_worker(played) -> None:

@@ -1,11 +1,13 @@
 """Collecting: the same recordings for any number of workers, and after an interruption."""
 
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -84,6 +86,32 @@ def test_an_interrupted_collection_is_finished_with_the_same_bytes(two_workers, 
     assert figures["frames"] == 90 and figures["kept_frames"] == 150
     assert content(data) == content(two_workers[0]) and not list(data.glob("*.tmp"))
     assert collect(config(data))["frames"] == 0
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path):
+    """Killed while it plays, in an environment without a simulator process that would be left behind."""
+    pytest.importorskip("gymnasium")
+    world = WorldConfig("gym", "gym", id="CartPole-v1", tics=1, fps=20.0)
+    wanted = TrainConfig(stage="collect", world=world, data=str(tmp_path), frames=400, workers=1)
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not killed:
+            if any(tmp_path.glob("*/actions.jsonl")):
+                worker = multiprocessing.active_children()[0]
+                worker.kill()
+                killed.append(worker.pid)
+            time.sleep(0.002)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    figures = collect(wanted)
+    killer.join()
+    assert killed and figures["frames"] == 400
+    recordings = [Recording(path) for path in find_recordings(tmp_path)]
+    assert [len(recording) for recording in recordings] == [90, 90, 90, 90, 40]
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_killed_parent_takes_its_workers_along(tmp_path):
