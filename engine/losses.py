@@ -43,8 +43,8 @@ class PlainLoss(nn.Module):
 
 
 class RolloutLoss(PlainLoss):
-    """Self-generated history: `Rollout` plays recorded actions, and at half of its steps a window that stands
-    on the model's own frames is held against the true ones.
+    """Self-generated history: `Rollout` plays recorded actions, and at each step a window that stands on the
+    model's own frames is held against the true ones.
 
     The history is the model's own, so that it learns to go on from its own faults. What is noised is most
     often the true frame, as a denoiser that is regressed on what it cannot know learns to paint the mean of
@@ -66,16 +66,12 @@ class RolloutLoss(PlainLoss):
         rollout, start = self.rollout, self.rollout.start_frames
         seed = torch.randint(2**31, (len(latents),)).to(latents.device)
         rollout.reset(latents[:, :start], actions[:, :start], seed)
-        learnt = torch.rand(self.pace.unroll) < 0.5
-        learnt[-1] = True  # where the history is most its own
         errors, heads = [], []
-        for step, action in enumerate(actions[:, start : start + self.pace.unroll].unbind(1)):
-            true, guess = latents[:, start + step :][:, : self.denoiser.config.window], rollout.guess(action)
-            if learnt[step]:
-                made = rollout.predict(action, self._noised(true, actions[:, : start + step + 1]), guess)
-                errors.append(
-                    weighted_error(made, true, rollout.ladder, self.denoiser.config.spread)
-                )  # (b, w)
+        for frame in range(start, start + self.pace.unroll):
+            true, action = latents[:, frame : frame + self.denoiser.config.window], actions[:, frame]
+            guess = rollout.guess(action)
+            made = rollout.predict(action, self._noised(true, actions[:, : frame + 1]), guess)
+            errors.append(weighted_error(made, true, rollout.ladder, self.denoiser.config.spread))  # (b, w)
             with torch.no_grad():
                 head = rollout.advance(rollout.predict(action, guess=guess), action)
             heads.append((head - true[:, 0]).square().mean())

@@ -52,10 +52,10 @@ class Rollout:
         self.cache.last, self.cache.held = written.last, written.held
         self.held.copy_(actions[:, -1])
         self.window.reset(self.held)
+        guess = self.guess(self.held)
         for filled in range(self.config.window - 1):
-            self.window.update(
-                self._denoise(self.held, ramp(self.denoiser.ladder, filled).expand_as(self.ladder), filled)
-            )
+            sigma = ramp(self.denoiser.ladder, filled).expand_as(self.ladder)
+            self.window.update(self._denoise(self.held, sigma, filled, guess=guess))
 
     @torch.no_grad()
     def step(self, action: Tensor) -> Tensor:

@@ -216,7 +216,11 @@ def test_rolled_windows_are_held_against_the_frames_of_their_actions(commit_posi
         plain = getattr(Rollout, name)
 
         def watched(rollout: Rollout, *given, **named):
-            told = [x.flatten(2)[0, :, 0].tolist() for x in given[:2]] if name == "reset" else given[0][0, 0]
+            told = (
+                [x.flatten(2)[0, :, 0].tolist() for x in given[:2]]
+                if name == "reset"
+                else given[0][0, 0].item()
+            )
             seen.append((name, rollout.cache.frames, told))
             return plain(rollout, *given, **named)
 
@@ -232,16 +236,14 @@ def test_rolled_windows_are_held_against_the_frames_of_their_actions(commit_posi
     value, _ = loss((number[:, None, None, None].expand(2, 10, 2, 4, 6), number[:, None].expand(2, 10, 1)))
     value.backward()
     assert seen.pop(0)[2] == [list(range(start))] * 2
-    learnt = []
+    assert seen.pop(0) == ("guess", start, start - 1), "that of the frames in flight at the start"
     for frame in range(start, start + 4):
         true = list(range(frame, frame + window))
         assert seen.pop(0) == ("guess", frame, frame)
-        assert seen.pop(0) == ("predict", frame, frame)
-        if seen and seen[0][0] == "error":
-            learnt.append(frame)
-            assert seen.pop(0) == ("error", True, true, pytest.approx(size.ladder))
-            assert seen.pop(0) == ("predict", frame, frame), "the model's own game goes on"
-    assert not seen and learnt[-1] == start + 3
+        assert seen.pop(0) == ("predict", frame, frame), "what is learnt from"
+        assert seen.pop(0) == ("error", True, true, pytest.approx(size.ladder))
+        assert seen.pop(0) == ("predict", frame, frame), "the model's own game goes on"
+    assert not seen
 
 
 @pytest.mark.parametrize("changes", [False, True])
@@ -262,12 +264,14 @@ def test_stale_estimates_stay_more_often_where_keys_changed(changes, monkeypatch
     for _ in range(4):
         loss((true, actions))
     assert {frame for frame, _, _ in given} == {4, 5, 6, 7}
+    shares: dict[bool, list[float]] = {}
     for frame, clean, own in given:
         is_true = (clean == true[:, frame : frame + clean.shape[1]]).flatten(1).all(1)
         assert (is_true | (clean == own).flatten(1).all(1)).all()
-        stale = 1 - is_true.float().mean().item()
-        expected = losses.STALE_CHANGED if changes and frame >= 6 else losses.STALE_HELD
-        assert stale == pytest.approx(expected, abs=0.17), (frame, stale)
+        shares.setdefault(changes and frame >= 6, []).append(1 - is_true.float().mean().item())
+    for changed, stale in shares.items():
+        expected = losses.STALE_CHANGED if changed else losses.STALE_HELD
+        assert np.mean(stale) == pytest.approx(expected, abs=0.1), changed
 
 
 def test_learning_rate_warms_up_and_decays():
