@@ -14,7 +14,9 @@ from .window import RollingWindow
 class Rollout:
     """Games played side by side in latent space: `reset` from given frames, then one finished frame a `step`.
 
-    Noise is a function of (seed, frame index, level), so a game is reproduced by its seed and its actions.
+    Noise is a function of (seed, frame index), so a game is reproduced by its seed and its actions. A frame
+    keeps its noise on its way through the window: noise drawn anew at each level would wash out the texture
+    that the levels before have drawn (docs/log.md).
     """
 
     def __init__(self, denoiser: Denoiser, batch: int = 1, dtype: torch.dtype = torch.float32):
@@ -26,7 +28,7 @@ class Rollout:
         self.ladder = denoiser.ladder.expand(batch, -1)  # (b, w)
         self.zero = torch.zeros(batch, 1, device=device)
         self.one = torch.ones(batch, 1, device=device)
-        self.levels = torch.arange(c.window, device=device)
+        self.level = torch.zeros(c.window, dtype=torch.int64, device=device)
         self.seed = torch.zeros(batch, dtype=torch.int64, device=device)
         self.held = torch.zeros(batch, denoiser.keys, device=device)
 
@@ -55,7 +57,7 @@ class Rollout:
         guess = self.guess(self.held)
         for filled in range(self.config.window - 1):
             sigma = ramp(self.denoiser.ladder, filled).expand_as(self.ladder)
-            self.window.update(self._denoise(self.held, sigma, filled, guess=guess))
+            self.window.update(self._denoise(self.held, sigma, guess=guess))
 
     @torch.no_grad()
     def step(self, action: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ class Rollout:
         Training gives other contents (b, w, c, y, x) than the window's own to be noised, and the guess, which
         it needs twice.
         """
-        return self._denoise(action, self.ladder, self.config.window, clean, guess)
+        return self._denoise(action, self.ladder, clean, guess)
 
     @torch.no_grad()
     def guess(self, action: Tensor) -> Tensor:
@@ -95,13 +97,12 @@ class Rollout:
         self,
         action: Tensor,
         sigma: Tensor,
-        stage: int,
         clean: Tensor | None = None,
         guess: Tensor | None = None,
     ) -> Tensor:
         shown, known = self.window.bind(action)
         frame = self.cache.frames
-        noise = counter_noise(self.seed, frame, self.levels + 16 * stage, self.denoiser.shape)
+        noise = counter_noise(self.seed, frame, self.level, self.denoiser.shape)
         noisy = add_noise(self.window.clean if clean is None else clean, noise, sigma)
         self._see()
         return self.denoiser(noisy, sigma, shown, known, frame, self.cache, guess=guess)
@@ -111,7 +112,7 @@ class Rollout:
         action.
         """
         frame = self.cache.frames
-        noise = counter_noise(self.seed, frame, self.levels[:1] + 1024, self.denoiser.shape)
+        noise = counter_noise(self.seed, frame, self.level[:1], self.denoiser.shape)
         sigma = self.config.correction * self.one
         self._see()
         return self.denoiser(

@@ -4,6 +4,7 @@ train.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,10 +97,10 @@ class LatentsStage:
             said = f"{self.before.path} was trained for {self.before.world.name}"
             said = f"{said}, whose keys {config.world.name} has not"
             raise UserError(f"{said}; give another out=DIR, or world={self.before.world.name}.")
-        made = self.before.model
-        self.model = ModelConfig(
-            made.autoencoder, made.denoiser if config.stage == "rollout" else config.model.denoiser
-        )
+        made, denoiser = self.before.model, config.model.denoiser
+        if config.stage == "rollout":  # whose weights are there; how they are used may change
+            denoiser = replace(made.denoiser, ladder=denoiser.ladder, correction=denoiser.correction)
+        self.model = ModelConfig(made.autoencoder, denoiser)
         self.autoencoder = Autoencoder(self.model.autoencoder).to(device).eval().requires_grad_(False)
         self.before.load_into("autoencoder", self.autoencoder)
         self.caches = self._open_caches(rank, ranks)

@@ -203,13 +203,8 @@ def test_a_key_changes_the_frame_it_was_held_for_and_none_before(commit_position
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, {"commit_position": 1}, {"correction": 0}, {"sink": 2, "recent": 2}])
-def test_cached_steps_are_the_written_out_definition(changes, monkeypatch):
+def test_cached_steps_are_the_written_out_definition(changes):
     """DESIGN §3 with nothing kept but latents: each step recomputes the whole game's keys and values."""
-
-    def levelless(seed: Tensor, frame: int, level: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return counter_noise(seed, frame, torch.zeros_like(level), shape)
-
-    monkeypatch.setattr(engine.rollout, "counter_noise", levelless)
     denoiser = tiny(**changes)
     config, c = denoiser.config, denoiser.config.commit_position
     latents, before, played, seed = game(frames=8)
@@ -246,17 +241,19 @@ def test_cached_steps_are_the_written_out_definition(changes, monkeypatch):
         actions, held = [*actions[1:], actions[-1]], action
 
 
-def test_every_pass_has_fresh_noise(monkeypatch):
-    """No (frame, level) is asked for twice in a game, so no two passes share their noise."""
-    asked: list[tuple[int, int]] = []
+def test_a_frame_keeps_its_noise(monkeypatch):
+    """Every pass over a frame, the correction's too, has the frame's own noise; no two frames share it."""
+    drawn: dict[int, Tensor] = {}
 
     def watched(seed: Tensor, frame: int, level: Tensor, shape: tuple[int, ...]) -> Tensor:
-        asked.extend((frame + i, int(number)) for i, number in enumerate(level))
-        return counter_noise(seed, frame, level, shape)
+        noise = counter_noise(seed, frame, level, shape)
+        for place in range(len(level)):
+            assert torch.equal(noise[:, place], drawn.setdefault(frame + place, noise[:, place]))
+        return noise
 
     monkeypatch.setattr(engine.rollout, "counter_noise", watched)
     play(tiny(), *game(frames=20))
-    assert len(asked) >= 22 * 3 and len(set(asked)) == len(asked)
+    assert len(drawn) == 22 and len({noise.sum().item() for noise in drawn.values()}) == 22
 
 
 def test_game_is_determined_by_seed_and_actions():
