@@ -158,7 +158,7 @@ def turning(player: Player, clips: Clips, seed: int) -> dict:
         )
         if way[start] != 0 and way[start - 1] != way[start] and (way[start:] == way[start]).all():
             places.append((i, at))
-    frames, actions = clips.choose(places, 4 * TRIALS, length, seed)
+    frames, actions = clips.choose(places, 5 * TRIALS, length, seed)
     made = roll(player, frames, actions, seed)
     agree, first, judged = 0, 0, 0
     for clip, dream in zip(frames, made, strict=True):

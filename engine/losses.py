@@ -11,7 +11,7 @@ from .motion import Motion
 from .rollout import Rollout
 from .window import bind
 
-STALE_CHANGED, STALE_HELD = 0.5, 0.25  # shares of windows that keep the model's own estimates
+STALE_CHANGED, STALE_HELD = 0.5, 0.0  # shares of windows that keep the model's own estimates
 
 
 class MotionLoss(nn.Module):
