@@ -80,7 +80,7 @@ class DenoiserConfig:
     recent: int = 8  # finished frames remembered
     sink: int = 1  # first frames remembered for ever
     commit_position: int = 0  # window positions up to here show their own, final action
-    ladder: list[float] = field(default_factory=lambda: [0.3, 0.6, 0.85, 1.0])  # oldest to newest
+    ladder: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 1.0])  # oldest to newest
     correction: float = (
         0.9  # noise level to which the leaving frame is sent back after a key change; 0: never
     )

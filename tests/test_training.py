@@ -99,7 +99,7 @@ def test_every_stage_writes_what_the_next_one_reads(trained, stage, steps):
 
 def test_losses_fall(trained):
     out, _ = trained
-    for stage, share in (("autoencoder", 0.6), ("denoiser", 0.8)):  # that of motion: tests/test_motion.py
+    for stage, share in (("autoencoder", 0.6), ("denoiser", 0.9)):  # that of motion: tests/test_motion.py
         fell = [line["loss"] for line in lines(out, stage)]
         assert np.mean(fell[-3:]) < share * fell[0], f"{stage}: {fell}"
 
@@ -349,7 +349,7 @@ def test_two_processes_train_one_network(stage, started, data):
         assert_same(states[0][part], states[1][part])
     assert states[0]["step"] == states[1]["step"] == 4
     assert not torch.equal(states[0]["random"], states[1]["random"])
-    assert Player(started / f"{stage}.safetensors", "cpu", "fp32").checkpoint.about["steps"] == 4
+    assert Checkpoint(started / f"{stage}.safetensors").about["steps"] == 4
 
 
 def refusal(capsys, *options: str) -> str:
