@@ -11,7 +11,7 @@ from .motion import Motion
 from .rollout import Rollout
 from .window import bind
 
-STALE_CHANGED, STALE_HELD = 0.5, 0.0  # shares of windows that keep the model's own estimates
+STALE = 0.5  # share of the windows with changed keys that keep the model's own estimates
 
 
 class MotionLoss(nn.Module):
@@ -46,11 +46,10 @@ class RolloutLoss(PlainLoss):
     """Self-generated history: `Rollout` plays recorded actions, and at each step a window that stands on the
     model's own frames is held against the true ones.
 
-    The history is the model's own, so that it learns to go on from its own faults. What is noised is most
-    often the true frame, as a denoiser that is regressed on what it cannot know learns to paint the mean of
-    all that could be: flat colour. In some games it is the model's own stale estimate, in more of them where
-    keys changed under the frames in flight: this makes a frame obey a key pressed late, and shows how much a
-    stale estimate is to be trusted. All of the model's own is detached.
+    The history is the model's own, so that it learns to go on from its own faults. What is noised is the
+    true frame, as a denoiser that is regressed on what it cannot know learns to paint the mean of all that
+    could be: flat colour. Only where keys changed under the frames in flight is it, in half of the games, the
+    model's own stale estimate: this makes a frame obey a key pressed late. All of its own is detached.
     """
 
     def __init__(self, denoiser: Denoiser, pace: StageConfig):
@@ -73,7 +72,7 @@ class RolloutLoss(PlainLoss):
             made = rollout.predict(action, self._noised(true, actions[:, : frame + 1]), guess)
             errors.append(weighted_error(made, true, rollout.ladder, self.denoiser.config.spread))  # (b, w)
             with torch.no_grad():
-                head = rollout.advance(rollout.predict(action, guess=guess), action)
+                head = rollout.advance(rollout.predict(action, guess=guess), action, guess)
             heads.append((head - true[:, 0]).square().mean())
         logs = {"own_first": heads[0], "own_last": heads[-1], "head_last": errors[-1][:, 0].mean().detach()}
         unused = 0 * self.denoiser.actions.null.sum()  # data parallelism wants a gradient for every weight
@@ -82,8 +81,8 @@ class RolloutLoss(PlainLoss):
     def _noised(self, true: Tensor, actions: Tensor) -> Tensor:
         """What is noised, (b, w, c, y, x), of true frames and the actions (b, t, k) up to now."""
         lately = actions[:, -self.denoiser.config.window :]
-        share = torch.where((lately != lately[:, -1:]).any(-1).any(-1), STALE_CHANGED, STALE_HELD)
-        stale = torch.rand(len(actions)).to(share.device) < share
+        changed = (lately != lately[:, -1:]).any(-1).any(-1)  # (b,)
+        stale = changed & (torch.rand(len(actions)) < STALE).to(changed.device)
         return torch.where(stale[:, None, None, None, None], self.rollout.window.clean, true)
 
 

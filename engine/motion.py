@@ -36,9 +36,7 @@ class Motion(nn.Module):
     ):
         super().__init__()
         self.ahead, self.momentum = ahead, momentum
-        self._autoencoder = (
-            autoencoder,
-        )  # in a tuple: its weights are stored elsewhere and never trained here
+        self._autoencoder = (autoencoder,)  # in a tuple, as its weights are not this module's own
         told = (momentum + 1) * keys + ahead
         self.told = nn.Sequential(nn.Linear(told, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width))
         self.read = nn.Conv2d(2 * channels, width, 3, padding=1)
@@ -105,9 +103,8 @@ class Motion(nn.Module):
         """How far the moved pictures are from the true ones: as in forward, and the frames that came (b, t,
         c, y, x). Absolute differences at several scales, in grey of [-1, 1].
         """
-        ahead = (
-            torch.randperm(actions.shape[1] - 1)[:1] + 1
-        )  # the next frame and, as decoding is dear, one more
+        # the next frame and, as decoding is dear, one more
+        ahead = torch.randperm(actions.shape[1] - 1)[:1] + 1
         ahead = torch.cat([ahead.new_zeros(1), ahead]).to(last.device)
         with torch.no_grad():
             pictures = self.picture(torch.cat([last[:, 1:], true[:, ahead]], 1).flatten(0, 1))

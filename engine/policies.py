@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
@@ -27,7 +28,7 @@ def make_policy(name: str, action_space: ActionSpace, seed: int) -> Policy:
     return classes[name](action_space, seed)
 
 
-class Held:
+class Held(ABC):
     """A combination of keys that is held for a number of frames, then chosen anew by `choose`."""
 
     def __init__(self, action_space: ActionSpace, seed: int) -> None:
@@ -46,9 +47,9 @@ class Held:
         self.left -= 1
         return action_space.encode(name for name in self.held if name in action_space.names)
 
+    @abstractmethod
     def choose(self) -> tuple[tuple[str, ...], int]:
         """The next keys to hold and for how many frames."""
-        raise NotImplementedError
 
     def _feel(self, state: dict[str, float]) -> None:
         position = (state["x"], state["y"]) if "x" in state and "y" in state else None

@@ -62,7 +62,8 @@ class Rollout:
     @torch.no_grad()
     def step(self, action: Tensor) -> Tensor:
         """Holds the keys (b, k) for one frame → the finished frame's latents (b, c, y, x)."""
-        return self.advance(self.predict(action), action)
+        guess = self.guess(action)
+        return self.advance(self.predict(action, guess=guess), action, guess)
 
     def predict(self, action: Tensor, clean: Tensor | None = None, guess: Tensor | None = None) -> Tensor:
         """Bind, noise, denoise: the window's clean estimates (b, w, c, y, x) under the newest keys (b, k).
@@ -78,11 +79,14 @@ class Rollout:
         return self.denoiser.guess(self.window.bind(action)[0], self.cache)
 
     @torch.no_grad()
-    def advance(self, clean: Tensor, action: Tensor) -> Tensor:
-        """Emit, commit, roll: takes a step's estimates → the finished frame's latents (b, c, y, x)."""
+    def advance(self, clean: Tensor, action: Tensor, guess: Tensor | None = None) -> Tensor:
+        """Emit, commit, roll: takes a step's estimates, and its guess if at hand → the finished frame's latents
+        (b, c, y, x).
+        """
         changed = (action != self.held).any(-1)  # (b,)
         if self.config.correction and changed.any():
-            head = torch.where(changed[:, None, None, None, None], self._correct(clean[:, :1]), clean[:, :1])
+            head = self._correct(clean[:, :1], None if guess is None else guess[:, :1])
+            head = torch.where(changed[:, None, None, None, None], head, clean[:, :1])
             clean = torch.cat([head, clean[:, 1:]], 1)
         self.held.copy_(action)
         self.window.update(clean)
@@ -107,7 +111,7 @@ class Rollout:
         self._see()
         return self.denoiser(noisy, sigma, shown, known, frame, self.cache, guess=guess)
 
-    def _correct(self, head: Tensor) -> Tensor:
+    def _correct(self, head: Tensor, guess: Tensor | None) -> Tensor:
         """The leaving frame (b, 1, c, y, x) sent back to a higher level and denoised alone under its true
         action.
         """
@@ -115,9 +119,8 @@ class Rollout:
         noise = counter_noise(self.seed, frame, self.level[:1], self.denoiser.shape)
         sigma = self.config.correction * self.one
         self._see()
-        return self.denoiser(
-            add_noise(head, noise, sigma), sigma, self.window.actions[:, :1], self.one, frame, self.cache
-        )
+        noisy, shown = add_noise(head, noise, sigma), self.window.actions[:, :1]
+        return self.denoiser(noisy, sigma, shown, self.one, frame, self.cache, guess=guess)
 
     def _see(self) -> None:
         """Sink, ring and itself; the sink stands right before the ring, however long ago it was made."""

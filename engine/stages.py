@@ -4,6 +4,7 @@ train.py.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,7 +85,7 @@ class AutoencoderStage:
         )
 
 
-class LatentsStage:
+class LatentsStage(ABC):
     """What the stages on latents share: the networks of the stage before, the latents cache, its batches."""
 
     def __init__(
@@ -114,9 +115,9 @@ class LatentsStage:
             tail=tail,
         )
 
+    @abstractmethod
     def segment(self) -> tuple[int, int]:
         """Frames of a training segment, and how many of them at its end are to be predicted."""
-        raise NotImplementedError
 
     def _open_caches(self, rank: int, ranks: int) -> list[LatentsCache]:
         """Latents of the recordings to train on and of those held out; what is missing is encoded first."""
@@ -144,9 +145,9 @@ class LatentsStage:
         modules = {"autoencoder": self.autoencoder} | self.trained(module)
         save_checkpoint(path, modules, self.model, config.world, seed=config.seed, licence=LICENCE, **about)
 
+    @abstractmethod
     def trained(self, module: nn.Module) -> dict[str, nn.Module]:
         """The networks of the module in training by the names under which checkpoints know them."""
-        raise NotImplementedError
 
 
 class MotionStage(LatentsStage):

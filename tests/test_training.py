@@ -32,7 +32,7 @@ from engine.session import Player, Session
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("autoencoder", "motion", "denoiser", "rollout")
-STEPS = dict(zip(STAGES, (60, 40, 40, 8), strict=True))
+STEPS = dict(zip(STAGES, (60, 40, 80, 8), strict=True))
 PLAIN = ("preset=toy", "device=cpu", "precision=fp32", "threads=1", "max_minutes=1000")
 
 pytest.importorskip("vizdoom")
@@ -99,7 +99,7 @@ def test_every_stage_writes_what_the_next_one_reads(trained, stage, steps):
 
 def test_losses_fall(trained):
     out, _ = trained
-    for stage, share in (("autoencoder", 0.6), ("denoiser", 0.9)):  # that of motion: tests/test_motion.py
+    for stage, share in (("autoencoder", 0.6), ("denoiser", 0.8)):  # that of motion: tests/test_motion.py
         fell = [line["loss"] for line in lines(out, stage)]
         assert np.mean(fell[-3:]) < share * fell[0], f"{stage}: {fell}"
 
@@ -151,7 +151,7 @@ def flat(state, name: str = "") -> dict[str, object]:
 
 def assert_same(one, other) -> None:
     one, other = flat(one), flat(other)
-    assert one.keys() == other.keys() and len(one) >= 20
+    assert one.keys() == other.keys() and len(one) > 20
     for name, value in one.items():
         same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
         assert same, name
@@ -270,8 +270,7 @@ def test_stale_estimates_stay_more_often_where_keys_changed(changes, monkeypatch
         assert (is_true | (clean == own).flatten(1).all(1)).all()
         shares.setdefault(changes and frame >= 6, []).append(1 - is_true.float().mean().item())
     for changed, stale in shares.items():
-        expected = losses.STALE_CHANGED if changed else losses.STALE_HELD
-        assert np.mean(stale) == pytest.approx(expected, abs=0.1), changed
+        assert np.mean(stale) == pytest.approx(losses.STALE, abs=0.1) if changed else not any(stale)
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -349,7 +348,10 @@ def test_two_processes_train_one_network(stage, started, data):
         assert_same(states[0][part], states[1][part])
     assert states[0]["step"] == states[1]["step"] == 4
     assert not torch.equal(states[0]["random"], states[1]["random"])
-    assert Checkpoint(started / f"{stage}.safetensors").about["steps"] == 4
+    made = started / f"{stage}.safetensors"
+    assert Checkpoint(made).about["steps"] == 4
+    if stage != "motion":  # a flow alone cannot be played
+        assert Player(made, "cpu", "fp32").checkpoint.path == made
 
 
 def refusal(capsys, *options: str) -> str:
