@@ -80,8 +80,8 @@ class Rollout:
 
     @torch.no_grad()
     def advance(self, clean: Tensor, action: Tensor, guess: Tensor | None = None) -> Tensor:
-        """Emit, commit, roll: takes a step's estimates, and its guess if at hand → the finished frame's latents
-        (b, c, y, x).
+        """Emit, commit, roll: takes a step's estimates, and its guess if at hand → the finished frame's
+        latents (b, c, y, x).
         """
         changed = (action != self.held).any(-1)  # (b,)
         if self.config.correction and changed.any():
