@@ -74,8 +74,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (n, c, y, x) → uint8 frames (n, 3, 8 y, 8 x)."""
-        pixels = self.paint(latents)
-        return ((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
+        return to_bytes(self.paint(latents))
 
     def paint(self, latents: Tensor) -> Tensor:
         """Latents (n, c, y, x) → float pixels, about in [-1, 1], (n, 3, 8 y, 8 x), float32."""
@@ -122,6 +121,11 @@ def zoom(x: Tensor, crops: Tensor) -> Tensor:
 def to_float(frames: Tensor) -> Tensor:
     """uint8 [0, 255] → float [-1, 1], any shape."""
     return frames.float() / 127.5 - 1
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Float, about in [-1, 1] → uint8 [0, 255], any shape."""
+    return ((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def encode_clip(autoencoder: Autoencoder, frames: Tensor) -> Tensor:

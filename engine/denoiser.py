@@ -60,9 +60,11 @@ class Denoiser(nn.Module):
         made = self.transformer(scale * missed, guess, before, sigma, action, frame, memory)
         return guess + skip * missed + out * made.float()
 
-    def guess(self, actions: Tensor, memory: Memory) -> Tensor:
-        """First guesses (b, t, c, y, x) at the frames behind the memory, under the actions (b, t, k)."""
-        return self.motion(memory.last, memory.held, actions)
+    def guess(self, actions: Tensor, memory: Memory, picture: Tensor | None = None) -> Tensor:
+        """First guesses (b, t, c, y, x) at the frames behind the memory, under the actions (b, t, k);
+        `picture`: what the memory's last frame looks like, where that is known already.
+        """
+        return self.motion(memory.last, memory.held, actions, picture)
 
     def commit(
         self, clean: Tensor, actions: Tensor, frame: int, memory: Memory, sigma: Tensor | None = None

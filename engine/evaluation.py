@@ -27,6 +27,7 @@ HORIZONS = (1, 16, 64)  # frames after the start at which pictures are compared
 TURN_FRAMES = 4  # a turn is judged by the flow over so many frames after the key went down
 TRIALS = 100
 CLIPS = 64  # held-out clips over which fidelity is averaged
+PLACES = 3  # held-out places from which the long games start
 
 
 def evaluate(config: TrainConfig) -> dict:
@@ -95,6 +96,19 @@ def roll(player: Player, frames: np.ndarray, actions: Tensor, seed: int) -> np.n
     return np.stack([player.decode(heads) for heads in made], 1)
 
 
+@torch.inference_mode()
+def moved(player: Player, frames: np.ndarray, actions: Tensor) -> np.ndarray:
+    """First guesses at what follows true frames (b, t, h, w, 3) under the actions (b, t + 1, k), uint8: the
+    last frame moved, and nothing drawn.
+    """
+    denoiser = player.denoiser
+    latents = torch.cat([player.encode(clip[-2:]) for clip in frames])
+    actions = actions.to(player.device)[:, -denoiser.config.momentum - 1 :]
+    with autocast(player.device, player.dtype):
+        guess = denoiser.motion(latents, actions[:, :-1], actions[:, -1:])[:, 0]
+    return player.decode(guess)
+
+
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Mean over pictures (n, h, w, 3) of the peak signal-to-noise ratio, decibels."""
     error = np.square(a.astype(np.float32) - b.astype(np.float32)).mean((1, 2, 3))
@@ -113,6 +127,7 @@ def fidelity(player: Player, clips: Clips, report: Path, seed: int) -> dict:
     true = frames[:, start:]
     figures = {f"psnr@{h}": psnr(made[:, h - 1], true[:, h - 1]) for h in HORIZONS}
     figures["psnr@1_repeat"] = psnr(frames[:, start - 1], true[:, 0])
+    figures["psnr@1_moved"] = psnr(moved(player, frames[:, :start], actions[:, : start + 1]), true[:, 0])
     moving = actions[:, start].any(-1).numpy()  # a still picture is easy to repeat
     if moving.any():
         figures["psnr@1_moving"] = psnr(made[moving, 0], true[moving, 0])
@@ -158,7 +173,7 @@ def turning(player: Player, clips: Clips, seed: int) -> dict:
         )
         if way[start] != 0 and way[start - 1] != way[start] and (way[start:] == way[start]).all():
             places.append((i, at))
-    frames, actions = clips.choose(places, 5 * TRIALS, length, seed)
+    frames, actions = clips.choose(places, 8 * TRIALS, length, seed)
     made = roll(player, frames, actions, seed)
     agree, first, judged = 0, 0, 0
     for clip, dream in zip(frames, made, strict=True):
@@ -180,26 +195,29 @@ def turning(player: Player, clips: Clips, seed: int) -> dict:
 
 
 def endurance(player: Player, clips: Clips, report: Path, frames: int, seed: int) -> dict:
-    """A minute each of standing still, random keys and turning: strips, and sharpness and motion first and
-    last.
+    """A minute each of standing still, random keys and turning, from `PLACES` places: strips, and sharpness
+    (share of the true frames' mean) and motion (grey levels) in the first and the last five seconds.
     """
-    session, figures, rows = Session(player), {}, []
-    start, actions = clips.choose(
-        clips.places(session.rollout.start_frames), 1, session.rollout.start_frames, seed
-    )
-    times: list[float] = []
+    session, length = Session(player), player.denoiser.config.sink + player.denoiser.config.recent
+    starts, actions = clips.choose(clips.places(length), PLACES, length, seed)
+    true = sharpness(clips.choose(clips.places(1), 256, 1, seed)[0][:, 0])
+    parts: dict[str, list[float]] = {}
+    rows, times, part = [], [], max(2, int(5 * player.world.fps))
     for name in ("idle", "random", "spin"):
-        policy = make_policy(name, session.action_space, seed)
-        seen = [session.reset(seed, start[0], actions[0].numpy())]
-        for _ in tqdm(range(frames), desc=name, unit="frame", disable=None):
-            seen.append(session.step(policy({}, session.action_space)))
-        times += session.step_ms
-        movie, part = np.stack(seen[1:]), max(2, int(5 * player.world.fps))
-        for when, piece in (("first", movie[:part]), ("last", movie[-part:])):
-            figures[f"{name}_sharpness_{when}"] = round(sharpness(piece), 2)
-            figures[f"{name}_motion_{when}"] = round(motion(piece), 2)
-        rows.append(movie[:: max(1, frames // 12)])
+        for place in range(len(starts)):
+            policy = make_policy(name, session.action_space, seed + place)
+            session.reset(seed + place, starts[place], actions[place].numpy())
+            seen = []
+            for _ in tqdm(range(frames), desc=f"{name} {place + 1}", unit="frame", disable=None):
+                seen.append(session.step(policy({}, session.action_space)))
+            times += session.step_ms
+            movie = np.stack(seen)
+            for when, piece in (("first", movie[:part]), ("last", movie[-part:])):
+                parts.setdefault(f"{name}_sharpness_{when}", []).append(sharpness(piece) / true)
+                parts.setdefault(f"{name}_motion_{when}", []).append(motion(piece))
+            rows.append(movie[:: max(1, frames // 12)])
     save_picture(report / "endurance.png", grid(rows))
+    figures = {what: round(float(np.mean(values)), 2) for what, values in parts.items()}
     figures["step_ms_p50"] = round(float(np.percentile(times, 50)), 1)
     figures["step_ms_p99"] = round(float(np.percentile(times, 99)), 1)
     return figures

@@ -81,7 +81,7 @@ class Motion(nn.Module):
         fine = F.interpolate(rearrange(flow, "b t y x two -> (b t) two y x"), (h, w), mode="bilinear")
         still = F.affine_grid(torch.eye(2, 3, device=flow.device)[None], [1, c, h, w], align_corners=False)
         where = rearrange(still + fine.permute(0, 2, 3, 1), "(b t) h w two -> b (t h) w two", b=b)
-        moved = F.grid_sample(picture, where, padding_mode="border", align_corners=False)
+        moved = F.grid_sample(picture, where, "bicubic", padding_mode="border", align_corners=False)
         return rearrange(moved, "b c (t h) w -> b t c h w", t=t)
 
     @property
@@ -90,11 +90,13 @@ class Motion(nn.Module):
         return 1 if self._autoencoder[0] is None else 2
 
     @torch.no_grad()
-    def forward(self, last: Tensor, held: Tensor, actions: Tensor) -> Tensor:
+    def forward(self, last: Tensor, held: Tensor, actions: Tensor, picture: Tensor | None = None) -> Tensor:
         """The last two finished frames (b, 2, c, y, x), the actions of the last ones (b, m, k), those of the
-        coming ones (b, t, k) → guesses at these (b, t, c, y, x), float32.
+        coming ones (b, t, k), the picture of the last frame where that is at hand → guesses at the coming
+        frames (b, t, c, y, x), float32.
         """
-        moved = self.warp(self.picture(last[:, 1]), self.flow(last, held, actions))
+        picture = self.picture(last[:, 1]) if picture is None else picture
+        moved = self.warp(picture, self.flow(last, held, actions))
         return rearrange(self.latents(moved.flatten(0, 1)).float(), "(b t) ... -> b t ...", b=len(last))
 
     def loss(

@@ -19,7 +19,8 @@ class Optimiser:
     def __init__(self, module: nn.Module, pace: StageConfig):
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         inner = [p for name, p in trained.items() if pace.muon and ".layers." in name and p.ndim == 2]
-        other = [p for p in trained.values() if not any(p is q for q in inner)]
+        judge = [p for name, p in trained.items() if name.startswith("discriminator.")]
+        other = [p for p in trained.values() if not any(p is q for q in inner + judge)]
         groups = [
             {"params": [p for p in other if p.ndim > 1], "weight_decay": pace.weight_decay},
             {"params": [p for p in other if p.ndim <= 1], "weight_decay": 0.0},
@@ -27,6 +28,8 @@ class Optimiser:
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=pace.learning_rate, betas=(0.9, 0.98), fused=True)
         ]
+        if judge:  # without momentum, as what it judges changes under it
+            self.parts.append(torch.optim.AdamW(judge, lr=pace.learning_rate, betas=(0.0, 0.99), fused=True))
         if inner:
             how = {"weight_decay": pace.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
             self.parts.append(torch.optim.Muon(inner, lr=pace.learning_rate, **how))

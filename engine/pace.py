@@ -82,11 +82,14 @@ class Timings:
         """Figures for the last line: rates in frames a second, times in ms, memory in MB."""
         p50, p99 = np.percentile(self._took, (50, 99)) if self._took else (0.0, 0.0)
         rate = self.steps / self._played if self._played else 0.0
+        first, last = (list(islice(times, 100)) for times in (self._took, reversed(self._took)))
         return {
             "frames": self.steps,
             "fps_p50": round(1000 / float(np.median(self._gaps)), 2) if self._gaps else 0.0,
             "step_ms_p50": round(float(p50), 2),
             "step_ms_p99": round(float(p99), 2),
+            "step_ms_first": round(float(np.median(first or [0.0])), 2),  # of the first hundred (kept) steps
+            "step_ms_last": round(float(np.median(last or [0.0])), 2),
             "real_time_ratio": round(rate / fps, 3),
             "rss_mb": peak_memory_mb(),
         }

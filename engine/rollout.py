@@ -31,6 +31,7 @@ class Rollout:
         self.level = torch.zeros(c.window, dtype=torch.int64, device=device)
         self.seed = torch.zeros(batch, dtype=torch.int64, device=device)
         self.held = torch.zeros(batch, denoiser.keys, device=device)
+        self.picture: Tensor | None = None  # the last finished frame in float pixels (b, 3, h, w)
 
     @property
     def start_frames(self) -> int:
@@ -52,6 +53,7 @@ class Rollout:
         for layer, (k, v) in enumerate(written.layers):
             self.cache.fill(layer, k, v)
         self.cache.last, self.cache.held = written.last, written.held
+        self.picture = self.denoiser.motion.picture(written.last[:, 1])
         self.held.copy_(actions[:, -1])
         self.window.reset(self.held)
         guess = self.guess(self.held)
@@ -76,7 +78,7 @@ class Rollout:
     @torch.no_grad()
     def guess(self, action: Tensor) -> Tensor:
         """The window's first guesses (b, w, c, y, x) under the newest keys (b, k)."""
-        return self.denoiser.guess(self.window.bind(action)[0], self.cache)
+        return self.denoiser.guess(self.window.bind(action)[0], self.cache, self.picture)
 
     @torch.no_grad()
     def advance(self, clean: Tensor, action: Tensor, guess: Tensor | None = None) -> Tensor:
@@ -94,6 +96,7 @@ class Rollout:
         self.cache.look(sink=False)
         self.denoiser.commit(head, self.window.actions[:, :1], self.cache.frames, self.cache)
         self.cache.push()
+        self.picture = self.denoiser.motion.picture(self.cache.last[:, 1])  # is shown, and moved next
         self.window.roll()
         return head[:, 0]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .autoencoder import Autoencoder
+from .autoencoder import Autoencoder, to_bytes
 from .checkpoint import Checkpoint
 from .config import UserError, WorldConfig
 from .denoiser import Denoiser
@@ -95,8 +95,8 @@ class Session:
         start = time.perf_counter()
         held = torch.from_numpy(np.asarray(action, np.float32)).to(self.player.device)[None]
         with torch.inference_mode(), autocast(self.player.device, self.player.dtype):
-            head = self.rollout.step(held)
-        frame = self.player.decode(head)[0]
+            self.rollout.step(held)
+            frame = to_bytes(self.rollout.picture[0]).permute(1, 2, 0).contiguous().cpu().numpy()
         self.frames += 1
         self.step_ms.append(1000 * (time.perf_counter() - start))
         return frame

@@ -196,7 +196,7 @@ class DenoiserStage(LatentsStage):
 
     def segment(self) -> tuple[int, int]:
         pace, sizes = self.config.pace(), self.model.denoiser
-        unrolled = pace.unroll - 1 if self.config.stage == "rollout" else 0
+        unrolled = pace.lead + pace.unroll - 1 if self.config.stage == "rollout" else 0
         length = max(shortest(sizes) + unrolled, pace.clip)
         return length, length - sizes.sink - sizes.recent
 

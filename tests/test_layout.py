@@ -24,7 +24,7 @@ LEVELS = [
     "kernels/benchmark.py  engine/worlds/__init__.py  engine/recording.py  engine/kv_cache.py",
     "engine/layers.py  engine/actions.py  engine/autoencoder.py  engine/checkpoint.py  engine/dataset.py",
     "engine/motion.py  engine/transformer.py  engine/window.py  engine/collection.py  engine/starts.py",
-    "engine/denoiser.py  engine/replay.py",
+    "engine/denoiser.py  engine/replay.py  engine/discriminator.py",
     "engine/rollout.py",
     "engine/session.py  engine/losses.py  engine/frontier.py",
     "engine/stages.py",

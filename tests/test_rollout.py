@@ -368,3 +368,13 @@ def test_an_emitted_frame_belongs_to_its_receiver():
         made = rollout.step(action)
         assert torch.equal(made, frame)
         made.fill_(torch.nan)
+
+
+def test_picture_is_that_of_the_last_finished_frame():
+    latents, before, played, seed = game()
+    rollout = Rollout(tiny(), len(latents))  # without an autoencoder, latents are their own picture
+    rollout.reset(latents, before, seed)
+    assert torch.equal(rollout.picture, latents[:, -1])
+    for action in played:
+        made = rollout.step(action)
+        assert torch.equal(rollout.picture, made)

@@ -29,6 +29,7 @@ from engine.picture import load_picture
 from engine.recording import Recorder
 from engine.rollout import Rollout
 from engine.session import Player, Session
+from engine.window import bind
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("autoencoder", "motion", "denoiser", "rollout")
@@ -198,16 +199,20 @@ def test_a_finished_stage_stays_finished(trained, data):
     assert_same(torch.load(out / "rollout.state.pt"), before)
 
 
-def rolled_loss(**size) -> losses.RolloutLoss:
+def rolled_loss(adversarial: float = 0.0, **size) -> losses.RolloutLoss:
     config = load_config("train", TrainConfig, ["preset=toy", "stage=rollout"])
     size = replace(config.model.denoiser, patch=2, **size)
-    return losses.RolloutLoss(Denoiser(size, 1, 2, 4, 6), replace(config.pace(), unroll=4, plain_share=0.0))
+    pace = replace(config.pace(), unroll=4, plain_share=0.0, adversarial=adversarial)
+    return losses.RolloutLoss(Denoiser(size, 1, 2, 4, 6), pace)
 
 
 @pytest.mark.parametrize("commit_position", [0, 1])
-def test_rolled_windows_are_held_against_the_frames_of_their_actions(commit_position, monkeypatch):
+@pytest.mark.parametrize("adversarial", [0.0, 1.0])
+def test_rolled_windows_are_held_against_the_frames_of_their_actions(
+    adversarial, commit_position, monkeypatch
+):
     """Frame t is the number t and so is its action, held while the window from frame t on is made."""
-    loss = rolled_loss(commit_position=commit_position)
+    loss = rolled_loss(adversarial, commit_position=commit_position)
     size = loss.denoiser.config
     number, start, window = torch.arange(10.0), size.sink + size.recent, size.window
     seen: list[tuple] = []
@@ -230,20 +235,38 @@ def test_rolled_windows_are_held_against_the_frames_of_their_actions(commit_posi
         seen.append(("error", made.requires_grad, true[0, :, 0, 0, 0].tolist(), sigma[0].tolist()))
         return weighted_error(made, true, sigma, spread)
 
+    def judge(self, made, true, guess, told) -> tuple[torch.Tensor, torch.Tensor]:
+        cache, frame = loss.rollout.cache, int(told[1][0, 0, 0])
+        assert torch.equal(told[0], bind(loss.rollout.window.actions, commit_position)[0])
+        assert torch.equal(guess[0], loss.denoiser.motion(cache.last, cache.held, told[0]))
+        past, shown = clip[0][:, frame - 2 : frame], bind(told[1], commit_position)[0]
+        assert torch.equal(guess[1], loss.denoiser.motion(past, clip[1][:, frame - 4 : frame], shown))
+        seen.append(("judge", made.requires_grad, *(x.flatten(2)[0, :, 0].tolist() for x in (true, told[1]))))
+        return plain_judge(self, made, true, guess, told)
+
     for name in ("reset", "guess", "predict"):
         watch(name)
     monkeypatch.setattr(losses, "weighted_error", error)
-    value, _ = loss((number[:, None, None, None].expand(2, 10, 2, 4, 6), number[:, None].expand(2, 10, 1)))
+    plain_judge = losses.Discriminator.loss
+    monkeypatch.setattr(losses.Discriminator, "loss", judge)
+    clip = number[:, None, None, None].expand(2, 10, 2, 4, 6), number[:, None].expand(2, 10, 1)
+    value, _ = loss(clip)
     value.backward()
     assert seen.pop(0)[2] == [list(range(start))] * 2
     assert seen.pop(0) == ("guess", start, start - 1), "that of the frames in flight at the start"
+    judged: list[bool] = []
     for frame in range(start, start + 4):
         true = list(range(frame, frame + window))
         assert seen.pop(0) == ("guess", frame, frame)
         assert seen.pop(0) == ("predict", frame, frame), "what is learnt from"
+        judged.append(seen[0][0] == "judge")
+        if judged[-1]:
+            assert seen.pop(0) == ("judge", True, true, true)
+            continue
         assert seen.pop(0) == ("error", True, true, pytest.approx(size.ladder))
         assert seen.pop(0) == ("predict", frame, frame), "the model's own game goes on"
     assert not seen
+    assert judged in ([[False] * 4] if not adversarial else [[True, False] * 2, [False, True] * 2])
 
 
 @pytest.mark.parametrize("changes", [False, True])
