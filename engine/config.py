@@ -130,7 +130,7 @@ class StageConfig:
     windows: int = 4  # denoising windows laid over a segment
     unroll: int = 6  # stage rollout: steps that the model walks on its own frames
     lead: int = 0  # stage rollout: steps before these, in half of the games up to so many, not learnt from
-    plain_share: float = 0.1  # stage rollout: share of iterations that stay plain
+    plain_share: float = 0.2  # stage rollout: share of iterations that stay plain
     adversarial: float = 0.5  # stage rollout: weight of the discriminator's judgement
     judge: int = 64  # stage rollout: channels of the discriminator
     frames: int = 40_000  # stage autoencoder: frames kept in memory

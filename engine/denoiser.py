@@ -11,10 +11,12 @@ from .autoencoder import Autoencoder
 from .config import DenoiserConfig
 from .kv_cache import Context, KVCache, Written
 from .layers import Memory
-from .motion import Motion
+from .motion import Guess, Motion
 from .sampler import add_noise, scalings, training_sigma
 from .transformer import Transformer
 from .window import bind
+
+FARTHEST = 4.0  # doubts from the guess: a frame in flight that lies farther off is not believed
 
 
 class Denoiser(nn.Module):
@@ -45,22 +47,22 @@ class Denoiser(nn.Module):
         frame: int,
         memory: Memory,
         dropped: Tensor | None = None,
-        guess: Tensor | None = None,
+        guess: Guess | None = None,
     ) -> Tensor:
-        """noisy (b, t, c, y, x), sigma (b, t), actions (b, t, k), known (b, t), index of the first frame,
-        memory → clean (b, t, c, y, x), float32. `guess`: what `self.guess` says, where that is known already.
+        """noisy (b, t, c, y, x), its noise in units of the guess's doubt, sigma (b, t), actions (b, t, k),
+        known (b, t), index of the first frame, memory → clean (b, t, c, y, x), float32. `guess`: what
+        `self.guess` says, where that is known already.
         """
-        guess = self.guess(actions, memory) if guess is None else guess
-        before = memory.last[:, 1:]
-        if dropped is not None:  # without keys nobody knows what moves
-            guess = torch.where(dropped[..., None, None, None], before, guess)
-        skip, out, scale = (s[..., None, None, None] for s in scalings(sigma, self.config.spread))
+        guess, before = self.guess(actions, memory) if guess is None else guess, memory.last[:, 1:]
+        guess, doubt = guess if dropped is None else guess.without(dropped, before)
+        skip, out, scale = (x[..., None, None, None] for x in scalings(sigma))
+        missed = (noisy - (1 - sigma[..., None, None, None]) * guess) / doubt  # just as noisy
+        missed = missed.clamp(-FARTHEST, FARTHEST)
         action = self.actions(actions, known, dropped)
-        missed = noisy - (1 - sigma[..., None, None, None]) * guess  # what the guess misses, just as noisy
         made = self.transformer(scale * missed, guess, before, sigma, action, frame, memory)
-        return guess + skip * missed + out * made.float()
+        return guess + doubt * (skip * missed + out * made.float())
 
-    def guess(self, actions: Tensor, memory: Memory, picture: Tensor | None = None) -> Tensor:
+    def guess(self, actions: Tensor, memory: Memory, picture: Tensor | None = None) -> Guess:
         """First guesses (b, t, c, y, x) at the frames behind the memory, under the actions (b, t, k);
         `picture`: what the memory's last frame looks like, where that is known already.
         """
@@ -124,10 +126,10 @@ class Denoiser(nn.Module):
         shown, known = bind(actions[:, span], config.commit_position)
         guess = self.guess(shown, memory)
         context = self._context(memory, start, windows)
-        clean, shown, known, guess = (
-            x.repeat(windows, *(1,) * (x.ndim - 1)) for x in (latents[:, span], shown, known, guess)
+        clean, shown, known, *guess = (
+            x.repeat(windows, *(1,) * (x.ndim - 1)) for x in (latents[:, span], shown, known, *guess)
         )
-        error = self._window_error(clean, shown, known, start, context, guess)
+        error = self._window_error(clean, shown, known, start, context, Guess(*guess))
         logs = {"head": error[:, 0].mean().detach()} if size > 1 else {"single": error.mean().detach()}
         return error.mean(), logs
 
@@ -162,22 +164,23 @@ class Denoiser(nn.Module):
         return Context(layers, memory.last.repeat(windows, 1, 1, 1, 1), memory.held.repeat(windows, 1, 1))
 
     def _window_error(
-        self, clean: Tensor, shown: Tensor, known: Tensor, start: int, context: Context, guess: Tensor
+        self, clean: Tensor, shown: Tensor, known: Tensor, start: int, context: Context, guess: Guess
     ) -> Tensor:
         """Weighted squared error (b, t) of one noised window."""
         b, t = clean.shape[:2]
         sigma = training_sigma(self.ladder, b)[:, :t]
-        noisy = add_noise(clean, torch.randn_like(clean), sigma)
         dropped = (torch.rand(b, 1, device=clean.device) < 0.1).expand(b, t)
+        guess = guess.without(dropped, context.last[:, 1:])
+        noisy = add_noise(clean, guess.doubt * torch.randn_like(clean), sigma)
         made = self(noisy, sigma, shown, known, start, context, dropped, guess)
         return weighted_error(made, clean, sigma, self.config.spread)
 
 
 def weighted_error(made: Tensor, clean: Tensor, sigma: Tensor, spread: float) -> Tensor:
-    """Squared error (b, t) of clean estimates (b, t, c, y, x), in units of the network's output; sigma (b,
-    t).
+    """Squared error (b, t) of clean estimates (b, t, c, y, x), in units of the network's output where the
+    guess is as doubtful as `spread`, the usual case; sigma (b, t).
     """
-    out = scalings(sigma, spread)[1].clamp_min(0.1 * spread)
+    out = spread * scalings(sigma)[1].clamp_min(0.1)
     return rearrange((made - clean).square(), "b t c y x -> b t (c y x)").mean(-1) / out.square()
 
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .motion import Guess
+
 BLIND = 0.3  # share of frames that are judged without the first guess at them
 SLIP = 0.1  # standard deviation of the disturbance under which judgements must not change
 
@@ -20,9 +22,8 @@ class Discriminator(nn.Module):
     et al., 2017). Some frames are judged alone, as a guess from the model's own frames gives them away.
     """
 
-    def __init__(self, keys: int, channels: int, width: int, spread: float):
+    def __init__(self, keys: int, channels: int, width: int):
         super().__init__()
-        self.spread = spread  # standard deviation of what the guess misses
         given = 2 * channels + keys + 1
         sizes = (given, width, 2 * width, 2 * width)  # channels at full, half and a quarter of the resolution
         self.levels = nn.ModuleList()
@@ -32,12 +33,13 @@ class Discriminator(nn.Module):
             self.levels.append(nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2)))
         self.scores = nn.ModuleList(nn.Conv2d(wide, 1, 3, padding=1) for wide in sizes[1:])
 
-    def forward(self, frames: Tensor, guess: Tensor, actions: Tensor, seen: Tensor) -> list[Tensor]:
-        """Frames and the first guesses at them (n, c, y, x), the actions that caused them (n, k), whether
-        these two may be seen (n,) → scores (n, 1, y, x), (n, 1, y/2, x/2), (n, 1, y/4, x/4), higher for true.
+    def forward(self, frames: Tensor, missed: Tensor, actions: Tensor, seen: Tensor) -> list[Tensor]:
+        """Frames and what their first guesses miss (n, c, y, x), in units of the guesses' doubt, the actions
+        that caused them (n, k), whether these two may be seen (n,) → scores (n, 1, y, x), (n, 1, y/2, x/2),
+        (n, 1, y/4, x/4), higher for true.
         """
         told = torch.cat([actions, torch.ones_like(actions[:, :1])], 1)[..., None, None]
-        hints = torch.cat([(frames - guess) / self.spread, told.expand(-1, -1, *frames.shape[2:])], 1)
+        hints = torch.cat([missed, told.expand(-1, -1, *frames.shape[2:])], 1)
         x = torch.cat([frames, hints * seen[:, None, None, None]], 1)
         x, scores = x.contiguous(memory_format=torch.channels_last), []
         for level, score in zip(self.levels, self.scores, strict=True):
@@ -49,7 +51,7 @@ class Discriminator(nn.Module):
         self,
         made: Tensor,
         true: Tensor,
-        guess: tuple[Tensor, Tensor],
+        guess: tuple[Guess, Guess],
         actions: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Windows made and true (b, w, c, y, x); for either the first guesses, from what went before, and the
@@ -61,16 +63,17 @@ class Discriminator(nn.Module):
         gradient (Lin et al., 2025, APT; Huang et al., 2024, R3GAN) and needs no second derivative.
         """
         false, truth = (
-            [x.flatten(0, 1) for x in given] for given in zip((made, true), guess, actions, strict=True)
+            [x.flatten(0, 1) for x in (frames, (frames - mean) / doubt, told)]
+            for frames, (mean, doubt), told in zip((made, true), guess, actions, strict=True)
         )
         seen = (torch.rand(len(false[0]), device=made.device) >= BLIND).float()
         frozen = {name: p.detach() for name, p in self.named_parameters()}
         judged = functional_call(self, frozen, (*false, seen))
         # one pass for the judge: true, made, and both disturbed
-        frames, *hints = (torch.cat([x, y.detach()]) for x, y in zip(truth, false, strict=True))
-        slipped = torch.cat([frames, frames + SLIP * torch.randn_like(frames)])
-        hints = (torch.cat([x, x]) for x in hints)
-        scores = self(slipped, *hints, seen.repeat(4))
+        frames, missed, told = (torch.cat([x, y.detach()]) for x, y in zip(truth, false, strict=True))
+        slip = SLIP * torch.randn_like(frames)
+        frames, missed = torch.cat([frames, frames + slip]), torch.cat([missed, missed + slip])
+        scores = self(frames, missed, torch.cat([told, told]), seen.repeat(4))
         maker, judge = [], []
         for made_score, score in zip(judged, scores, strict=True):
             true_score, false_score, true_slipped, false_slipped = score.chunk(4)

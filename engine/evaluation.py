@@ -105,7 +105,7 @@ def moved(player: Player, frames: np.ndarray, actions: Tensor) -> np.ndarray:
     latents = torch.cat([player.encode(clip[-2:]) for clip in frames])
     actions = actions.to(player.device)[:, -denoiser.config.momentum - 1 :]
     with autocast(player.device, player.dtype):
-        guess = denoiser.motion(latents, actions[:, :-1], actions[:, -1:])[:, 0]
+        guess = denoiser.motion(latents, actions[:, :-1], actions[:, -1:]).mean[:, 0]
     return player.decode(guess)
 
 
@@ -135,6 +135,7 @@ def fidelity(player: Player, clips: Clips, report: Path, seed: int) -> dict:
     figures |= {f"sharpness@{h}": sharpness(made[:, h - 1]) / sharpness(true[:, h - 1]) for h in HORIZONS}
     rebuilt = np.stack([player.decode(player.encode(clip[start : start + 1])[0])[0] for clip in frames])
     figures["psnr_autoencoder"] = psnr(rebuilt, true[:, 0])
+    figures["sharpness_autoencoder"] = sharpness(rebuilt) / sharpness(true[:, 0])
     rows = [x[i, ::6] for i in range(4) for x in (true, made)]
     save_picture(report / "rollout.png", grid(rows))
     return {name: round(value, 2) for name, value in figures.items()}

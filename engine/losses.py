@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .config import StageConfig
 from .denoiser import Denoiser, weighted_error
 from .discriminator import Discriminator
-from .motion import Motion
+from .motion import Guess, Motion
 from .rollout import Rollout
 from .window import bind
 
@@ -60,57 +60,63 @@ class RolloutLoss(PlainLoss):
         super().__init__(denoiser, pace)
         self.rollout: Rollout | None = None
         self.register_buffer("turns", torch.zeros((), dtype=torch.int64))  # iterations so far
-        self.discriminator = Discriminator(
-            denoiser.keys, denoiser.shape[0], pace.judge, denoiser.config.spread
-        )
+        self.discriminator = Discriminator(denoiser.keys, denoiser.shape[0], pace.judge)
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        idle = [self.denoiser.actions.null, *self.discriminator.parameters()]
-        unused = 0 * sum(p.sum() for p in idle)  # data parallelism wants a gradient for every weight
-        # processes choose alike, as they wait for one another; from what is saved with the weights
+        # processes choose alike, as they wait for one another; by what is saved with the weights
         choice = random.Random(int(self.turns))
         self.turns += 1
-        if choice.random() < self.pace.plain_share:
-            loss, logs = super().forward(batch)
-            return loss + unused, logs
-        latents, actions = batch
+        plain = choice.random() < self.pace.plain_share
+        loss, logs = super().forward(batch) if plain else self._rolled(*batch, choice)
+        idle = [self.denoiser.actions.null, *self.discriminator.parameters()]
+        unused = 0 * sum(p.sum() for p in idle)  # data parallelism wants a gradient for every weight
+        return loss + unused, logs
+
+    def _rolled(
+        self, latents: Tensor, actions: Tensor, choice: random.Random
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is learnt from `unroll` steps on the model's own frames. Half of the games have a lead of some
+        steps: they are judged only, as the true frames have become those of another walk, and regression on
+        these would teach their mean.
+        """
+        lead = choice.randint(0, self.pace.lead) if self.pace.adversarial and choice.random() < 0.5 else 0
+        rollout, start = self._begin(latents, actions, lead)
+        turn = choice.randint(0, 1)  # whose the first frame is
+        found: dict[str, list[Tensor]] = {"error": [], "maker": [], "judge": []}
+        off = []
+        for frame in range(start, start + self.pace.unroll):
+            true, action = latents[:, frame : frame + self.denoiser.config.window], actions[:, frame]
+            guess = rollout.guess(action)
+            judged = self.pace.adversarial > 0 and (frame - turn) % 2 == 1
+            with torch.set_grad_enabled(judged):
+                own = rollout.predict(action, guess=guess)
+            if judged:
+                hints = self._hints(guess, latents, actions, frame)
+                maker, judge = self.discriminator.loss(own, true, *hints)
+                found["maker"].append(maker)
+                found["judge"].append(judge)
+            elif not lead:
+                made = rollout.predict(action, self._noised(true, actions[:, : frame + 1]), guess)
+                spread = self.denoiser.config.spread
+                found["error"].append(weighted_error(made, true, rollout.ladder, spread))  # (b, w)
+            head = rollout.advance(own.detach(), action, guess)
+            off.append((head - true[:, 0]).square().mean())
+        parts = {name: torch.stack(values).mean() for name, values in found.items() if values}
+        loss = sum(value * (self.pace.adversarial if name == "maker" else 1) for name, value in parts.items())
+        return loss, {**parts, "own_first": off[0], "own_last": off[-1]}
+
+    def _begin(self, latents: Tensor, actions: Tensor, lead: int) -> tuple[Rollout, int]:
+        """Games that have gone on for `lead` frames behind true ones → these, and the number of the next."""
         if self.rollout is None:
             self.rollout = Rollout(self.denoiser, len(latents), compute_dtype(latents.device))
         rollout, start = self.rollout, self.rollout.start_frames
         seed = torch.randint(2**31, (len(latents),)).to(latents.device)
         rollout.reset(latents[:, :start], actions[:, :start], seed)
-        lead = choice.randint(0, self.pace.lead) if choice.random() < 0.5 else 0
-        for frame in range(start, start + lead):
-            rollout.step(actions[:, frame])
-        start += lead
-        errors, maker, judge, heads = [], [], [], []
-        turn = choice.randint(0, 1)  # whose it is at the first frame
-        for frame in range(start, start + self.pace.unroll):
-            span = slice(frame, frame + self.denoiser.config.window)
-            true, action = latents[:, span], actions[:, frame]
-            guess = rollout.guess(action)
-            if self.pace.adversarial and (frame - turn) % 2:
-                made = rollout.predict(action, guess=guess)
-                losses = self.discriminator.loss(made, true, *self._hints(guess, latents, actions, frame))
-                maker.append(losses[0])
-                judge.append(losses[1])
-            else:
-                made = rollout.predict(action, self._noised(true, actions[:, : frame + 1]), guess)
-                spread = self.denoiser.config.spread
-                errors.append(weighted_error(made, true, rollout.ladder, spread))  # (b, w)
-                with torch.no_grad():
-                    made = rollout.predict(action, guess=guess)
-            head = rollout.advance(made.detach(), action, guess)
-            heads.append((head - true[:, 0]).square().mean())
-        error = torch.stack(errors).mean()
-        logs = {"error": error, "own_first": heads[0], "own_last": heads[-1]}
-        loss = error + unused
-        if maker:
-            maker, judge = torch.stack(maker).mean(), torch.stack(judge).mean()
-            loss, logs = loss + self.pace.adversarial * maker + judge, logs | {"maker": maker, "judge": judge}
-        return loss, logs
+        for action in actions[:, start : start + lead].unbind(1):
+            rollout.step(action)
+        return rollout, start + lead
 
-    def _hints(self, guess: Tensor, latents: Tensor, actions: Tensor, frame: int) -> tuple[tuple, tuple]:
+    def _hints(self, guess: Guess, latents: Tensor, actions: Tensor, frame: int) -> tuple[tuple, tuple]:
         """First guesses (b, w, c, y, x) and actions (b, w, k), of the model's window and of the true one that
         begins at `frame`; what the guess goes by are the actions as play shows them.
         """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,6 +17,25 @@ FLOW_UNIT = 0.2  # of half a picture's side: what the network's output of 1 move
 SCALES = (1, 2, 4)  # at which pictures are compared: far moves are found on the small ones
 
 
+LOG_DOUBT = math.log(0.05), math.log(2)  # least and most, standard deviations; latents have about 1
+
+
+class Guess(NamedTuple):
+    """First guesses at frames (b, t, c, y, x), and the standard deviation of what they miss at each place."""
+
+    mean: Tensor
+    doubt: Tensor
+
+    def part(self, span: slice) -> Guess:
+        """That of some of the frames."""
+        return Guess(self.mean[:, span], self.doubt[:, span])
+
+    def without(self, dropped: Tensor, before: Tensor) -> Guess:
+        """Where keys are dropped (b, t) nobody knows what moves: the frame before (b, 1, c, y, x)."""
+        where = dropped[..., None, None, None]
+        return Guess(torch.where(where, before, self.mean), torch.where(where, 1.0, self.doubt))
+
+
 class Motion(nn.Module):
     """Reads a flow off the last two finished frames and the keys of these and the coming ones, and moves the
     last picture by it.
@@ -22,6 +44,9 @@ class Motion(nn.Module):
     by fractions of a pixel, latents hardly: the best smooth flow leaves 0.05 of the variance of the pictures
     and 0.48 of that of the latents (docs/log.md). So the picture is decoded, moved and encoded again. Without
     an autoencoder the latents themselves are moved.
+
+    It also tells for each place how far off the guess will be: little where all was in sight, much where
+    something comes into view. Noise and all that is drawn are in these units, so what was seen stays.
     """
 
     def __init__(
@@ -44,6 +69,10 @@ class Motion(nn.Module):
         self.flow_out = nn.Conv2d(width, 2, 3, padding=1)
         nn.init.zeros_(self.flow_out.weight)  # without knowledge nothing moves
         nn.init.zeros_(self.flow_out.bias)
+        self.doubt = ConvLayer(width, 2 * width)
+        self.doubt_out = nn.Conv2d(width, channels, 3, padding=1)
+        nn.init.zeros_(self.doubt_out.weight)
+        nn.init.constant_(self.doubt_out.bias, -0.7)  # half of the latents' own
 
     def picture(self, latents: Tensor) -> Tensor:
         """Latents (n, c, y, x) → pictures that can be moved (n, 3, h, w), float32."""
@@ -55,11 +84,13 @@ class Motion(nn.Module):
         (autoencoder,) = self._autoencoder
         return pictures if autoencoder is None else autoencoder.read(pictures)
 
-    def flow(self, last: Tensor, held: Tensor, actions: Tensor, ahead: Tensor | None = None) -> Tensor:
+    def flow(
+        self, last: Tensor, held: Tensor, actions: Tensor, ahead: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The last two frames (b, 2, c, y, x), the actions of the last ones (b, m, k), and those of the
         coming ones (b, t, k) → where each place of the coming frames lies in the last one, less its own
-        place, (b, t, y, x, 2) in units of half a picture's sides. `ahead` (t,) numbers the coming frames,
-        from 0 on unless given.
+        place, (b, t, y, x, 2) in units of half a picture's sides; and the doubt (b, t, c, y, x). `ahead` (t,)
+        numbers the coming frames, from 0 on unless given.
         """
         b, t = actions.shape[:2]
         ahead = torch.arange(t, device=last.device) if ahead is None else ahead
@@ -72,7 +103,10 @@ class Motion(nn.Module):
         for layer in self.layers:
             x = layer(x, condition)
         flow = FLOW_UNIT * self.flow_out(F.silu(x)).float()
-        return rearrange(flow, "(b t) two y x -> b t y x two", b=b)
+        # what is read off for the doubt leaves the flow alone
+        doubt = self.doubt_out(F.silu(self.doubt(x.detach(), condition.detach()))).float()
+        doubt = (doubt + (doubt.clamp(*LOG_DOUBT) - doubt).detach()).exp()  # gradients pass the bounds
+        return rearrange(flow, "(b t) two y x -> b t y x two", b=b), doubt.unflatten(0, (b, t))
 
     def warp(self, picture: Tensor, flow: Tensor) -> Tensor:
         """Pictures (b, c, h, w) moved by flows (b, t, y, x, 2) → (b, t, c, h, w); borders are repeated."""
@@ -90,14 +124,15 @@ class Motion(nn.Module):
         return 1 if self._autoencoder[0] is None else 2
 
     @torch.no_grad()
-    def forward(self, last: Tensor, held: Tensor, actions: Tensor, picture: Tensor | None = None) -> Tensor:
+    def forward(self, last: Tensor, held: Tensor, actions: Tensor, picture: Tensor | None = None) -> Guess:
         """The last two finished frames (b, 2, c, y, x), the actions of the last ones (b, m, k), those of the
         coming ones (b, t, k), the picture of the last frame where that is at hand → guesses at the coming
         frames (b, t, c, y, x), float32.
         """
         picture = self.picture(last[:, 1]) if picture is None else picture
-        moved = self.warp(picture, self.flow(last, held, actions))
-        return rearrange(self.latents(moved.flatten(0, 1)).float(), "(b t) ... -> b t ...", b=len(last))
+        flow, doubt = self.flow(last, held, actions)
+        moved = self.warp(picture, flow)
+        return Guess(self.latents(moved.flatten(0, 1)).float().unflatten(0, moved.shape[:2]), doubt)
 
     def loss(
         self, last: Tensor, held: Tensor, actions: Tensor, true: Tensor
@@ -108,10 +143,15 @@ class Motion(nn.Module):
         # the next frame and, as decoding is dear, one more
         ahead = torch.randperm(actions.shape[1] - 1)[:1] + 1
         ahead = torch.cat([ahead.new_zeros(1), ahead]).to(last.device)
+        flow, doubt = self.flow(last, held, actions[:, ahead], ahead)
         with torch.no_grad():
             pictures = self.picture(torch.cat([last[:, 1:], true[:, ahead]], 1).flatten(0, 1))
+            one = int(torch.randint(len(ahead), ()))  # frame, as encoding is dear, too
+            moved = self.warp(pictures.unflatten(0, (len(last), -1))[:, 0], flow[:, one : one + 1])
+            off = (self.latents(moved[:, 0]).float() - true[:, ahead[one]]).square()
             pictures = F.avg_pool2d(pictures, self.shrink).unflatten(0, (len(last), -1))
-        flow = self.flow(last, held, actions[:, ahead], ahead)
+        doubt = doubt[:, one]
+        unlikely = (0.5 * off / doubt.square() + doubt.log()).mean()  # were it a Gaussian's
         missed = self.warp(pictures[:, 0], flow) - pictures[:, 1:]  # (b, 1 or 2, c, h, w)
         error = missed.detach().square().mean((0, 2, 3, 4))
         still = (pictures[:, 0] - pictures[:, 1]).square().mean()
@@ -121,4 +161,5 @@ class Motion(nn.Module):
             if scale <= min(missed.shape[3:])
         ]
         weight = 0.5**ahead  # later frames move as keys say that come later
-        return (sum(parts) * weight).sum(), {"next": error[0], "later": error[-1], "still": still}
+        logs = {"next": error[0], "later": error[-1], "still": still, "unlikely": unlikely.detach()}
+        return (sum(parts) * weight).sum() + 0.1 * unlikely, logs

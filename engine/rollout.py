@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .kv_cache import Written
+from .motion import Guess
 from .sampler import add_noise, counter_noise, ramp
 from .window import RollingWindow
 
@@ -67,7 +68,7 @@ class Rollout:
         guess = self.guess(action)
         return self.advance(self.predict(action, guess=guess), action, guess)
 
-    def predict(self, action: Tensor, clean: Tensor | None = None, guess: Tensor | None = None) -> Tensor:
+    def predict(self, action: Tensor, clean: Tensor | None = None, guess: Guess | None = None) -> Tensor:
         """Bind, noise, denoise: the window's clean estimates (b, w, c, y, x) under the newest keys (b, k).
 
         Training gives other contents (b, w, c, y, x) than the window's own to be noised, and the guess, which
@@ -76,18 +77,19 @@ class Rollout:
         return self._denoise(action, self.ladder, clean, guess)
 
     @torch.no_grad()
-    def guess(self, action: Tensor) -> Tensor:
+    def guess(self, action: Tensor) -> Guess:
         """The window's first guesses (b, w, c, y, x) under the newest keys (b, k)."""
         return self.denoiser.guess(self.window.bind(action)[0], self.cache, self.picture)
 
     @torch.no_grad()
-    def advance(self, clean: Tensor, action: Tensor, guess: Tensor | None = None) -> Tensor:
+    def advance(self, clean: Tensor, action: Tensor, guess: Guess | None = None) -> Tensor:
         """Emit, commit, roll: takes a step's estimates, and its guess if at hand → the finished frame's
         latents (b, c, y, x).
         """
         changed = (action != self.held).any(-1)  # (b,)
         if self.config.correction and changed.any():
-            head = self._correct(clean[:, :1], None if guess is None else guess[:, :1])
+            guess = self.guess(action) if guess is None else guess
+            head = self._correct(clean[:, :1], guess.part(slice(1)))
             head = torch.where(changed[:, None, None, None, None], head, clean[:, :1])
             clean = torch.cat([head, clean[:, 1:]], 1)
         self.held.copy_(action)
@@ -105,16 +107,17 @@ class Rollout:
         action: Tensor,
         sigma: Tensor,
         clean: Tensor | None = None,
-        guess: Tensor | None = None,
+        guess: Guess | None = None,
     ) -> Tensor:
         shown, known = self.window.bind(action)
         frame = self.cache.frames
         noise = counter_noise(self.seed, frame, self.level, self.denoiser.shape)
-        noisy = add_noise(self.window.clean if clean is None else clean, noise, sigma)
+        guess = self.guess(action) if guess is None else guess
+        noisy = add_noise(self.window.clean if clean is None else clean, guess.doubt * noise, sigma)
         self._see()
         return self.denoiser(noisy, sigma, shown, known, frame, self.cache, guess=guess)
 
-    def _correct(self, head: Tensor, guess: Tensor | None) -> Tensor:
+    def _correct(self, head: Tensor, guess: Guess) -> Tensor:
         """The leaving frame (b, 1, c, y, x) sent back to a higher level and denoised alone under its true
         action.
         """
@@ -122,7 +125,7 @@ class Rollout:
         noise = counter_noise(self.seed, frame, self.level[:1], self.denoiser.shape)
         sigma = self.config.correction * self.one
         self._see()
-        noisy, shown = add_noise(head, noise, sigma), self.window.actions[:, :1]
+        noisy, shown = add_noise(head, guess.doubt * noise, sigma), self.window.actions[:, :1]
         return self.denoiser(noisy, sigma, shown, self.one, frame, self.cache, guess=guess)
 
     def _see(self) -> None:

@@ -170,7 +170,7 @@ class MotionStage(LatentsStage):
         batch = (x.to(self.device) for x in self.shown.segments.batch(self.shown.indices(0)))
         with autocast(self.device, self.dtype):
             last, held, actions, true = module.clip(*batch)
-            made = module.motion(last, held, actions)
+            made = module.motion(last, held, actions).mean
             rows = [torch.cat([last[:, 1:], x], 1) for x in (true, made)]
             rows = [decode_clip(self.autoencoder, x).permute(0, 1, 3, 4, 2).cpu().numpy() for x in rows]
         return grid([row for pair in zip(*rows, strict=True) for row in pair])

@@ -10,6 +10,7 @@ import engine.denoiser
 from engine.config import DenoiserConfig
 from engine.denoiser import Denoiser, weighted_error
 from engine.kv_cache import Context, Written
+from engine.motion import Guess
 from engine.rollout import Rollout
 from engine.sampler import scalings
 
@@ -72,7 +73,8 @@ def obedience(denoiser: Denoiser) -> float:
     noise, sigma, right = torch.randn(64, 3, *SHAPE), torch.ones(64, 3), []
     for key in range(2):
         shown, known = rollout.window.bind(torch.eye(2)[key].expand(64, 2))
-        head = denoiser(noise, sigma, shown, known, 4, rollout.cache)[:, 0]
+        doubt = denoiser.guess(shown, rollout.cache).doubt
+        head = denoiser(doubt * noise, sigma, shown, known, 4, rollout.cache)[:, 0]
         there, other = (picture(place[:, -1] + step) for step in ((1, -1) if key else (-1, 1)))
         nearer = (head - there).square().flatten(1).sum(1) < (head - other).square().flatten(1).sum(1)
         right.append(nearer.float().mean().item())
@@ -83,6 +85,7 @@ def obedience(denoiser: Denoiser) -> float:
 def test_it_learns_what_keys_do(permuted):
     """The loss falls, and keys move the wave; with another game's keys the same must fail."""
     denoiser = make()
+    denoiser.motion.doubt_out.bias.data.zero_()  # an unmoved wave is off by about 1, as the guess would learn
     assert obedience(denoiser) < 0.7
     losses = train(denoiser, 80, permuted)
     found, first, last = obedience(denoiser.eval()), sum(losses[:5]) / 5, sum(losses[-20:]) / 20
@@ -149,20 +152,21 @@ def test_an_estimate_is_the_guess_and_what_it_misses(dropping):
     noisy, sigma, actions, known, frame, context = outside()
     dropped = torch.tensor([[True] * 3, [False, True, False]]) if dropping else None
     before = context.last[:, 1:]
-    one = denoiser.motion(context.last, context.held, actions)
+    one, doubt = denoiser.motion(context.last, context.held, actions)
     assert (one - before).abs().max() > 0.1, "the guess is not just the last frame"
     if dropping:
         one[0], one[1, 1] = before[0], before[1, 0]
+        doubt[0] = doubt[1, 1] = 1
     level = sigma[..., None, None, None]
-    skip, out, scale = (s[..., None, None, None] for s in scalings(sigma, denoiser.config.spread))
-    missed = noisy - (1 - level) * one
+    skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
+    missed = ((noisy - (1 - level) * one) / doubt).clamp(-4, 4)
     action = denoiser.actions(actions, known, dropped)
     made = denoiser.transformer(scale * missed, one, before, sigma, action, frame, context)
-    expected = one + skip * missed + out * made
+    expected = one + doubt * (skip * missed + out * made)
     assert torch.allclose(
         denoiser(noisy, sigma, actions, known, frame, context, dropped), expected, atol=1e-5
     )
-    given = denoiser(noisy, sigma, actions, known, frame, context, dropped, torch.zeros_like(one))
+    given = denoiser(noisy, sigma, actions, known, frame, context, dropped, Guess(one + 1, doubt))
     assert (given - expected).abs().max() > 0.1, "a guess that is given is taken"
 
 
@@ -200,8 +204,12 @@ def test_a_commit_tells_each_frame_from_the_one_before(level, monkeypatch):
 @torch.no_grad()
 def test_a_clean_frame_stays_as_it_is():
     noisy, _, *rest = outside()
-    made = make(scramble=0.2)(noisy, torch.zeros(2, 3), *rest)
-    assert torch.allclose(made, noisy, atol=1e-6)
+    denoiser, doubt = make(scramble=0.2), torch.full_like(noisy, 2.0)
+    guess = denoiser.guess(rest[0], rest[3])._replace(doubt=doubt)
+    made = denoiser(noisy, torch.zeros(2, 3), *rest, guess=guess)
+    assert torch.allclose(made, noisy, atol=1e-5)
+    far = denoiser(guess.mean + 100, torch.zeros(2, 3), *rest, guess=guess)
+    assert torch.allclose(far, guess.mean + 4 * doubt, atol=1e-4), "what lies too far off is not believed"
 
 
 @torch.no_grad()
@@ -251,21 +259,21 @@ def test_loss_lays_actions_on_the_frames_that_they_cause(commit_position, monkey
     number = torch.arange(10.0)
     latents = number[:, None, None, None].expand(2, 10, *SHAPE)
     actions = number[:, None].expand(2, 10, 2)
+    monkeypatch.setattr(engine.denoiser, "FARTHEST", 100)
     monkeypatch.setattr(engine.denoiser, "training_sigma", lambda ladder, b: torch.zeros(b, len(ladder)))
     monkeypatch.setattr(denoiser, "_roughen", lambda clean: (clean, torch.zeros(clean.shape[:2])))
     forward, guesses, tellings, passes = denoiser.transformer.forward, [], [], []
 
     def watched(missed: Tensor, guess: Tensor, before: Tensor, *rest, painted: bool = True) -> Tensor | None:
-        passes.append(
-            ((0.5 * missed + guess)[0, :, 0, 0, 0].tolist(), guess[0, :, 0, 0, 0].tolist(), rest[2])
-        )
+        passes.append((missed[0, :, 0, 0, 0], guess[0, :, 0, 0, 0], rest[2]))
         assert (before[0, :, 0, 0, 0] == guess[0, :, 0, 0, 0]).all()
         assert painted == (len(passes) == 2), "a commit paints nothing"
         return forward(missed, guess, before, *rest, painted=painted)
 
-    def guessed(last: Tensor, held: Tensor, actions: Tensor) -> Tensor:
+    def guessed(last: Tensor, held: Tensor, actions: Tensor, picture: Tensor | None) -> Guess:
         guesses.append([last[0, :, 0, 0, 0].tolist(), held[0, :, 0].tolist(), actions[0, :, 0].tolist()])
-        return last[:, 1:].expand(-1, actions.shape[1], -1, -1, -1)
+        mean = last[:, 1:].expand(-1, actions.shape[1], -1, -1, -1)
+        return Guess(mean, torch.full_like(mean, 0.5))
 
     def told(actions: Tensor, known: Tensor, dropped: Tensor | None = None) -> Tensor:
         gone = known[0] * 0 > 0 if dropped is None else dropped[0]
@@ -283,6 +291,9 @@ def test_loss_lays_actions_on_the_frames_that_they_cause(commit_position, monkey
         ((last, held, moving),) = guesses
         (history, certain, _), (shown, known, gone) = tellings
         (committed, first_guess, first), (window, guess, start) = passes
+        committed = (0.5 * committed + first_guess).tolist()
+        window = ((1 if gone[0] else 0.5) * window + guess).tolist()  # in units of the doubt
+        first_guess, guess = first_guess.tolist(), guess.tolist()
         places = list(range(len(window)))
         assert first == 0 and history == committed == list(range(start)) and set(certain) == {1}
         assert first_guess == [0, *history[:-1]]
@@ -320,11 +331,11 @@ def test_every_weight_is_trained():
 def test_weighted_error_is_that_of_the_networks_output():
     clean, noisy = torch.randn(2, 3, *SHAPE), torch.randn(2, 3, *SHAPE)
     sigma = torch.tensor([[0.3, 0.6, 1.0], [0.2, 0.9, 0.5]])
-    skip, out, _ = (s[..., None, None, None] for s in scalings(sigma, 0.5))
+    skip, out, _ = (s[..., None, None, None] for s in scalings(sigma))
     guess, network = torch.randn_like(clean), torch.randn_like(clean)
     missed = noisy - (1 - sigma[..., None, None, None]) * guess
-    target = (clean - guess - skip * missed) / out
-    error = weighted_error(guess + skip * missed + out * network, clean, sigma, 0.5)
+    target = (clean - guess - skip * missed) / (0.5 * out)
+    error = weighted_error(guess + skip * missed + 0.5 * out * network, clean, sigma, 0.5)
     assert error.shape == (2, 3)
     assert torch.allclose(error, (network - target).square().mean((2, 3, 4)), rtol=1e-4)
     off = clean + 0.1

@@ -102,6 +102,8 @@ def test_the_whole_stage(tiny_checkpoint, turns, tmp_path, monkeypatch):
         "psnr@16",
         "psnr@64",
         "psnr@1_moving",
+        "psnr@1_moved",
+        "sharpness_autoencoder",
         "sharpness@64",
         "turn_obeyed",
         "spin_motion_last",

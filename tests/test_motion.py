@@ -34,8 +34,9 @@ def given(batch: int = 3, t: int = AHEAD) -> tuple[Tensor, Tensor, Tensor]:
 def test_nothing_moves_at_first(t):
     last, held, actions = given(t=t)
     guess = make()(last, held, actions)
-    assert guess.dtype == torch.float32 and not guess.requires_grad
-    assert torch.allclose(guess, last[:, 1:].expand(-1, t, -1, -1, -1), atol=1e-5)
+    assert guess.mean.dtype == torch.float32 and not guess.mean.requires_grad
+    assert guess.doubt.shape == guess.mean.shape and guess.doubt.std() < 1e-6
+    assert torch.allclose(guess.mean, last[:, 1:].expand(-1, t, -1, -1, -1), atol=1e-5)
 
 
 @pytest.mark.parametrize("right, down", [(0, 0), (1, 0), (-2, 0), (0, 2), (3, -1)])
@@ -64,18 +65,18 @@ def test_each_coming_frame_and_each_game_has_its_own_flow():
 def test_a_flow_is_read_off_keys_history_distance_and_both_frames():
     motion = make(scramble=0.3)
     last, held, actions = given()
-    flow = motion.flow(last, held, actions)
-    assert flow.shape == (3, AHEAD, ROWS, COLUMNS, 2)
+    flow, doubt = motion.flow(last, held, actions)
+    assert flow.shape == (3, AHEAD, ROWS, COLUMNS, 2) and doubt.shape == (3, AHEAD, CHANNELS, ROWS, COLUMNS)
 
     def changes(*other: Tensor) -> bool:
-        return (motion.flow(*other) - flow).abs().amax((2, 3, 4)).min().item() > 1e-4
+        return (motion.flow(*other)[0] - flow).abs().amax((2, 3, 4)).min().item() > 1e-4
 
     assert changes(last, held, 1 - actions) and changes(last, 1 - held, actions)
     assert changes(last + torch.tensor([1.0, 0.0])[:, None, None, None], held, actions), "the frame before"
     assert changes(last + torch.randn(3, 1, CHANNELS, ROWS, COLUMNS), held, actions)
-    same = motion.flow(last, held, actions[:, :1].expand(-1, AHEAD, -1))
+    same, _ = motion.flow(last, held, actions[:, :1].expand(-1, AHEAD, -1))
     assert (same[:, 1:] - same[:, :1]).abs().amax((1, 2, 3, 4)).min() > 1e-4, "how far ahead it is"
-    alone = motion.flow(last[1:2], held[1:2], actions[1:2])
+    alone, _ = motion.flow(last[1:2], held[1:2], actions[1:2])
     assert torch.allclose(alone, flow[1:2], atol=1e-5), "games do not see each other"
 
 
@@ -103,12 +104,32 @@ def test_it_learns_what_keys_move():
     inside = (..., slice(3, -3))  # what comes in from outside nobody knows
 
     def error(keys: Tensor) -> float:
-        return (motion(last, held, keys) - true)[inside].square().mean().item()
+        return (motion(last, held, keys).mean - true)[inside].square().mean().item()
 
     still = (last[:, 1:] - true)[inside].square().mean().item()
     assert error(actions) < 0.2 * still, (error(actions), still)
     assert error(actions.flip(-1)) > 2 * still * (actions[:, 0, 0] != actions[:, 0, 1]).float().mean().item()
-    assert set(logs) == {"next", "later", "still"} and all(value.ndim == 0 for value in logs.values())
+    assert set(logs) == {"next", "later", "still", "unlikely"} and all(
+        value.ndim == 0 for value in logs.values()
+    )
+
+
+def test_it_doubts_what_comes_into_view():
+    """Noise moves right by two columns and rests there: the left edge is new, the rest was in sight."""
+    motion, random = make(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        motion.flow_out.bias.copy_(torch.tensor([-4 / COLUMNS / FLOW_UNIT, 0]))  # the flow is known
+    optimiser = torch.optim.Adam([p for n, p in motion.named_parameters() if n.startswith("doubt")], lr=3e-3)
+    keys = torch.ones(16, MOMENTUM, KEYS), torch.ones(16, AHEAD, KEYS)
+    for _ in range(300):
+        wide = torch.randn(16, 1, CHANNELS, ROWS, COLUMNS + 2, generator=random)
+        last, true = wide[..., 2:].expand(-1, 2, -1, -1, -1), wide[..., :-2].expand(-1, AHEAD, -1, -1, -1)
+        loss, _ = motion.loss(last, *keys, true)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    doubt = motion(last, *keys).doubt[:, 0].mean((0, 1, 2))  # of each column
+    assert doubt[:2].min() > 0.6 and doubt[3:-1].max() < 0.3, doubt
 
 
 def test_pictures_are_moved_and_not_latents_where_there_is_an_autoencoder():
@@ -121,7 +142,7 @@ def test_pictures_are_moved_and_not_latents_where_there_is_an_autoencoder():
         last, held, actions = given(batch=2)
         picture = autoencoder.paint(last[:, 1])
         moved = torch.cat([picture[..., :1].expand(-1, -1, -1, 5), picture[..., :-5]], -1)
-        assert torch.allclose(motion(last, held, actions)[:, 0], autoencoder.read(moved), atol=1e-3)
+        assert torch.allclose(motion(last, held, actions).mean[:, 0], autoencoder.read(moved), atol=1e-3)
     motion.loss(*world(4, torch.Generator()))[0].backward()
     assert all(p.grad is None for p in autoencoder.parameters())
     assert motion.flow_out.weight.grad.abs().max() > 0

@@ -213,14 +213,14 @@ def test_cached_steps_are_the_written_out_definition(changes):
     def estimate(clean: Tensor, levels: Tensor, keys: Tensor, known: Tensor) -> Tensor:
         frame = latents.shape[1]
         noise = counter_noise(seed, frame, torch.zeros(len(levels), dtype=torch.int64), SHAPE)
-        sigma, noisy = levels.expand(2, -1), add_noise(clean, noise, levels.expand(2, -1))
-        memory = context(denoiser, latents, before)
-        guess = denoiser.motion(memory.last, memory.held, keys)
-        missed = noisy - (1 - sigma[..., None, None, None]) * guess
-        skip, out, scale = (s[..., None, None, None] for s in scalings(sigma, config.spread))
+        sigma, memory = levels.expand(2, -1), context(denoiser, latents, before)
+        guess, doubt = denoiser.motion(memory.last, memory.held, keys)
+        noisy = add_noise(clean, doubt * noise, sigma)
+        missed = ((noisy - (1 - sigma[..., None, None, None]) * guess) / doubt).clamp(-4, 4)
+        skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
         action = denoiser.actions(keys, known)
         made = denoiser.transformer(scale * missed, guess, latents[:, -1:], sigma, action, frame, memory)
-        return guess + skip * missed + out * made
+        return guess + doubt * (skip * missed + out * made)
 
     ladder, window = torch.tensor(config.ladder), config.window
     known = torch.tensor([[float(k <= c) for k in range(window)]] * 2)
