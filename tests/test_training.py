@@ -29,6 +29,7 @@ from engine.picture import load_picture
 from engine.recording import Recorder
 from engine.rollout import Rollout
 from engine.session import Player, Session
+from engine.stages import make_stage
 from engine.window import bind
 
 ROOT = Path(__file__).parent.parent
@@ -98,11 +99,22 @@ def test_every_stage_writes_what_the_next_one_reads(trained, stage, steps):
     assert not list(out.glob("*.tmp"))
 
 
-def test_losses_fall(trained):
+def test_losses_fall(trained, data):
     out, _ = trained
-    for stage, share in (("autoencoder", 0.6), ("denoiser", 0.8)):  # that of motion: tests/test_motion.py
-        fell = [line["loss"] for line in lines(out, stage)]
-        assert np.mean(fell[-3:]) < share * fell[0], f"{stage}: {fell}"
+    fell = [line["loss"] for line in lines(out, "autoencoder")]  # that of motion: tests/test_motion.py
+    assert np.mean(fell[-3:]) < 0.6 * fell[0], fell
+    # single batches differ by more than the denoiser learns here: the same ones, with the same noise
+    config = load_config("train", TrainConfig, [*PLAIN, "stage=denoiser", f"data={data}", f"out={out}"])
+    stage = make_stage(config, torch.device("cpu"), None, 0, 1)
+
+    @torch.no_grad()
+    def loss() -> float:
+        torch.manual_seed(1)
+        return sum(stage.module(stage.batch(100 + i))[0].item() for i in range(40))
+
+    before = loss()
+    Checkpoint(out / "denoiser.safetensors").load_into("denoiser", stage.module.denoiser)
+    assert loss() < 0.8 * before
 
 
 def test_rollout_starts_from_the_denoiser(trained):
