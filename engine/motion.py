@@ -14,6 +14,7 @@ from .autoencoder import Autoencoder
 from .layers import ConvLayer
 
 FLOW_UNIT = 0.2  # of half a picture's side: what the network's output of 1 moves
+ROUGH = 0.5  # most noise on the frames that are read in training, latents having 1
 SCALES = (1, 2, 4)  # at which pictures are compared: far moves are found on the small ones
 
 
@@ -143,7 +144,13 @@ class Motion(nn.Module):
         # the next frame and, as decoding is dear, one more
         ahead = torch.randperm(actions.shape[1] - 1)[:1] + 1
         ahead = torch.cat([ahead.new_zeros(1), ahead]).to(last.device)
-        flow, doubt = self.flow(last, held, actions[:, ahead], ahead)
+        # the model's own frames flicker, which must not be taken for motion
+        level = (
+            ROUGH
+            * torch.rand_like(last[:, :1, :1, :1, :1])
+            * (torch.rand_like(last[:, :1, :1, :1, :1]) < 0.7)
+        )
+        flow, doubt = self.flow(last + level * torch.randn_like(last), held, actions[:, ahead], ahead)
         with torch.no_grad():
             pictures = self.picture(torch.cat([last[:, 1:], true[:, ahead]], 1).flatten(0, 1))
             one = int(torch.randint(len(ahead), ()))  # frame, as encoding is dear, too
