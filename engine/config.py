@@ -75,7 +75,7 @@ class DenoiserConfig:
     motion: int = 64  # channels of the network that moves the last picture
     motion_layers: int = 4
     momentum: int = 4  # finished frames whose actions it knows
-    spread: float = 0.5  # standard deviation of what the moved picture misses, latents having 1
+    spread: float = 0.5  # usual standard deviation of what the moved picture misses, latents having 1
     window: int = 4  # frames in flight
     recent: int = 8  # finished frames remembered
     sink: int = 1  # first frames remembered for ever

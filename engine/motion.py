@@ -145,12 +145,9 @@ class Motion(nn.Module):
         ahead = torch.randperm(actions.shape[1] - 1)[:1] + 1
         ahead = torch.cat([ahead.new_zeros(1), ahead]).to(last.device)
         # the model's own frames flicker, which must not be taken for motion
-        level = (
-            ROUGH
-            * torch.rand_like(last[:, :1, :1, :1, :1])
-            * (torch.rand_like(last[:, :1, :1, :1, :1]) < 0.7)
-        )
-        flow, doubt = self.flow(last + level * torch.randn_like(last), held, actions[:, ahead], ahead)
+        level = ROUGH * torch.rand(len(last), 1, 1, 1, 1) * (torch.rand(len(last), 1, 1, 1, 1) < 0.7)
+        read = last + level.to(last.device) * torch.randn_like(last)
+        flow, doubt = self.flow(read, held, actions[:, ahead], ahead)
         with torch.no_grad():
             pictures = self.picture(torch.cat([last[:, 1:], true[:, ahead]], 1).flatten(0, 1))
             one = int(torch.randint(len(ahead), ()))  # frame, as encoding is dear, too
