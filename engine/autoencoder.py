@@ -69,8 +69,11 @@ class Autoencoder(nn.Module):
 
     def read(self, pixels: Tensor) -> Tensor:
         """Float pixels in [-1, 1] (n, 3, h, w) → latents (n, c, h/8, w/8), float32."""
-        latents = self.encoder(pixels.contiguous(memory_format=torch.channels_last)).float()
+        latents = self._raw(pixels)
         return self.standard(latents.flatten(1)[:, None, None]).view_as(latents)
+
+    def _raw(self, pixels: Tensor) -> Tensor:
+        return self.encoder(pixels.contiguous(memory_format=torch.channels_last)).float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (n, c, y, x) → uint8 frames (n, 3, 8 y, 8 x)."""
@@ -91,15 +94,28 @@ class Autoencoder(nn.Module):
         moved = (len(frames) + 1) // 2
         latents = torch.cat([zoom(latents[:moved], grid := random_crops(moved)), latents[moved:]])
         pixels = torch.cat([zoom(pixels[:moved], grid), pixels[moved:]])
-        noisy = latents + self.latent_noise * torch.randn_like(latents)
-        made = self.decoder(noisy.contiguous(memory_format=torch.channels_last)).float()
+        level = self.latent_noise * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+        made = self.paint(latents + level * torch.randn_like(latents))
         error = made - pixels  # (n, 3, h, w)
         squared = error.square().mean()
         edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (
             error[..., 1:, :] - error[..., :-1, :]
         ).abs().mean()
-        loss = error.abs().mean() + 4 * squared + 0.1 * edges
-        return loss, {"psnr": 10 * torch.log10(4 / error.detach().square().mean())}
+        lost = self._lost(made, pixels)
+        loss = error.abs().mean() + 4 * squared + 0.1 * edges + 0.3 * lost
+        return loss, {"psnr": 10 * torch.log10(4 / squared.detach()), "lost": lost.detach()}
+
+    def _lost(self, made: Tensor, true: Tensor) -> Tensor:
+        """How far the latents of made pictures are from those of the true ones (n, 3, h, w), both moved, in
+        shares of the variance; half of the batch is looked at. Every step of a game encodes a picture that
+        was decoded and moved: what this loses or adds grows from step to step.
+        """
+        count = (len(made) + 1) // 2
+        crops = random_crops(count)
+        crops[: count // 2] = torch.eye(2, 3)  # half stay where they are
+        both = zoom(torch.cat([made[-count:], true[-count:]]), crops.repeat(2, 1, 1))
+        of_made, of_true = self._raw(both).chunk(2)
+        return (of_made - of_true).square().mean() / of_true.var()
 
     def forward(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return self.loss(frames)

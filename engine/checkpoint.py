@@ -96,8 +96,10 @@ class Checkpoint:
             ) from error
 
     def load_into(self, name: str, module: nn.Module) -> None:
-        """Fills `module` with the weights stored as `name`; refuses missing, foreign and misshapen ones."""
-        if name not in self.modules:
+        """Fills `module` with the weights stored as `name`, or as a part of one ("denoiser.motion"); refuses
+        missing, foreign and misshapen ones.
+        """
+        if name.split(".")[0] not in self.modules:
             raise UserError(
                 f"{self.path} holds no {name}, only {self.about['modules']}; train that stage first."
             )

@@ -148,6 +148,8 @@ class TrainConfig:
     data: str = "runs/data"  # directory of recordings
     out: str = "runs/model"  # checkpoints, metrics and pictures
     checkpoint: str = ""  # evaluate: which one; empty takes out's newest
+    weights: str = ""  # training: checkpoint whose weights a stage starts from; empty starts from nothing
+    unseen: bool = False  # evaluate: all of data is new to the network, not only what training held out
     frames: int = 200_000  # collect: how many; evaluate: frames per game
     workers: int = 0  # collect: processes; 0 takes one per core
     lossless: bool = False  # collect: store pixels exactly

@@ -40,7 +40,8 @@ def evaluate(config: TrainConfig) -> dict:
         config.precision,
     )
     recordings = find_recordings(config.data)
-    clips = Clips([Recording(path) for path in split(recordings)[1] or recordings], player)
+    chosen = recordings if config.unseen else split(recordings)[1] or recordings
+    clips = Clips([Recording(path) for path in chosen], player)
     report = out / "evaluation"
     figures: dict = {"checkpoint": str(player.checkpoint.path), "world": player.world.name}
     figures |= fidelity(player, clips, report, config.seed)

@@ -14,6 +14,7 @@ from .autoencoder import Autoencoder
 from .layers import ConvLayer
 
 FLOW_UNIT = 0.2  # of half a picture's side: what the network's output of 1 moves
+STILL = 0.1  # pixels: what moves by less stays as it is
 ROUGH = 0.5  # most noise on the frames that are read in training, latents having 1
 SCALES = (1, 2, 4)  # at which pictures are compared: far moves are found on the small ones
 
@@ -132,8 +133,18 @@ class Motion(nn.Module):
         """
         picture = self.picture(last[:, 1]) if picture is None else picture
         flow, doubt = self.flow(last, held, actions)
+        return Guess(self._moved(last[:, 1:], picture, flow), doubt)
+
+    def _moved(self, last: Tensor, picture: Tensor, flow: Tensor) -> Tensor:
+        """The last frame (b, 1, c, y, x) and its picture (b, 3, h, w), moved by flows (b, t, y, x, 2) →
+        latents (b, t, c, y, x). Where nothing moves they stay as they are: decoded and encoded a thousand
+        times, as standing still would have it, they would be others (docs/log.md).
+        """
         moved = self.warp(picture, flow)
-        return Guess(self.latents(moved.flatten(0, 1)).float().unflatten(0, moved.shape[:2]), doubt)
+        latents = self.latents(moved.flatten(0, 1)).float().unflatten(0, moved.shape[:2])
+        pixels = flow * flow.new_tensor([picture.shape[3] / 2, picture.shape[2] / 2])
+        still = torch.exp(-(pixels / STILL).square().sum(-1))[:, :, None]
+        return latents.lerp(last, still)
 
     def loss(
         self, last: Tensor, held: Tensor, actions: Tensor, true: Tensor
@@ -151,8 +162,9 @@ class Motion(nn.Module):
         with torch.no_grad():
             pictures = self.picture(torch.cat([last[:, 1:], true[:, ahead]], 1).flatten(0, 1))
             one = int(torch.randint(len(ahead), ()))  # frame, as encoding is dear, too
-            moved = self.warp(pictures.unflatten(0, (len(last), -1))[:, 0], flow[:, one : one + 1])
-            off = (self.latents(moved[:, 0]).float() - true[:, ahead[one]]).square()
+            picture = pictures.unflatten(0, (len(last), -1))[:, 0]
+            moved = self._moved(last[:, 1:], picture, flow[:, one : one + 1])
+            off = (moved[:, 0] - true[:, ahead[one]]).square()
             pictures = F.avg_pool2d(pictures, self.shrink).unflatten(0, (len(last), -1))
         doubt = doubt[:, one]
         unlikely = (0.5 * off / doubt.square() + doubt.log()).mean()  # were it a Gaussian's

@@ -45,6 +45,8 @@ class AutoencoderStage:
         self.shown = load_frames(held_out or train, 256, config.seed)
         self.size, self.seed = pace.batch, (config.seed * 1009 + rank) * 1_000_003
         self.module = Autoencoder(config.model.autoencoder)
+        if config.weights:
+            Checkpoint(config.weights).load_into("autoencoder", self.module)
 
     def batch(self, step: int) -> Tensor:
         """The frames of iteration `step`: a pure function of seed and step, so that a resumed run goes on
@@ -93,7 +95,8 @@ class LatentsStage(ABC):
     ):
         self.config, self.device, self.dtype = config, device, dtype
         self.names = tuple(config.world.keys)
-        self.before = Checkpoint(Path(config.out) / f"{SOURCES[config.stage]}.safetensors")
+        before = Path(config.out) / f"{SOURCES[config.stage]}.safetensors"
+        self.before = Checkpoint(config.weights if config.weights and config.stage == "rollout" else before)
         if list(self.before.world.keys) != list(config.world.keys):
             said = f"{self.before.path} was trained for {self.before.world.name}"
             said = f"{said}, whose keys {config.world.name} has not"
@@ -157,6 +160,9 @@ class MotionStage(LatentsStage):
         super().__init__(*given)
         channels, _, _ = self.model.autoencoder.latent_shape(self.config.world)
         motion = make_motion(self.model.denoiser, len(self.names), channels, self.autoencoder)
+        if self.config.weights:
+            start = Checkpoint(self.config.weights)
+            start.load_into("motion" if "motion" in start.modules else "denoiser.motion", motion)
         self.module = MotionLoss(motion, self.model.denoiser.commit_position)
         self.shown = Batches(Segments(self.caches[1], self.segment()[0], self.names), 6, 0)
 
@@ -191,6 +197,8 @@ class DenoiserStage(LatentsStage):
         if rolled:
             self.before.load_into("denoiser", denoiser)
         else:
+            if config.weights:
+                Checkpoint(config.weights).load_into("denoiser", denoiser)
             self.before.load_into("motion", denoiser.motion)
         self.module = (RolloutLoss if rolled else PlainLoss)(denoiser, config.pace())
 

@@ -142,6 +142,24 @@ def test_a_batch_of_one_frame_can_be_trained(frames):
     assert loss.isfinite() and logs["psnr"].isfinite()
 
 
+def test_what_is_lost_on_the_way_to_a_picture_and_back_counts(frames):
+    """Nothing in true pictures; more, the further off they are; the encoder's scale does not matter."""
+    autoencoder, true = make(), to_float(frames)
+    assert autoencoder._lost(true, true) == 0
+    near, far = (autoencoder._lost(true + by * torch.randn_like(true), true).item() for by in (0.02, 0.2))
+    assert 0 < near < far
+    torch.manual_seed(1)
+    lost = autoencoder._lost(true.flip(-1), true)
+    with torch.no_grad():
+        autoencoder.encoder[-1].weight.mul_(7)
+        autoencoder.encoder[-1].bias.mul_(7)
+    torch.manual_seed(1)
+    assert torch.allclose(autoencoder._lost(true.flip(-1), true), lost, rtol=1e-3)
+    made = true.clone().requires_grad_()
+    autoencoder._lost(made + 0.1, true).backward()
+    assert (made.grad.abs().amax((1, 2, 3)) > 0).sum() == len(frames) // 2, "half of them are looked at"
+
+
 def test_zoom_shows_the_crop():
     """Crops lie within the picture; a crop of a plane is that plane, seen from nearer."""
     crops = random_crops(500)
@@ -170,10 +188,11 @@ def test_half_of_the_frames_are_moved_with_their_latents(frames, monkeypatch):
 
     monkeypatch.setattr("engine.autoencoder.zoom", watched)
     monkeypatch.setattr(autoencoder, "encode", to_float)
-    autoencoder.decoder, autoencoder.latent_noise = torch.nn.Identity(), 0.0
+    autoencoder.encoder, autoencoder.decoder = torch.nn.Identity(), torch.nn.Identity()
+    autoencoder.latent_noise = 0.0
     loss, _ = autoencoder(frames[:5])
     assert loss.item() < 1e-6
-    assert [shape for shape, _ in seen] == [(3, 3, 96, 128)] * 2 and seen[0][1] is seen[1][1]
+    assert [shape for shape, _ in seen[:2]] == [(3, 3, 96, 128)] * 2 and seen[0][1] is seen[1][1]
     for wrong in (0, 4):
         off = 0.5 * (torch.arange(5) == wrong)[:, None, None, None]
         monkeypatch.setattr(autoencoder.decoder, "forward", lambda latents, off=off: latents + off)

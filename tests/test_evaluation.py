@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 
 from engine import evaluation
 from engine.config import TrainConfig, UserError, load_config
+from engine.dataset import split
 from engine.evaluation import Clips, evaluate, horizontal_flow, motion, psnr, sharpness, turning
 from engine.picture import load_picture
-from engine.recording import Recorder, Recording
+from engine.recording import Recorder, Recording, find_recordings
 from engine.session import Player
 
 WIDE = (
@@ -117,6 +119,26 @@ def test_the_whole_stage(tiny_checkpoint, turns, tmp_path, monkeypatch):
     assert {k: v for k, v in evaluate(config).items() if k not in timings} == {
         k: v for k, v in figures.items() if k not in timings
     }, "two runs agree"
+
+
+@pytest.mark.parametrize("unseen, names", [(False, {"b"}), (True, {"a", "b"})])
+def test_recordings_that_are_new_to_the_network_are_all_used(
+    unseen, names, tiny_checkpoint, turns, tmp_path, monkeypatch
+):
+    (turns / "turns").rename(turns / "a")
+    shutil.copytree(turns / "a", turns / "b")
+    assert [path.name for path in split(find_recordings(turns))[1]] == ["b"]
+    seen = set()
+
+    def fidelity(player, clips, report, seed):
+        seen.update(recording.directory.name for recording in clips.recordings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "fidelity", fidelity)
+    options = [f"checkpoint={tiny_checkpoint}", f"data={turns}", f"out={tmp_path}", f"unseen={unseen}"]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(load_config("train", TrainConfig, ["stage=evaluate", "precision=fp32", *options]))
+    assert seen == names
 
 
 def test_a_recording_with_other_keys_is_refused(player, tmp_path):

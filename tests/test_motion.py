@@ -132,6 +132,19 @@ def test_it_doubts_what_comes_into_view():
     assert doubt[:2].min() > 0.6 and doubt[3:-1].max() < 0.3, doubt
 
 
+@torch.no_grad()
+def test_what_stands_still_stays_to_the_bit():
+    """Through a picture and back latents become others; a thousand times, as other pictures."""
+    autoencoder = Autoencoder(AutoencoderConfig(CHANNELS, [4, 4, 4], 1)).eval()
+    motion = make(autoencoder=autoencoder)
+    last, held, actions = given()
+    assert (autoencoder.read(autoencoder.paint(last[:, 1])) - last[:, 1]).abs().max() > 0.1
+    assert torch.equal(motion(last, held, actions).mean, last[:, 1:].expand(-1, AHEAD, -1, -1, -1))
+    motion.flow_out.bias.copy_(torch.tensor([0, 2 * 0.5 / (8 * ROWS) / FLOW_UNIT]))  # half a pixel
+    moved = motion.latents(motion.warp(motion.picture(last[:, 1]), motion.flow(last, held, actions)[0])[:, 0])
+    assert torch.allclose(motion(last, held, actions).mean[:, 0], moved, atol=1e-5)
+
+
 def test_pictures_are_moved_and_not_latents_where_there_is_an_autoencoder():
     autoencoder = Autoencoder(AutoencoderConfig(CHANNELS, [4, 4, 4], 1)).eval()
     motion = make(autoencoder=autoencoder)

@@ -204,6 +204,25 @@ def test_games_with_short_episodes_can_be_trained(started, tmp_path):
     assert figures["steps"] == 5 and (started / "denoiser.png").exists()
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_starts_from_the_weights_of_a_checkpoint(stage, trained, started, data):
+    """Of the last stage, as it is shipped: every other one finds its networks in it."""
+    source = trained[0] / "rollout.safetensors"
+    options = [f"stage={stage}", f"data={data}", f"out={started}", f"weights={source}", *PLAIN]
+    module = make_stage(load_config("train", TrainConfig, options), torch.device("cpu"), None, 0, 1).module
+    player = Player(source, "cpu", "fp32")
+    made = {"autoencoder": module, "motion": getattr(module, "motion", None)}
+    made = made.get(stage) or module.denoiser
+    given = {"autoencoder": player.autoencoder, "motion": player.denoiser.motion}
+    given = given.get(stage, player.denoiser).state_dict()
+    compared = 0
+    for key, value in made.state_dict().items():
+        if stage != "denoiser" or not key.startswith("motion."):  # its motion is that of the stage before
+            assert torch.equal(value, given[key]), key
+            compared += value.numel()
+    assert compared > 1000
+
+
 def test_a_finished_stage_stays_finished(trained, data):
     out, _ = trained
     before = torch.load(out / "rollout.state.pt")
