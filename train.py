@@ -30,6 +30,8 @@ from engine.config import TrainConfig, UserError, load_config
 from engine.device import autocast, pick_device, pick_precision
 
 RANDOM = ("random", "cuda_random")  # what of a saved state belongs to one process alone
+UNREADABLE = (OSError, EOFError, pickle.UnpicklingError)
+MISSHAPEN = (RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 
 
 class Training:
@@ -120,7 +122,7 @@ class Training:
             self.module.load_state_dict(state["module"])
             self.average.load_state_dict(state["average"])
             self.optimiser.load_state_dict(state["optimiser"])
-        except (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+        except (*UNREADABLE, *MISSHAPEN) as error:
             said = f"{first} is damaged or does not fit this config"
             raise UserError(f"{said}; delete it to start anew, or give another out=DIR.") from error
         self.step, self.seconds = state["step"], state["seconds"]

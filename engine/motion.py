@@ -17,8 +17,6 @@ FLOW_UNIT = 0.2  # of half a picture's side: what the network's output of 1 move
 STILL = 0.1  # pixels: what moves by less stays as it is
 ROUGH = 0.5  # most noise on the frames that are read in training, latents having 1
 SCALES = (1, 2, 4)  # at which pictures are compared: far moves are found on the small ones
-
-
 LOG_DOUBT = math.log(0.05), math.log(2)  # least and most, standard deviations; latents have about 1
 
 

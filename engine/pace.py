@@ -96,7 +96,10 @@ class Timings:
 
 
 def seconds_since_start() -> float:
-    """Since this process was started; without /proc, since this module was imported."""
+    """Since this process was started; without /proc, since this module was imported.
+
+    A shell that ends in the program (`bash -c "... && python play.py"`) becomes it, and counts.
+    """
     since_import = time.perf_counter() - IMPORTED
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()

@@ -458,7 +458,7 @@ def test_patches_that_do_not_divide_the_latents_are_refused(started, data, capsy
     assert "patch" in refusal(capsys, *options)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "other config"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "other config", "older"])
 def test_a_damaged_state_is_refused(damage, trained, started, data, capsys):
     state, options = (trained[0] / "denoiser.state.pt").read_bytes(), []
     if damage == "cut":
@@ -467,6 +467,11 @@ def test_a_damaged_state_is_refused(damage, trained, started, data, capsys):
         state = b""
     elif damage == "foreign":
         state = b"no state at all"
+    elif damage == "older":  # its optimiser was one and not a list of parts
+        older = torch.load(io.BytesIO(state), weights_only=True)
+        older["optimiser"] = older["optimiser"][0]
+        torch.save(older, whole := io.BytesIO())
+        state = whole.getvalue()
     else:
         options = ["model.denoiser.layers=3"]
     (started / "denoiser.state.pt").write_bytes(state)
