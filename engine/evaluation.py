@@ -198,7 +198,8 @@ def turning(player: Player, clips: Clips, seed: int) -> dict:
 
 def endurance(player: Player, clips: Clips, report: Path, frames: int, seed: int) -> dict:
     """A minute each of standing still, random keys and turning, from `PLACES` places: strips, and sharpness
-    (share of the true frames' mean) and motion (grey levels) in the first and the last five seconds.
+    (share of the true frames' mean) and motion (grey levels) in the first and the last five seconds; and, as
+    what stands still might be stuck, motion in a second of turning after the minute idle.
     """
     session, length = Session(player), player.denoiser.config.sink + player.denoiser.config.recent
     starts, actions = clips.choose(clips.places(length), PLACES, length, seed)
@@ -218,6 +219,10 @@ def endurance(player: Player, clips: Clips, report: Path, frames: int, seed: int
                 parts.setdefault(f"{name}_sharpness_{when}", []).append(sharpness(piece) / true)
                 parts.setdefault(f"{name}_motion_{when}", []).append(motion(piece))
             rows.append(movie[:: max(1, frames // 12)])
+            if name == "idle":
+                turn = make_policy("spin", session.action_space, seed + place)
+                woken = [session.step(turn({}, session.action_space)) for _ in range(int(player.world.fps))]
+                parts.setdefault("idle_motion_woken", []).append(motion(np.stack(woken)))
     save_picture(report / "endurance.png", grid(rows))
     figures = {what: round(float(np.mean(values)), 2) for what, values in parts.items()}
     figures["step_ms_p50"] = round(float(np.percentile(times, 50)), 1)

@@ -14,10 +14,11 @@ from .autoencoder import Autoencoder
 from .layers import ConvLayer
 
 FLOW_UNIT = 0.2  # of half a picture's side: what the network's output of 1 moves
-STILL = 0.1  # pixels: what moves by less stays as it is
+STILL = 0.2  # pixels: what moves by less stays as it is
 ROUGH = 0.5  # most noise on the frames that are read in training, latents having 1
 SCALES = (1, 2, 4)  # at which pictures are compared: far moves are found on the small ones
-LOG_DOUBT = math.log(0.05), math.log(2)  # least and most, standard deviations; latents have about 1
+LOG_DOUBT = math.log(0.02), math.log(2)  # least and most, standard deviations; latents have about 1
+FAR = 3.0  # doubts: misses beyond count by their size, not its square, in training
 
 
 class Guess(NamedTuple):
@@ -73,6 +74,7 @@ class Motion(nn.Module):
         self.doubt_out = nn.Conv2d(width, channels, 3, padding=1)
         nn.init.zeros_(self.doubt_out.weight)
         nn.init.constant_(self.doubt_out.bias, -0.7)  # half of the latents' own
+        self.calm = nn.Parameter(torch.zeros(channels))  # what of the doubt is left where nothing moves
 
     def picture(self, latents: Tensor) -> Tensor:
         """Latents (n, c, y, x) → pictures that can be moved (n, 3, h, w), float32."""
@@ -130,19 +132,23 @@ class Motion(nn.Module):
         frames (b, t, c, y, x), float32.
         """
         picture = self.picture(last[:, 1]) if picture is None else picture
-        flow, doubt = self.flow(last, held, actions)
-        return Guess(self._moved(last[:, 1:], picture, flow), doubt)
+        return self._moved(last[:, 1:], picture, *self.flow(last, held, actions))
 
-    def _moved(self, last: Tensor, picture: Tensor, flow: Tensor) -> Tensor:
-        """The last frame (b, 1, c, y, x) and its picture (b, 3, h, w), moved by flows (b, t, y, x, 2) →
-        latents (b, t, c, y, x). Where nothing moves they stay as they are: decoded and encoded a thousand
-        times, as standing still would have it, they would be others (docs/log.md).
+    def _moved(self, last: Tensor, picture: Tensor, flow: Tensor, doubt: Tensor) -> Guess:
+        """The last frame (b, 1, c, y, x) and its picture (b, 3, h, w), moved by flows (b, t, y, x, 2), with
+        doubts (b, t, c, y, x).
+
+        Where nothing moves the latents stay as they are: decoded and encoded a thousand times, as standing
+        still would have it, they would be others. And little is doubted there: what is drawn over a picture
+        a thousand times, be it ever so faint, becomes another picture (docs/log.md).
         """
-        moved = self.warp(picture, flow)
-        latents = self.latents(moved.flatten(0, 1)).float().unflatten(0, moved.shape[:2])
-        pixels = flow * flow.new_tensor([picture.shape[3] / 2, picture.shape[2] / 2])
-        still = torch.exp(-(pixels / STILL).square().sum(-1))[:, :, None]
-        return latents.lerp(last, still)
+        with torch.no_grad():
+            moved = self.warp(picture, flow)
+            latents = self.latents(moved.flatten(0, 1)).float().unflatten(0, moved.shape[:2])
+            pixels = flow * flow.new_tensor([picture.shape[3] / 2, picture.shape[2] / 2])
+            still = torch.exp(-(pixels / STILL).square().sum(-1))[:, :, None]
+        gone = still * (1 - self.calm.sigmoid()[:, None, None])
+        return Guess(latents.lerp(last, still), doubt * (1 - gone))
 
     def loss(
         self, last: Tensor, held: Tensor, actions: Tensor, true: Tensor
@@ -159,13 +165,13 @@ class Motion(nn.Module):
         flow, doubt = self.flow(read, held, actions[:, ahead], ahead)
         with torch.no_grad():
             pictures = self.picture(torch.cat([last[:, 1:], true[:, ahead]], 1).flatten(0, 1))
-            one = int(torch.randint(len(ahead), ()))  # frame, as encoding is dear, too
             picture = pictures.unflatten(0, (len(last), -1))[:, 0]
-            moved = self._moved(last[:, 1:], picture, flow[:, one : one + 1])
-            off = (moved[:, 0] - true[:, ahead[one]]).square()
             pictures = F.avg_pool2d(pictures, self.shrink).unflatten(0, (len(last), -1))
-        doubt = doubt[:, one]
-        unlikely = (0.5 * off / doubt.square() + doubt.log()).mean()  # were it a Gaussian's
+        one = int(torch.randint(len(ahead), ()))  # frame, as encoding is dear, too
+        which = slice(one, one + 1)
+        guess, doubt = self._moved(last[:, 1:], picture, flow[:, which], doubt[:, which])
+        off = (guess - true[:, ahead[which]]) / doubt
+        unlikely = F.huber_loss(off, torch.zeros_like(off), delta=FAR) + doubt.log().mean()
         missed = self.warp(pictures[:, 0], flow) - pictures[:, 1:]  # (b, 1 or 2, c, h, w)
         error = missed.detach().square().mean((0, 2, 3, 4))
         still = (pictures[:, 0] - pictures[:, 1]).square().mean()

@@ -109,6 +109,7 @@ def test_the_whole_stage(tiny_checkpoint, turns, tmp_path, monkeypatch):
         "sharpness@64",
         "turn_obeyed",
         "spin_motion_last",
+        "idle_motion_woken",
     }
     assert (
         names <= set(figures) and np.isfinite([v for v in figures.values() if not isinstance(v, str)]).all()

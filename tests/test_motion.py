@@ -140,9 +140,28 @@ def test_what_stands_still_stays_to_the_bit():
     last, held, actions = given()
     assert (autoencoder.read(autoencoder.paint(last[:, 1])) - last[:, 1]).abs().max() > 0.1
     assert torch.equal(motion(last, held, actions).mean, last[:, 1:].expand(-1, AHEAD, -1, -1, -1))
-    motion.flow_out.bias.copy_(torch.tensor([0, 2 * 0.5 / (8 * ROWS) / FLOW_UNIT]))  # half a pixel
+    motion.flow_out.bias.copy_(torch.tensor([0, 2 * 1 / (8 * ROWS) / FLOW_UNIT]))  # one pixel
     moved = motion.latents(motion.warp(motion.picture(last[:, 1]), motion.flow(last, held, actions)[0])[:, 0])
     assert torch.allclose(motion(last, held, actions).mean[:, 0], moved, atol=1e-5)
+
+
+def test_it_learns_how_little_to_doubt_where_nothing_moves():
+    """The same flow of naught: what stays is soon trusted, what changes all the same is not."""
+    found = []
+    for change in (0.0, 1.0):
+        torch.manual_seed(0)
+        motion = make()
+        optimiser = torch.optim.Adam([p for n, p in motion.named_parameters() if "flow" not in n], lr=2e-2)
+        for _ in range(80):
+            last, held, actions = given(16)
+            true = last[:, 1:] + change * torch.randn(16, AHEAD, CHANNELS, ROWS, COLUMNS)
+            with torch.enable_grad():
+                motion.loss(last, held, actions, true)[0].backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        found.append((motion(*given(16)).doubt.mean().item(), motion.calm.sigmoid().max().item()))
+    assert found[0][0] < 0.2 and found[0][1] < 0.3, found
+    assert 0.7 < found[1][0] < 1.3, found
 
 
 def test_pictures_are_moved_and_not_latents_where_there_is_an_autoencoder():
