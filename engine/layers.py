@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from engine.kernels import attention, modulated_norm, qk_norm_rope, rotate
+from engine.kernels import attention, gate_residual_norm_modulate, modulated_norm, qk_norm_rope, rotate
 
 
 class Memory(Protocol):
@@ -110,8 +110,7 @@ class DiTLayer(nn.Module):
         ).chunk(6, -1)
         y = modulated_norm(x, scale_a, shift_a)
         y = self.attention(y.flatten(1, 2), angles, memory, layer, mask).view_as(x)
-        x = torch.addcmul(x, gate_a[:, :, None], y)
-        y = modulated_norm(x, scale_m, shift_m)
+        x, y = gate_residual_norm_modulate(x, y, gate_a, scale_m, shift_m)
         y = self.mlp_out(F.silu(self.mlp_in(y)))
         return torch.addcmul(x, gate_m[:, :, None], y)
 

@@ -29,6 +29,16 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -
     return torch.addcmul(shift[:, :, None], normal, 1 + scale[:, :, None])
 
 
+def gate_residual_norm_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """x + gate · y, and that, normalised and modulated as above: x and y (b, t, n, d), one gate, scale and
+    shift a frame (b, t, d) → two of (b, t, n, d).
+    """
+    x = torch.addcmul(x, gate[:, :, None], y)
+    return x, modulated_norm(x, scale, shift, eps)
+
+
 def qk_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6) -> Tensor:
     """norm(x) · weight, rotated: x (b, n, h, d), weight (d,), cos and sin (n, d/2) → (b, n, h, d).
 

@@ -378,3 +378,19 @@ def test_picture_is_that_of_the_last_finished_frame():
     for action in played:
         made = rollout.step(action)
         assert torch.equal(rollout.picture, made)
+
+
+def test_kernels_play_the_same_game():
+    """Ten steps, so that the ring wraps, through Triton's kernels and through the definitions."""
+    pytest.importorskip("triton")
+    from engine.kernels import dispatch, norm
+
+    denoiser, given, ran = tiny(), game(frames=10), []
+    fused = norm.gate_residual_norm_modulate
+    with pytest.MonkeyPatch.context() as patch, dispatch.use("triton"):
+        patch.setattr(norm, "gate_residual_norm_modulate", lambda *x: ran.append(1) or fused(*x))
+        made = play(denoiser, *given)
+    with dispatch.use("reference"):
+        expected = play(denoiser, *given)
+    assert len(ran) >= 2 * 2 * 10, "two layers, a pass to denoise and one to commit"
+    assert close(made, expected)
