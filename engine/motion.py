@@ -74,7 +74,7 @@ class Motion(nn.Module):
         self.doubt_out = nn.Conv2d(width, channels, 3, padding=1)
         nn.init.zeros_(self.doubt_out.weight)
         nn.init.constant_(self.doubt_out.bias, -0.7)  # half of the latents' own
-        self.calm = nn.Parameter(torch.zeros(channels))  # what of the doubt is left where nothing moves
+        self.calm = nn.Parameter(torch.zeros(channels))  # logit: share of the doubt left where nothing moves
 
     def picture(self, latents: Tensor) -> Tensor:
         """Latents (n, c, y, x) → pictures that can be moved (n, 3, h, w), float32."""
@@ -145,8 +145,11 @@ class Motion(nn.Module):
         with torch.no_grad():
             moved = self.warp(picture, flow)
             latents = self.latents(moved.flatten(0, 1)).float().unflatten(0, moved.shape[:2])
-            pixels = flow * flow.new_tensor([picture.shape[3] / 2, picture.shape[2] / 2])
-            still = torch.exp(-(pixels / STILL).square().sum(-1))[:, :, None]
+            right, down = (
+                flow[..., 0] * (picture.shape[3] / 2),
+                flow[..., 1] * (picture.shape[2] / 2),
+            )  # pixels
+            still = torch.exp(-((right / STILL).square() + (down / STILL).square()))[:, :, None]
         gone = still * (1 - self.calm.sigmoid()[:, None, None])
         return Guess(latents.lerp(last, still), doubt * (1 - gone))
 
@@ -171,6 +174,7 @@ class Motion(nn.Module):
         which = slice(one, one + 1)
         guess, doubt = self._moved(last[:, 1:], picture, flow[:, which], doubt[:, which])
         off = (guess - true[:, ahead[which]]) / doubt
+        # a Gaussian's, but for what lies far off
         unlikely = F.huber_loss(off, torch.zeros_like(off), delta=FAR) + doubt.log().mean()
         missed = self.warp(pictures[:, 0], flow) - pictures[:, 1:]  # (b, 1 or 2, c, h, w)
         error = missed.detach().square().mean((0, 2, 3, 4))

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED = {80: 163, 90: 227, 100: 227}  # KiB a block
-POINTERS = "*fp32", ("MEAN", "RSTD", "D_GATE", "D_SCALE", "D_SHIFT")
+FLOAT32 = {"MEAN", "RSTD", "D_GATE", "D_SCALE", "D_SHIFT"}  # whatever the type of the rest
 
 
 def build(kernel, constants: dict[str, int], arch: int, warps: int):
@@ -30,11 +30,11 @@ def build(kernel, constants: dict[str, int], arch: int, warps: int):
         if name in constants:
             kind[name] = "constexpr"
         elif name.isupper():
-            kind[name] = POINTERS[0] if name in POINTERS[1] else "*bf16"
+            kind[name] = "*fp32" if name in FLOAT32 else "*bf16"
         else:
             kind[name] = "fp32" if name == "eps" else "i32"
-    even = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.isupper() or "stride" in n}
-    even = {key: value for key, value in even.items() if names[key[0]] not in constants}
+    aligned = [i for i, name in enumerate(names) if kind[name][0] == "*" or name.startswith("stride")]
+    even = {(i,): [["tt.divisibility", 16]] for i in aligned}
     fixed = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=kind, constexprs=fixed, attrs=even)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
@@ -58,7 +58,7 @@ def main(arch: int) -> int:
     for width in (256, 384, 1536):
         block = triton.next_power_of_2(width)
         shape = {"D": width, "BLOCK": block}
-        for kernel, more in ((norm.forward_kernel, {}), (norm.backward_kernel, {"CHUNK": 16})):
+        for kernel, more in ((norm.forward_kernel, {}), (norm.backward_kernel, {"CHUNK": norm.CHUNK})):
             made = build(kernel, shape | more, arch, norm.warps(block))
             stack, registers = stack_and_registers(made)
             wide = len(re.findall(r"ld\.global(?:\.\w+)*\.v4", made.asm["ptx"]))
