@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from engine import optim
 from engine.config import TrainConfig, UserError, load_config
-from engine.device import autocast, pick_device, pick_precision
+from engine.device import AUTOCAST, autocast, pick_device, pick_precision
+from engine.layers import choose_kernels
 
 RANDOM = ("random", "cuda_random")  # what of a saved state belongs to one process alone
 UNREADABLE = (OSError, EOFError, pickle.UnpicklingError)
@@ -47,7 +48,7 @@ class Training:
         if self.device.type == "cuda" and ranks > 1:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
-        self.dtype = pick_precision(config.precision, self.device)
+        self.dtype = AUTOCAST[pick_precision(config.precision, self.device)]
         torch.manual_seed(config.seed + 1000 * rank)
         self.stage = make_stage(config, self.device, self.dtype, rank, ranks)
         self.module = self.stage.module.to(self.device)
@@ -244,6 +245,7 @@ def main(arguments: list[str]) -> int:
         config = load_config("train", TrainConfig, arguments)
         if config.threads:
             torch.set_num_threads(config.threads)
+        choose_kernels(config.kernels)
         if config.stage == "collect":
             from engine.collection import collect
 

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 POLICIES = ("keyboard", "scripted", "random", "idle", "spin", "walls")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
+KERNELS = ("auto", "reference", "triton")
 STAGES = ("collect", "autoencoder", "motion", "denoiser", "rollout", "evaluate", "frontier")
 
 
@@ -156,7 +158,9 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     threads: int = 0  # torch threads; 0 leaves torch's default
-    precision: str = "auto"  # auto measures whether bfloat16 pays on this device · fp32 · bf16
+    precision: str = "auto"  # auto measures whether bfloat16 pays on this device · fp32 · bf16 · to play also
+    # fp16 · fp8
+    kernels: str = "auto"  # auto: Triton on GPUs, definitions on CPUs · reference · triton
     compile: bool = False
     max_minutes: float = 0.0  # 0 takes the stage's own
     steps: int = 0  # 0 takes the stage's own
@@ -168,8 +172,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise UserError(f"There is no stage {self.stage!r}; choose one of {', '.join(STAGES)}.")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise UserError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
+        _check_arithmetic(self.precision, self.kernels)
+        if self.precision in ("fp16", "fp8") and self.stage not in ("evaluate", "frontier"):
+            raise UserError(f"precision={self.precision} is for play and evaluation; train in bf16.")
 
     def pace(self) -> StageConfig:
         """The stage's own pace with the options given on the command line laid over it."""
@@ -203,7 +208,9 @@ class PlayConfig:
     hud: bool = True
     fullscreen: bool = False
     device: str = "auto"
-    precision: str = "auto"
+    precision: str = "auto"  # auto measures whether bfloat16 pays on this device · fp32 · bf16 · fp16 · fp8
+    kernels: str = "auto"  # auto: Triton on GPUs, definitions on CPUs · reference · triton
+    graph: bool = True  # on GPUs: a step as one CUDA graph
     threads: int = 1  # two take twice as long for a step this small; 0: torch decides
 
     def __post_init__(self) -> None:
@@ -214,8 +221,13 @@ class PlayConfig:
             raise UserError(f"display must be auto, window or headless, not {self.display!r}.")
         if min(self.frames, self.seed, self.threads) < 0 or self.scale < 1:
             raise UserError("frames, seed and threads must not be negative, and scale at least 1.")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise UserError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
+        _check_arithmetic(self.precision, self.kernels)
+
+
+def _check_arithmetic(precision: str, kernels: str) -> None:
+    for name, value, known in (("precision", precision, PRECISIONS), ("kernels", kernels, KERNELS)):
+        if value not in known:
+            raise UserError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
 
 
 def load_config(program: str, schema: type, overrides: list[str]) -> Any:

@@ -44,14 +44,14 @@ class Denoiser(nn.Module):
         sigma: Tensor,
         actions: Tensor,
         known: Tensor,
-        frame: int,
+        frame: Tensor | int,
         memory: Memory,
         dropped: Tensor | None = None,
         guess: Guess | None = None,
     ) -> Tensor:
         """noisy (b, t, c, y, x), its noise in units of the guess's doubt, sigma (b, t), actions (b, t, k),
         known (b, t), index of the first frame, memory → clean (b, t, c, y, x), float32. `guess`: what
-        `self.guess` says, where that is known already.
+        `self.guess` says, where that is known already. A pending frame of the memory is committed along.
         """
         guess, before = self.guess(actions, memory) if guess is None else guess, memory.last[:, 1:]
         guess, doubt = guess if dropped is None else guess.without(dropped, before)
@@ -59,7 +59,11 @@ class Denoiser(nn.Module):
         missed = (noisy - (1 - sigma[..., None, None, None]) * guess) / doubt  # just as noisy
         missed = missed.clamp(-FARTHEST, FARTHEST)
         action = self.actions(actions, known, dropped)
-        made = self.transformer(scale * missed, guess, before, sigma, action, frame, memory)
+        shown = (scale * missed, guess, before.expand_as(missed), sigma, action)
+        first = self._pending(memory) if memory.pending else None
+        if first:
+            shown, frame = [torch.cat(both, 1) for both in zip(first, shown, strict=True)], frame - 1
+        made = self.transformer(*shown, frame, memory, unpainted=1 if first else 0)
         return guess + doubt * (skip * missed + out * made.float())
 
     def guess(self, actions: Tensor, memory: Memory, picture: Tensor | None = None) -> Guess:
@@ -69,25 +73,39 @@ class Denoiser(nn.Module):
         return self.motion(memory.last, memory.held, actions, picture)
 
     def commit(
-        self, clean: Tensor, actions: Tensor, frame: int, memory: Memory, sigma: Tensor | None = None
+        self, clean: Tensor, actions: Tensor, frame: int, memory: Written, sigma: Tensor | None = None
     ) -> None:
-        """Writes the keys and values of finished frames (b, t, c, y, x) into memory; each frame looks at the
-        `recent` frames before it and at itself, never at the sink. sigma (b, t) tells how noisy the frames
-        are, 0 unless given. The frame before stands in for the guess: there is nothing to be guessed.
+        """Writes the keys and values of finished frames (b, t, c, y, x), the first of which has index
+        `frame`, into an empty memory; each frame looks at the `recent` frames before it and at itself, never
+        at the sink. sigma (b, t) tells how noisy the frames are, 0 unless given.
         """
         sigma = clean.new_zeros(clean.shape[:2]) if sigma is None else sigma
-        mask = self.history_mask(clean.shape[1], clean.device) if clean.shape[1] > 1 else None
-        scale = scalings(sigma, self.config.spread)[2][..., None, None, None]
-        past = clean[:, :1].expand(-1, 2, -1, -1, -1) if memory.last is None else memory.last
-        before = torch.cat([past[:, 1:], clean[:, :-1]], 1)
-        missed = clean - (1 - sigma[..., None, None, None]) * before
-        action = self.actions(actions, torch.ones_like(sigma))
-        self.transformer(scale * missed, before, before, sigma, action, frame, memory, mask, painted=False)
+        before = torch.cat([clean[:, :1], clean[:, :-1]], 1)
+        mask = self.history_mask(clean.shape[1], clean.device)
+        shown = self._finished(clean, before, sigma, actions)
+        self.transformer(*shown, frame, memory, mask, unpainted=clean.shape[1])
+        memory.last = torch.cat([clean[:, :1], clean], 1)[:, -2:]
         idle = actions.new_zeros(len(actions), self.config.momentum, self.keys)
-        memory.last = torch.cat([past, clean], 1)[:, -2:].clone()
-        memory.held = torch.cat([idle if memory.held is None else memory.held, actions], 1)[
-            :, -len(idle[0]) :
-        ]
+        memory.held = torch.cat([idle, actions], 1)[:, -self.config.momentum :]
+
+    def commit_pending(self, memory: KVCache) -> None:
+        """Writes the keys and values of the last finished frame, in a pass of its own."""
+        memory.look(0)
+        self.transformer(*self._pending(memory), memory.frame - 1, memory, unpainted=1)
+        memory.pending = False
+
+    def _pending(self, memory: Memory) -> tuple[Tensor, ...]:
+        """What the transformer is shown of the last finished frame to commit it."""
+        before, clean = memory.last.split(1, 1)
+        return self._finished(clean, before, clean.new_zeros(len(clean), 1), memory.held[:, -1:])
+
+    def _finished(self, clean: Tensor, before: Tensor, sigma: Tensor, actions: Tensor) -> tuple[Tensor, ...]:
+        """What the transformer is shown of finished frames (b, t, c, y, x) and the ones before each: these
+        stand in for the guess, as there is nothing to be guessed.
+        """
+        scale = scalings(sigma, self.config.spread)[2][..., None, None, None]
+        missed = clean - (1 - sigma[..., None, None, None]) * before
+        return scale * missed, before, before, sigma, self.actions(actions, torch.ones_like(sigma))
 
     def history_mask(self, frames: int, device: torch.device) -> Tensor:
         """(frames n, frames n): 0 where a token may look at a key of its own or of the `recent` frames
@@ -104,9 +122,8 @@ class Denoiser(nn.Module):
 
     def make_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         """An empty cache for games played side by side."""
-        c = self.config
-        heads, n = c.width // c.head_dim, self.transformer.tokens
-        return KVCache(c.layers, heads, c.head_dim, n, c.sink, c.recent, c.window, batch, device, dtype)
+        tokens = self.transformer.tokens
+        return KVCache(self.config, tokens, self.keys, self.shape, batch, device, dtype)
 
     def loss(self, latents: Tensor, actions: Tensor, windows: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Flow matching on true frames: latents (b, t, c, y, x) and actions (b, t, k) of segments.
@@ -156,10 +173,10 @@ class Denoiser(nn.Module):
         order = torch.arange(len(memory.layers[0][0]))
         order[: len(order) // 2] = order[: len(order) // 2].roll(1)
         for k, v in memory.layers:
-            sink_k = self.transformer.positions.shift(k[order, :, : c.sink * n], place)
+            sink_k = self.transformer.positions.shift(k[order, : c.sink * n], place)
             ring = slice((start - c.recent) * n, start * n)
-            seen_k = torch.cat([sink_k, k[:, :, ring]], 2)
-            seen_v = torch.cat([v[order, :, : c.sink * n], v[:, :, ring]], 2)
+            seen_k = torch.cat([sink_k, k[:, ring]], 1)
+            seen_v = torch.cat([v[order, : c.sink * n], v[:, ring]], 1)
             layers.append((seen_k.repeat(windows, 1, 1, 1), seen_v.repeat(windows, 1, 1, 1)))
         return Context(layers, memory.last.repeat(windows, 1, 1, 1, 1), memory.held.repeat(windows, 1, 1))
 

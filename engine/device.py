@@ -7,9 +7,12 @@ from __future__ import annotations
 import time
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import UserError
+
+SMALLEST = 128  # columns of a product that is worth doing in 8 bits
+AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -24,19 +27,18 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """auto · fp32 · bf16 → the dtype for autocast, None for plain float32.
+def pick_precision(name: str, device: torch.device) -> str:
+    """auto · fp32 · fp16 · bf16 · fp8 → one of the last four; AUTOCAST has their types.
 
-    auto measures: bfloat16 is several times faster on GPUs and on CPUs with matrix units (AMX), and several
-    times slower on CPUs without.
+    auto measures: bfloat16 is several times faster on GPUs and on CPUs with units for it (AMX, AVX512_BF16),
+    and several times slower on CPUs without. Raises UserError for fp8 on a GPU that has none.
     """
     if name == "auto":
-        name = (
-            "bf16"
-            if _matmul_seconds(device, torch.bfloat16) < 0.6 * _matmul_seconds(device, torch.float32)
-            else "fp32"
-        )
-    return torch.bfloat16 if name == "bf16" else None
+        slow = 0.6 * _matmul_seconds(device, torch.float32)
+        name = "bf16" if _matmul_seconds(device, torch.bfloat16) < slow else "fp32"
+    if name == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError("precision=fp8 needs a GPU of compute capability 8.9 or more; try precision=bf16.")
+    return name
 
 
 def _matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:
@@ -53,13 +55,48 @@ def _matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def cast_weights(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Stores the weights of products and convolutions in `dtype`, lest autocast casts them each step."""
+def cast_weights(module: nn.Module, precision: str) -> None:
+    """Stores the weights of products and convolutions as `precision` has them, lest autocast casts them each
+    step. fp8 has the large products of the transformer's layers in 8 bits, all else in bfloat16.
+    """
+    dtype = AUTOCAST[precision]
     for part in module.modules():
         if dtype and isinstance(part, nn.Linear | nn.Conv2d):
             part.to(dtype)
+    if precision == "fp8":
+        for name, part in list(module.named_modules()):
+            if ".layers." in name and isinstance(part, nn.Linear) and part.in_features >= SMALLEST:
+                parent, _, child = name.rpartition(".")
+                setattr(module.get_submodule(parent), child, Float8Linear(part))
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """A context in which matrix products run in `dtype`."""
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+class Float8Linear(nn.Module):
+    """A linear layer whose weights and inputs are 8-bit floats (e4m3), each row with a scale of its own
+    (Micikevicius et al., 2022); products are summed in float32.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight, scale = rows_in_8_bits(linear.weight.detach().float())
+        self.register_buffer("weight", weight)  # (out, in)
+        self.register_buffer("scale", scale.t().contiguous())  # (1, out)
+        self.register_buffer("bias", linear.bias.detach().to(torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out), bfloat16."""
+        rows, scale = rows_in_8_bits(x.flatten(0, -2))
+        scales = {"scale_a": scale, "scale_b": self.scale}
+        made = torch._scaled_mm(rows, self.weight.t(), **scales, bias=self.bias, out_dtype=torch.bfloat16)
+        return made.unflatten(0, x.shape[:-1])
+
+
+def rows_in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, m) → as 8-bit floats, and each row's scale (n, 1) float32."""
+    scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None, cache: bool = True) -> torch.autocast:
+    """A context in which matrix products run in `dtype`; `cache` keeps weights that it casts."""
+    chosen = dtype or torch.bfloat16
+    return torch.autocast(device.type, chosen, enabled=dtype is not None, cache_enabled=cache)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .autoencoder import Autoencoder
 from .config import DenoiserConfig, TrainConfig
 from .denoiser import Denoiser
-from .device import autocast, cast_weights, pick_device, pick_precision
+from .device import AUTOCAST, autocast, cast_weights, pick_device, pick_precision
 from .rollout import Rollout
 
 LADDERS = {1: [1.0], 2: [0.6, 1.0], 3: [0.5, 0.8, 1.0], 4: [0.4, 0.7, 0.9, 1.0]}
@@ -35,10 +35,11 @@ def frontier(config: TrainConfig) -> dict:
     in ms.
     """
     device = pick_device(config.device)
-    dtype = pick_precision(config.precision, device)
+    precision = pick_precision(config.precision, device)
+    dtype = AUTOCAST[precision]
     shape = config.model.autoencoder.latent_shape(config.world)
     autoencoder = Autoencoder(config.model.autoencoder).to(device).eval()
-    figures: dict = {"precision": str(dtype or torch.float32), "threads": torch.get_num_threads()}
+    figures: dict = {"precision": precision, "threads": torch.get_num_threads()}
     print("patch width layers window recent  params M  step ms p50  p99")
     for patch, width, layers, window, recent in tqdm(SIZES, desc="frontier", unit="size", disable=None):
         size = replace(
@@ -52,7 +53,7 @@ def frontier(config: TrainConfig) -> dict:
         )
         denoiser = Denoiser(size, len(config.world.keys), *shape, autoencoder).to(device).eval()
         for module in (denoiser, autoencoder):
-            cast_weights(module, dtype)
+            cast_weights(module, precision)
         times = _time(denoiser, autoencoder, device, dtype, config.steps or 100)
         millions = sum(p.numel() for p in denoiser.parameters()) / 1e6
         p50, p99 = np.percentile(times, 50), np.percentile(times, 99)

@@ -59,13 +59,16 @@ class Dream:
 
     def __init__(self, config: PlayConfig) -> None:
         """Loads the checkpoint and the first start. Raises UserError where either is not to be had."""
-        from .session import Player, Session  # takes torch along, which a window need not wait for
+        # these take torch along, which a window need not wait for
+        from .layers import choose_kernels
+        from .session import Player, Session
 
         path = Path(config.checkpoint)
         if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
             path = ROOT / path  # the shipped one, when play.py is called from another folder
+        choose_kernels(config.kernels)
         player = Player(path, config.device, config.precision)
-        self._session = Session(player)
+        self._session = Session(player, config.graph)
         self._frames = self._session.rollout.start_frames
         self._shipped = find_starts(player.world.name, path)
         self._loaded: dict[str, Start] = {}

@@ -10,7 +10,29 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from engine.kernels import attention, gate_residual_norm_modulate, modulated_norm, qk_norm_rope, rotate
+from engine.kernels import (
+    choose,
+    gate_residual_norm_modulate,
+    masked_attention,
+    modulated_norm,
+    qknorm_rope,
+    qknorm_rope_write,
+    rotate,
+    window_attention,
+)
+
+from .config import UserError
+from .kv_cache import Room
+
+
+def choose_kernels(name: str) -> None:
+    """auto · reference · triton, from now on (kernels/dispatch.py). Raises UserError where there is no
+    Triton.
+    """
+    try:
+        choose(name)
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
 
 
 class Memory(Protocol):
@@ -20,9 +42,16 @@ class Memory(Protocol):
 
     last: Tensor | None
     held: Tensor | None
+    pending: bool  # the last frame's keys and values are yet to be written, by the next pass
+
+    def room(self, layer: int) -> Room | None:
+        """Where the pass's keys and values are written in place and what it sees, if this memory has one."""
+        ...
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The pass's own keys and values (b, h, n, d), behind the remembered ones → both (b, h, m, d)."""
+        """Without room: the pass's own keys and values (b, n, h, d), behind those it sees → both (b, m, h,
+        d).
+        """
         ...
 
 
@@ -47,14 +76,14 @@ class Positions(nn.Module):
         self.register_buffer("time", time, persistent=False)
         self.register_buffer("place", angles, persistent=False)
 
-    def forward(self, frame: int, count: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (count · n, pairs) of `count` frames from index `frame` on."""
-        index = torch.arange(frame, frame + count, device=self.time.device, dtype=torch.float64)
+    def forward(self, frame: Tensor | int, count: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (count · n, pairs) of `count` frames from index `frame` () on."""
+        index = frame + torch.arange(count, device=self.time.device, dtype=torch.float64)
         turn = (index[:, None] * self.time)[:, None].expand(-1, len(self.place), -1)
         angles = torch.cat([turn, self.place.expand(count, -1, -1)], -1).flatten(0, 1)
         return angles.cos().float(), angles.sin().float()
 
-    def shift(self, keys: Tensor, frames: int) -> Tensor:
+    def shift(self, keys: Tensor, frames: Tensor | int) -> Tensor:
         """Keys (..., d) rotated for one time, turned on to `frames` later (earlier where negative)."""
         turn = frames * self.time
         angles = torch.cat([turn, turn.new_zeros(self.place.shape[1])])
@@ -66,7 +95,6 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
-        self.head_dim = head_dim
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.q_weight = nn.Parameter(torch.ones(head_dim))
@@ -76,11 +104,15 @@ class Attention(nn.Module):
         self, x: Tensor, angles: tuple[Tensor, Tensor], memory: Memory, layer: int, mask: Tensor | None
     ) -> Tensor:
         """x (b, n, d), angles (n, head_dim / 2) twice, mask (n, m) added to the scores → (b, n, d)."""
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, d=self.head_dim)
-        q = qk_norm_rope(q, self.q_weight, *angles).transpose(1, 2)  # (b, h, n, d)
-        k = qk_norm_rope(k, self.k_weight, *angles).transpose(1, 2)
-        k, v = memory.extend(layer, k, v.transpose(1, 2))
-        return self.out(rearrange(attention(q, k, v, mask), "b h n d -> b n (h d)"))
+        qkv, weights, room = self.qkv(x), (self.q_weight, self.k_weight), memory.room(layer)
+        if room is None:
+            q, k, v = qknorm_rope(qkv, *weights, *angles)  # (b, n, h, d)
+            seen = memory.extend(layer, k, v)
+            y = masked_attention(*(z.transpose(1, 2) for z in (q, *seen)), mask).transpose(1, 2)
+        else:
+            q = qknorm_rope_write(qkv, *weights, *angles, room.keys, room.values, room.slots)
+            y = window_attention(q, room.keys, room.values, room.pages, room.rows, room.lengths)
+        return self.out(y.flatten(2))
 
 
 class DiTLayer(nn.Module):

@@ -96,7 +96,8 @@ class Motion(nn.Module):
         """
         b, t = actions.shape[:2]
         ahead = torch.arange(t, device=last.device) if ahead is None else ahead
-        now = F.one_hot(ahead, self.ahead).to(actions.dtype).expand(b, -1, -1)
+        now = ahead[:, None] == torch.arange(self.ahead, device=last.device)
+        now = now.to(actions.dtype).expand(b, -1, -1)
         told = torch.cat([held.flatten(1)[:, None].expand(-1, t, -1), actions, now], -1)
         condition = F.silu(self.told(told))  # (b, t, 2 width)
         given = torch.cat([last[:, 1], last[:, 1] - last[:, 0]], 1)

@@ -18,21 +18,27 @@ class Rollout:
     Noise is a function of (seed, frame index), so a game is reproduced by its seed and its actions. A frame
     keeps its noise on its way through the window: noise drawn anew at each level would wash out the texture
     that the levels before have drawn (docs/log.md).
+
+    A finished frame is committed along with the next window (`folded`), or in a pass of its own before it,
+    as training does, whose gradients must not flow into it; the numbers are the same. All state stays where
+    it is from step to step, and what decides a step's course is known to the host, so a step can be captured.
     """
 
-    def __init__(self, denoiser: Denoiser, batch: int = 1, dtype: torch.dtype = torch.float32):
-        self.denoiser, self.config = denoiser, denoiser.config
+    def __init__(
+        self, denoiser: Denoiser, batch: int = 1, dtype: torch.dtype = torch.float32, folded: bool = True
+    ):
+        self.denoiser, self.config, self.folded = denoiser, denoiser.config, folded
         device = denoiser.ladder.device
         self.cache = denoiser.make_cache(batch, device, dtype)
         c = self.config
         self.window = RollingWindow(batch, c.window, denoiser.keys, denoiser.shape, c.commit_position, device)
         self.ladder = denoiser.ladder.expand(batch, -1)  # (b, w)
-        self.zero = torch.zeros(batch, 1, device=device)
         self.one = torch.ones(batch, 1, device=device)
         self.level = torch.zeros(c.window, dtype=torch.int64, device=device)
         self.seed = torch.zeros(batch, dtype=torch.int64, device=device)
         self.held = torch.zeros(batch, denoiser.keys, device=device)
-        self.picture: Tensor | None = None  # the last finished frame in float pixels (b, 3, h, w)
+        # the last finished frame in float pixels (b, 3, h, w); it is shown, and moved next
+        self.picture: Tensor | None = None
 
     @property
     def start_frames(self) -> int:
@@ -53,8 +59,9 @@ class Rollout:
         self.denoiser.commit(latents, actions, 0, written)
         for layer, (k, v) in enumerate(written.layers):
             self.cache.fill(layer, k, v)
-        self.cache.last, self.cache.held = written.last, written.held
-        self.picture = self.denoiser.motion.picture(written.last[:, 1])
+        self.cache.begin(latents.shape[1], written.last, written.held)
+        self._place_sink()
+        self._paint()
         self.held.copy_(actions[:, -1])
         self.window.reset(self.held)
         guess = self.guess(self.held)
@@ -63,10 +70,12 @@ class Rollout:
             self.window.update(self._denoise(self.held, sigma, guess=guess))
 
     @torch.no_grad()
-    def step(self, action: Tensor) -> Tensor:
-        """Holds the keys (b, k) for one frame → the finished frame's latents (b, c, y, x)."""
+    def step(self, action: Tensor, changed: bool | None = None) -> Tensor:
+        """Holds the keys (b, k) for one frame → the finished frame's latents (b, c, y, x). `changed`: whether
+        any of them are others than before; looked up on the device unless given.
+        """
         guess = self.guess(action)
-        return self.advance(self.predict(action, guess=guess), action, guess)
+        return self.advance(self.predict(action, guess=guess), action, guess, changed)
 
     def predict(self, action: Tensor, clean: Tensor | None = None, guess: Guess | None = None) -> Tensor:
         """Bind, noise, denoise: the window's clean estimates (b, w, c, y, x) under the newest keys (b, k).
@@ -82,25 +91,28 @@ class Rollout:
         return self.denoiser.guess(self.window.bind(action)[0], self.cache, self.picture)
 
     @torch.no_grad()
-    def advance(self, clean: Tensor, action: Tensor, guess: Guess | None = None) -> Tensor:
-        """Emit, commit, roll: takes a step's estimates, and its guess if at hand → the finished frame's
-        latents (b, c, y, x).
+    def advance(
+        self, clean: Tensor, action: Tensor, guess: Guess | None = None, changed: bool | None = None
+    ) -> Tensor:
+        """Emit and roll: takes a step's estimates, and its guess if at hand → the finished frame's latents
+        (b, c, y, x).
         """
-        changed = (action != self.held).any(-1)  # (b,)
-        if self.config.correction and changed.any():
+        differs = (action != self.held).any(-1)  # (b,)
+        changed = bool(differs.any()) if changed is None else changed
+        if self.config.correction and changed:
             guess = self.guess(action) if guess is None else guess
             head = self._correct(clean[:, :1], guess.part(slice(1)))
-            head = torch.where(changed[:, None, None, None, None], head, clean[:, :1])
+            head = torch.where(differs[:, None, None, None, None], head, clean[:, :1])
             clean = torch.cat([head, clean[:, 1:]], 1)
         self.held.copy_(action)
         self.window.update(clean)
-        head = self.window.clean[:, :1].clone()
-        self.cache.look(sink=False)
-        self.denoiser.commit(head, self.window.actions[:, :1], self.cache.frames, self.cache)
-        self.cache.push()
-        self.picture = self.denoiser.motion.picture(self.cache.last[:, 1])  # is shown, and moved next
+        head = self.window.clean[:, 0].clone()
+        self._commit_alone()  # where no window pass has done it
+        self.cache.take(head, self.window.actions[:, 0])
+        self._place_sink()
+        self._paint()
         self.window.roll()
-        return head[:, 0]
+        return head
 
     def _denoise(
         self,
@@ -110,26 +122,40 @@ class Rollout:
         guess: Guess | None = None,
     ) -> Tensor:
         shown, known = self.window.bind(action)
-        frame = self.cache.frames
-        noise = counter_noise(self.seed, frame, self.level, self.denoiser.shape)
+        noise = counter_noise(self.seed, self.cache.frame, self.level, self.denoiser.shape)
         guess = self.guess(action) if guess is None else guess
         noisy = add_noise(self.window.clean if clean is None else clean, guess.doubt * noise, sigma)
-        self._see()
-        return self.denoiser(noisy, sigma, shown, known, frame, self.cache, guess=guess)
+        return self._pass(noisy, sigma, shown, known, guess)
 
     def _correct(self, head: Tensor, guess: Guess) -> Tensor:
         """The leaving frame (b, 1, c, y, x) sent back to a higher level and denoised alone under its true
         action.
         """
-        frame = self.cache.frames
-        noise = counter_noise(self.seed, frame, self.level[:1], self.denoiser.shape)
+        noise = counter_noise(self.seed, self.cache.frame, self.level[:1], self.denoiser.shape)
         sigma = self.config.correction * self.one
-        self._see()
         noisy, shown = add_noise(head, guess.doubt * noise, sigma), self.window.actions[:, :1]
-        return self.denoiser(noisy, sigma, shown, self.one, frame, self.cache, guess=guess)
+        return self._pass(noisy, sigma, shown, self.one, guess)
 
-    def _see(self) -> None:
-        """Sink, ring and itself; the sink stands right before the ring, however long ago it was made."""
-        self.cache.look(sink=True)
-        place = self.cache.frames - self.start_frames
+    def _pass(self, noisy: Tensor, sigma: Tensor, shown: Tensor, known: Tensor, guess: Guess) -> Tensor:
+        """The denoiser on some of the window's frames, and on the pending one."""
+        if torch.is_grad_enabled() or not self.folded:
+            self._commit_alone()
+        self.cache.look(noisy.shape[1])
+        made = self.denoiser(noisy, sigma, shown, known, self.cache.frame, self.cache, guess=guess)
+        self.cache.pending = False
+        return made
+
+    @torch.no_grad()
+    def _commit_alone(self) -> None:
+        if self.cache.pending:
+            self.denoiser.commit_pending(self.cache)
+
+    def _place_sink(self) -> None:
+        """Right before the ring, however long ago it was made."""
+        place = self.cache.frame - self.start_frames
         self.cache.place_sink(lambda keys: self.denoiser.transformer.positions.shift(keys, place))
+
+    def _paint(self) -> None:
+        """The last finished frame as a picture, where the one before it was."""
+        picture = self.denoiser.motion.picture(self.cache.last[:, 1])
+        self.picture = picture if self.picture is None else self.picture.copy_(picture)

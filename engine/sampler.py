@@ -29,15 +29,15 @@ def scalings(sigma: Tensor, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor
     return spread**2 * (1 - sigma) / total.square(), spread * sigma / total, 1 / total
 
 
-def counter_noise(seed: Tensor, frame: int, level: Tensor, shape: tuple[int, ...]) -> Tensor:
+def counter_noise(seed: Tensor, frame: Tensor | int, level: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Gaussian noise as a function of (seed, frame index, level), the same on every device.
 
-    seed (b,) int64, frame index of the first of t frames, level (t,) int64, shape of one frame's latents →
+    seed (b,) int64, frame index () of the first of t frames, level (t,) int64, shape of one frame's latents →
     (b, t, *shape). A 32-bit integer hash (the finaliser of MurmurHash3) of the counter gives two uniforms for
     the Box-Muller transform.
     """
     device, count = seed.device, math.prod(shape)
-    frames = torch.arange(frame, frame + len(level), device=device)
+    frames = frame + torch.arange(len(level), device=device)
     seed = seed ^ _hash(seed >> 32)  # all 64 bits of a seed count
     key = _hash(seed[:, None] * 0x9E3779B1 + _hash(frames * 0x85EBCA77 + level * 0xC2B2AE3D))  # (b, t)
     half = (count + 1) // 2

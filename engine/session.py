@@ -14,7 +14,8 @@ from .autoencoder import Autoencoder, to_bytes
 from .checkpoint import Checkpoint
 from .config import UserError, WorldConfig
 from .denoiser import Denoiser
-from .device import autocast, cast_weights, pick_device, pick_precision
+from .device import AUTOCAST, autocast, cast_weights, pick_device, pick_precision
+from .graph import StepGraph
 from .rollout import Rollout
 from .worlds.base import ActionSpace
 
@@ -26,14 +27,15 @@ class Player:
         self.checkpoint = Checkpoint(checkpoint)
         self.world: WorldConfig = self.checkpoint.world
         self.device = pick_device(device)
-        self.dtype = pick_precision(precision, self.device)
+        self.precision = pick_precision(precision, self.device)
+        self.dtype = AUTOCAST[self.precision]
         self.autoencoder = Autoencoder(self.checkpoint.model.autoencoder)
         self.checkpoint.load_into("autoencoder", self.autoencoder)
         self.denoiser = make_denoiser(self.checkpoint, self.autoencoder)
         self.checkpoint.load_into("denoiser", self.denoiser)
         for module in (self.autoencoder, self.denoiser):
             module.to(self.device).eval().requires_grad_(False)
-            cast_weights(module, self.dtype)
+            cast_weights(module, self.precision)
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray) -> Tensor:
@@ -57,15 +59,18 @@ def make_denoiser(checkpoint: Checkpoint, autoencoder: Autoencoder) -> Denoiser:
 
 class Session:
     """A game inside the network: `reset` from start frames, then `step(action)` → the frame that this action
-    caused.
+    caused. On a GPU a step is a CUDA graph (`graph`), captured at the first reset.
     """
 
-    def __init__(self, player: Player):
+    def __init__(self, player: Player, graph: bool = True, folded: bool = True):
         self.player, self.world = player, player.world
         keys = self.world.keys
         self.action_space = ActionSpace(tuple(keys), tuple(tuple(codes) for codes in keys.values()))
         self.fps, self.done = self.world.fps, False
-        self.rollout = Rollout(player.denoiser, 1, player.dtype or torch.float32)
+        self.rollout = Rollout(player.denoiser, 1, player.dtype or torch.float32, folded)
+        on_gpu = player.device.type == "cuda"
+        self.graph = StepGraph(self._draw, len(keys), player.device) if graph and on_gpu else None
+        self.held = np.zeros(len(keys), np.float32)
         self.step_ms: deque[float] = deque(maxlen=600)  # the last steps' times, decode included
         self.frames = 0  # since the last reset
 
@@ -84,8 +89,12 @@ class Session:
         latents = self.player.encode(frames)
         held = torch.from_numpy(np.asarray(actions, np.float32)).to(self.player.device)[None]
         seeds = torch.tensor([seed], dtype=torch.int64, device=self.player.device)
-        with torch.inference_mode(), autocast(self.player.device, self.player.dtype):
+        with torch.inference_mode(), autocast(self.player.device, self.player.dtype, cache=False):
             self.rollout.reset(latents, held, seeds)
+            if self.graph and not self.graph.captured:
+                self.graph.capture()
+                self.rollout.reset(latents, held, seeds)
+        self.held = actions[-1]
         self.frames = 0
         self.step_ms.clear()
         return frames[-1]
@@ -93,13 +102,23 @@ class Session:
     def step(self, action: np.ndarray) -> np.ndarray:
         """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
         start = time.perf_counter()
-        held = torch.from_numpy(np.asarray(action, np.float32)).to(self.player.device)[None]
-        with torch.inference_mode(), autocast(self.player.device, self.player.dtype):
-            self.rollout.step(held)
-            frame = to_bytes(self.rollout.picture[0]).permute(1, 2, 0).contiguous().cpu().numpy()
+        changed = not np.array_equal(action, self.held)
+        with torch.inference_mode():
+            if self.graph and self.frames:  # the first step has nothing to commit: it is another one
+                frame = self.graph(action, changed)
+            else:
+                held = torch.from_numpy(np.asarray(action, np.float32)).to(self.player.device)[None]
+                with autocast(self.player.device, self.player.dtype, cache=False):
+                    frame = self._draw(held, changed).cpu().numpy()
+        self.held = np.array(action)
         self.frames += 1
         self.step_ms.append(1000 * (time.perf_counter() - start))
         return frame
+
+    def _draw(self, held: Tensor, changed: bool) -> Tensor:
+        """Keys (1, k) → the frame that they cause, uint8 (h, w, 3), on the device."""
+        self.rollout.step(held, changed)
+        return to_bytes(self.rollout.picture[0]).permute(1, 2, 0).contiguous()
 
     def state(self) -> dict[str, float]:
         """Nothing: a network knows no true state."""

@@ -55,18 +55,19 @@ class Transformer(nn.Module):
         before: Tensor,
         sigma: Tensor,
         action: Tensor,
-        frame: int,
+        frame: Tensor | int,
         memory: Memory,
         mask: Tensor | None = None,
-        painted: bool = True,
+        unpainted: int = 0,
     ) -> Tensor | None:
-        """latents and a first guess at them (b, t, c, y, x), the finished frame before them (b, t or 1, c, y,
-        x), sigma (b, t), action tokens (b, t, d), index of the first frame, memory, mask (t n, m) added to
-        the scores → (b, t, c, y, x); None where only the memory is wanted (`painted` false).
+        """latents, a first guess at them and the finished frame before them (b, t, c, y, x), sigma (b, t),
+        action tokens (b, t, d), index of the first frame, memory, mask (t n, m) added to the scores → (b, t,
+        c, y, x) without the `unpainted` first frames, of which only the memory is wanted; None where that is
+        all.
         """
         b, t = latents.shape[:2]
         condition = F.silu(self.sigma(sigma) + action)  # (b, t, d)
-        given = torch.cat([latents, guess, before.expand(-1, t, -1, -1, -1)], 2).flatten(0, 1)
+        given = torch.cat([latents, guess, before], 2).flatten(0, 1)
         fine = self.stem_in(given.contiguous(memory_format=torch.channels_last))  # (b t, f, y, x)
         for conv in self.stem:
             fine = conv(fine, condition)
@@ -77,10 +78,12 @@ class Transformer(nn.Module):
         angles = self.positions(frame, t)
         for index, layer in enumerate(self.layers):
             x = layer(x, modulation, angles, memory, index, mask)
-        if not painted:
+        if unpainted == t:
             return None
+        fine = fine.unflatten(0, (b, t))[:, unpainted:].flatten(0, 1)
+        condition, t = condition[:, unpainted:], t - unpainted
         scale, shift = self.last(condition).chunk(2, -1)
-        out = self.patch_out(modulated_norm(x[:, :, 1:], scale, shift))
+        out = self.patch_out(modulated_norm(x[:, unpainted:, 1:], scale, shift))
         out = rearrange(out, "b t (y x) (p q f) -> (b t) (y p) (x q) f", y=self.rows, p=p, q=p)
         fine = fine + out.permute(0, 3, 1, 2)
         for conv in self.head:

@@ -6,18 +6,21 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
-from .reference import gate_residual_norm_modulate as defined
+from .reference import gate_residual_norm_modulate as defined_gate
+from .reference import qknorm_rope as defined_qkv
+from .reference import qknorm_rope_write as defined_write
+from .reference import window_attention as defined_attention
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 CHOICES = ("auto", "reference", "triton")
 _chosen = "auto"
 
 
-@contextmanager
-def use(name: str) -> Iterator[None]:
-    """Within it: `auto` takes Triton on GPUs, `reference` the definitions everywhere, `triton` Triton
+def choose(name: str) -> None:
+    """From now on: `auto` takes Triton on GPUs, `reference` the definitions everywhere, `triton` Triton
     everywhere (on CPUs its interpreter, for tests).
     """
     global _chosen
@@ -25,11 +28,18 @@ def use(name: str) -> Iterator[None]:
         raise ValueError(f"kernels must be one of {', '.join(CHOICES)}, not {name!r}")
     if name == "triton" and not HAS_TRITON:
         raise ValueError("kernels=triton needs Triton, which is not installed")
-    before, _chosen = _chosen, name
+    _chosen = name
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """As `choose`, within it."""
+    before = _chosen
+    choose(name)
     try:
         yield
     finally:
-        _chosen = before
+        choose(before)
 
 
 def gate_residual_norm_modulate(
@@ -41,8 +51,57 @@ def gate_residual_norm_modulate(
         from .norm import gate_residual_norm_modulate as fused
 
         return fused(x, y, gate, scale, shift, eps)
-    return defined(x, y, gate, scale, shift, eps)
+    return defined_gate(x, y, gate, scale, shift, eps)
+
+
+def qknorm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, rms: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As in reference.py; in Triton in one pass."""
+    if _takes_triton(qkv):
+        from .rope import qknorm_rope as fused
+
+        return fused(qkv, q_weight, k_weight, cos, sin, rms)
+    return defined_qkv(qkv, q_weight, k_weight, cos, sin, rms)
+
+
+def qknorm_rope_write(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    rms: bool = False,
+) -> Tensor:
+    """As in reference.py; in Triton in one pass, straight into the slots."""
+    if _takes_triton(qkv):
+        from .rope import qknorm_rope_write as fused
+
+        return fused(qkv, q_weight, k_weight, cos, sin, keys, values, slots, rms)
+    return defined_write(qkv, q_weight, k_weight, cos, sin, keys, values, slots, rms)
+
+
+def window_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    rows: tuple[int, ...],
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """As in reference.py; in Triton straight from the pages, with nothing read on the host."""
+    q = q.to(keys.dtype)  # a cache may be kept in another type than autocast's
+    if _takes_triton(q):
+        from .attention import window_attention as fused
+
+        return fused(q, keys, values, pages, rows, lengths)
+    return defined_attention(q, keys, values, pages, rows, lengths)
 
 
 def _takes_triton(x: Tensor) -> bool:
-    return _chosen == "triton" or (_chosen == "auto" and x.is_cuda and HAS_TRITON)
+    kinds = (torch.float16, torch.bfloat16, torch.float32)
+    auto = x.is_cuda and HAS_TRITON and x.dtype in kinds
+    return _chosen == "triton" or (_chosen == "auto" and auto)

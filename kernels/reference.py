@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √d + mask) v: q (b, h, n, d), k and v (b, h, m, d), mask (n, m) added, 0 or -inf → (b,
     h, n, d).
     """
@@ -39,12 +39,76 @@ def gate_residual_norm_modulate(
     return x, modulated_norm(x, scale, shift, eps)
 
 
-def qk_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6) -> Tensor:
-    """norm(x) · weight, rotated: x (b, n, h, d), weight (d,), cos and sin (n, d/2) → (b, n, h, d).
+def qknorm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rms: bool = False,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values out of their merged projection: qkv (b, m, 3 h d), cos and sin (m, d/2) → q, k
+    and v (b, m, h, d). q and k are normalised, weighted and rotated; v is as it was.
 
-    The pair (x[i], x[i + d/2]) turns by angle i of its token (Su et al., 2021, RoFormer).
+    Weights (d,) have each head normalised by itself, weights (h d,) all heads together. `rms` leaves the mean
+    in (Zhang & Sennrich, 2019), otherwise it is taken out (Ba et al., 2016). The pair (x[i], x[i + d/2])
+    turns by angle i of its token (Su et al., 2021, RoFormer).
     """
-    return rotate(F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), eps=eps), cos[:, None], sin[:, None])
+    d, over = 2 * cos.shape[-1], q_weight.shape[0]
+    parts = qkv.unflatten(-1, (3, -1))  # (b, m, 3, h d)
+    weight = torch.stack([q_weight, k_weight]).to(qkv.dtype)[:, None]  # (2, 1, over)
+    qk = parts[:, :, :2].unflatten(-1, (-1, over))
+    normal = F.rms_norm(qk, (over,), eps=eps) if rms else F.layer_norm(qk, (over,), eps=eps)
+    qk = (normal * weight).flatten(-2).unflatten(-1, (-1, d))  # (b, m, 2, h, d)
+    q, k = rotate(qk, cos[:, None, None], sin[:, None, None]).unbind(2)
+    return q, k, parts[:, :, 2].unflatten(-1, (-1, d))
+
+
+def qknorm_rope_write(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    rms: bool = False,
+    eps: float = 1e-6,
+) -> Tensor:
+    """As qknorm_rope; k and v of frame i go into slot `slots[i]` of a layer's buffers: qkv (b, t n, 3 h d),
+    keys and values (b, s, n, h, d), slots (t,) int32, no slot twice → q (b, t n, h, d).
+    """
+    q, k, v = qknorm_rope(qkv, q_weight, k_weight, cos, sin, rms, eps)
+    for buffer, new in ((keys, k), (values, v)):
+        buffer.index_copy_(1, slots.long(), new.unflatten(1, (len(slots), -1)).to(buffer.dtype))
+    return q
+
+
+def window_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    rows: tuple[int, ...],
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Groups of queries, each over its own pages of a layer's buffers: q (b, m, h, d), keys and values (b, s,
+    n, h, d), pages (g, p) int32 with the slots that each group sees, rows: how many of the m queries each
+    group has → (b, m, h, d), softmax(q kᵀ / √d) v.
+
+    lengths (g,) int32: how many keys a group sees, counted through its pages; all of them unless given. Two
+    groups make a step: commit rows see ring | self, window rows see sink | ring | window.
+    """
+    out, size = [], keys.shape[2]
+    for group, queries in enumerate(q.split(rows, 1)):
+        length = size * pages.shape[1] if lengths is None else int(lengths[group])
+        slots = pages[group, : -(-length // size)]
+        seen = (buffer.index_select(1, slots).flatten(1, 2)[:, :length] for buffer in (keys, values))
+        part = (x.transpose(1, 2) for x in (queries, *seen))
+        out.append(F.scaled_dot_product_attention(*part).transpose(1, 2))
+    return torch.cat(out, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def test_it_learns_what_keys_do(permuted):
 
 def outside(batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor, int, Context]:
     """Arguments of a pass over a window without a past."""
-    nothing = torch.zeros(batch, 2, 0, 24)
+    nothing = torch.zeros(batch, 0, 2, 24)
     noisy, sigma = torch.randn(batch, 3, *SHAPE), torch.tensor([[0.5, 0.8, 1.0]]).expand(batch, 3)
     actions = torch.eye(2)[torch.randint(2, (batch, 3))]
     return (
@@ -162,7 +162,8 @@ def test_an_estimate_is_the_guess_and_what_it_misses(dropping):
     skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
     missed = ((noisy - (1 - level) * one) / doubt).clamp(-4, 4)
     action = denoiser.actions(actions, known, dropped)
-    made = denoiser.transformer(scale * missed, one, before, sigma, action, frame, context)
+    last = before.expand_as(one)
+    made = denoiser.transformer(scale * missed, one, last, sigma, action, frame, context)
     expected = one + doubt * (skip * missed + out * made)
     assert torch.allclose(
         denoiser(noisy, sigma, actions, known, frame, context, dropped), expected, atol=1e-5
@@ -174,23 +175,21 @@ def test_an_estimate_is_the_guess_and_what_it_misses(dropping):
 @torch.no_grad()
 @pytest.mark.parametrize("level", [0.0, 0.3])
 def test_a_commit_tells_each_frame_from_the_one_before(level, monkeypatch):
-    """Frame t is held against frame t - 1, the very first against itself; later passes go on where the last
-    one ended. The memory keeps two frames and four actions.
+    """Frame t is held against frame t - 1, the very first against itself. The memory keeps two frames and
+    four actions.
     """
     denoiser = make(scramble=0.2)
     latents, actions, _ = world(2, 6, torch.Generator().manual_seed(0))
     sigma = torch.full((2, 6), level)
     seen = []
-    monkeypatch.setattr(denoiser.transformer, "forward", lambda *given, painted: seen.append(given))
+    monkeypatch.setattr(denoiser.transformer, "forward", lambda *given, unpainted: seen.append(given))
     memory = Written()
     denoiser.commit(latents[:, :1], actions[:, :1], 0, memory, sigma[:, :1])
     assert torch.equal(memory.last, latents[:, [0, 0]])
     assert not memory.held[:, :3].any() and torch.equal(memory.held[:, 3:], actions[:, :1])
-    denoiser.commit(latents[:, 1:5], actions[:, 1:5], 1, memory, sigma[:, 1:5])
-    assert torch.equal(memory.last, latents[:, 3:5]) and torch.equal(memory.held, actions[:, 1:5])
-    denoiser.commit(latents[:, 5:], actions[:, 5:], 5, memory, sigma[:, 5:])
+    denoiser.commit(latents, actions, 0, memory := Written(), sigma)
     assert torch.equal(memory.last, latents[:, 4:]) and torch.equal(memory.held, actions[:, 2:])
-    missed, guess, last = (torch.cat([given[which] for given in seen], 1) for which in range(3))
+    missed, guess, last = seen[1][:3]
     for frame in range(6):
         before = latents[:, [max(0, frame - 1)]]
         assert torch.equal(guess[:, [frame]], before), frame
@@ -226,9 +225,9 @@ def test_history_looks_back_exactly_so_far():
     def keys(of: Tensor) -> Tensor:
         memory = Written()
         denoiser.commit(of, actions, 0, memory)
-        return memory.layers[1][0].unflatten(2, (10, -1))  # (b, h, t, n, d)
+        return memory.layers[1][0].unflatten(1, (10, -1))  # (b, t, n, h, d)
 
-    moved = (keys(latents) - keys(changed)).abs().amax((0, 1, 3, 4)) > 1e-4
+    moved = (keys(latents) - keys(changed)).abs().amax((0, 2, 3, 4)) > 1e-4
     assert moved.nonzero().flatten().tolist() == [4, 5, 6, 7, 8]
     assert denoiser.history_mask(10, torch.device("cpu")).shape == (70, 70)
 
@@ -244,13 +243,11 @@ def test_half_of_a_batch_is_trained_with_a_foreign_sink():
     assert torch.equal(context.held, actions[:, -4:].repeat(2, 1, 1))
     for (k, v), (past_k, past_v) in zip(memory.layers, context.layers, strict=True):
         sources = [1, 0, 2, 3] * 2
-        assert torch.equal(past_v[:, :, :tokens], v[sources, :, :tokens])
-        turned = denoiser.transformer.positions.shift(k[sources, :, :tokens], 9 - 4)
-        assert torch.allclose(past_k[:, :, :tokens], turned, atol=1e-6)
+        assert torch.equal(past_v[:, :tokens], v[sources, :tokens])
+        turned = denoiser.transformer.positions.shift(k[sources, :tokens], 9 - 4)
+        assert torch.allclose(past_k[:, :tokens], turned, atol=1e-6)
         for past, own in ((past_k, k), (past_v, v)):
-            assert torch.equal(past[:, :, tokens:], own[:, :, 6 * tokens :].repeat(2, 1, 1, 1)), (
-                "its own ring"
-            )
+            assert torch.equal(past[:, tokens:], own[:, 6 * tokens :].repeat(2, 1, 1, 1)), "its own ring"
 
 
 @pytest.mark.parametrize("commit_position", [0, 1])
@@ -265,11 +262,11 @@ def test_loss_lays_actions_on_the_frames_that_they_cause(commit_position, monkey
     monkeypatch.setattr(denoiser, "_roughen", lambda clean: (clean, torch.zeros(clean.shape[:2])))
     forward, guesses, tellings, passes = denoiser.transformer.forward, [], [], []
 
-    def watched(missed: Tensor, guess: Tensor, before: Tensor, *rest, painted: bool = True) -> Tensor | None:
+    def watched(missed: Tensor, guess: Tensor, before: Tensor, *rest, unpainted: int = 0) -> Tensor | None:
         passes.append((missed[0, :, 0, 0, 0], guess[0, :, 0, 0, 0], rest[2]))
         assert (before[0, :, 0, 0, 0] == guess[0, :, 0, 0, 0]).all()
-        assert painted == (len(passes) == 2), "a commit paints nothing"
-        return forward(missed, guess, before, *rest, painted=painted)
+        assert (unpainted < before.shape[1]) == (len(passes) == 2), "a commit paints nothing"
+        return forward(missed, guess, before, *rest, unpainted=unpainted)
 
     def guessed(last: Tensor, held: Tensor, actions: Tensor, picture: Tensor | None) -> Guess:
         guesses.append([last[0, :, 0, 0, 0].tolist(), held[0, :, 0].tolist(), actions[0, :, 0].tolist()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine.kernels.reference import attention, modulated_norm, qk_norm_rope, rotate
+from engine.kernels.reference import masked_attention, modulated_norm, qknorm_rope, rotate, window_attention
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -54,7 +54,7 @@ def test_attention_and_its_gradients(dtype, masked, trained):
     double = {name: x.double().requires_grad_() for name, x in parts.items()}
     for name in trained.split():
         parts[name].requires_grad_()
-    made, expected = attention(*parts.values(), mask), true_attention(*double.values(), mask)
+    made, expected = masked_attention(*parts.values(), mask), true_attention(*double.values(), mask)
     check(made, expected, dtype)
     if trained:
         upstream = randn(*made.shape)
@@ -70,8 +70,8 @@ def test_a_masked_key_has_no_influence():
     mask[:, 1] = -torch.inf
     kept = [0, 2, 3]
     for grad in (False, True):
-        alone = attention(q.requires_grad_(grad), k[:, :, kept], v[:, :, kept])
-        assert torch.allclose(attention(q, k, v, mask), alone, atol=1e-6)
+        alone = masked_attention(q.requires_grad_(grad), k[:, :, kept], v[:, :, kept])
+        assert torch.allclose(masked_attention(q, k, v, mask), alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -95,11 +95,36 @@ def test_modulated_norm_gradients():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_qk_norm_rope(dtype):
-    x, weight = randn(2, 7, 3, 20, dtype=dtype), randn(20)
-    angle = 5 * torch.randn(7, 10)
-    expected = true_rotate(true_norm(x) * weight.to(dtype).double(), angle[:, None])
-    check(qk_norm_rope(x, weight, angle.cos(), angle.sin()), expected, dtype)
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("rms", [False, True])
+def test_qknorm_rope(dtype, whole, rms):
+    """Each head normalised by itself, or all three together; with the mean taken out, or left in."""
+    qkv, angle = 0.3 + randn(2, 7, 3 * 3 * 20, dtype=dtype), 5 * torch.randn(7, 10)
+    weights = [randn(60 if whole else 20) for _ in range(2)]
+    made = qknorm_rope(qkv, *weights, angle.cos(), angle.sin(), rms)
+    parts = qkv.double().unflatten(-1, (3, 3, 20)).unbind(2)
+    for x, out, weight in zip(parts, made, weights, strict=False):
+        x = x.flatten(2) if whole else x
+        scale = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        normal = (x * scale if rms else true_norm(x)) * weight.to(dtype).double()
+        expected = true_rotate(normal.unflatten(2, (3, 20)) if whole else normal, angle[:, None])
+        check(out, expected, dtype)
+    assert torch.equal(made[2].double(), parts[2]), "values are as they were"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_window_attention(dtype):
+    """Two groups of rows, each over its own pages, the second with a list that ends within a page."""
+    q, keys, values = (randn(2, *size, 3, 12, dtype=dtype) for size in ((7,), (6, 5), (6, 5)))
+    pages = torch.tensor([[4, 0, 2], [1, 5, 4]], dtype=torch.int32)
+    made = window_attention(q, keys, values, pages, (3, 4), torch.tensor([15, 11], dtype=torch.int32))
+    for rows, group, length in ((slice(3), 0, 15), (slice(3, 7), 1, 11)):
+        k, v = (
+            torch.stack([x[:, int(pages[group, i // 5]), i % 5] for i in range(length)], 2)
+            for x in (keys, values)
+        )  # (b, h, m, d)
+        expected = true_attention(q[:, rows].transpose(1, 2), k, v, None)
+        check(made[:, rows], expected.transpose(1, 2), dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -1,67 +1,78 @@
-"""The cache holds the sink for ever, the recent frames in turn, and takes no memory once it is made."""
+"""The cache holds the sink for ever, the recent frames in turn, and its state stays where it is."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from engine.config import DenoiserConfig
 from engine.kv_cache import Context, KVCache, Written
 
-LAYERS, HEADS, DIM, TOKENS, SINK, RECENT, WINDOW, BATCH = 2, 3, 4, 2, 2, 3, 2, 2
+LAYERS, HEADS, DIM, TOKENS, SINK, RECENT, WINDOW, BATCH, KEYS = 2, 3, 4, 2, 2, 3, 2, 2, 5
+SHAPE = (1, 2, 2)
 
 
 def make() -> KVCache:
-    sizes = {"layers": LAYERS, "heads": HEADS, "head_dim": DIM, "tokens": TOKENS}
-    return KVCache(
-        **sizes, sink=SINK, recent=RECENT, window=WINDOW, batch=BATCH, device="cpu", dtype=torch.float32
-    )
+    sizes = {"width": HEADS * DIM, "layers": LAYERS, "head_dim": DIM, "momentum": 4}
+    config = DenoiserConfig(**sizes, sink=SINK, recent=RECENT, window=WINDOW, ladder=[0.5, 1.0])
+    return KVCache(config, TOKENS, KEYS, SHAPE, BATCH, torch.device("cpu"), torch.float32)
 
 
 def keys(*frames: int, layer: int = 0) -> Tensor:
-    """Keys (b, h, frames · tokens, d) in which a frame's number stands, and the layer's behind the comma."""
+    """Keys (b, frames · n, h, d) in which a frame's number stands, and the layer's behind the comma."""
     numbers = torch.tensor(frames).repeat_interleave(TOKENS)
-    return (numbers + layer / 10).float()[:, None].expand(BATCH, HEADS, -1, DIM).clone()
+    return (numbers + layer / 10).float()[:, None, None].expand(BATCH, -1, HEADS, DIM).clone()
 
 
-def filled(count: int = SINK + RECENT) -> KVCache:
-    cache = make()
+def fill(cache: KVCache, count: int) -> KVCache:
     for layer in range(LAYERS):
         k = keys(*range(count), layer=layer)
         cache.fill(layer, k, -k)
+    cache.begin(count, torch.zeros(BATCH, 2, *SHAPE), torch.zeros(BATCH, 4, KEYS))
     return cache
 
 
-def commit(cache: KVCache) -> None:
-    frame = cache.frames
-    cache.look(sink=False)
-    for layer in range(LAYERS):
-        k = keys(frame, layer=layer)
-        cache.extend(layer, k, -k)
-    cache.push()
+def filled(count: int = SINK + RECENT) -> KVCache:
+    return fill(make(), count)
 
 
-def seen(cache: KVCache, layer: int, sink: bool, *own: int) -> list[float]:
-    """The frames that a pass over the frames `own` sees, in the buffer's order."""
-    cache.look(sink=sink)
-    new = keys(*own, layer=layer)
-    k, v = cache.extend(layer, new, -new)
-    assert k.shape == v.shape == (BATCH, HEADS, k.shape[2], DIM) and torch.equal(v, -k)
-    assert (k == k[:1, :1, :, :1]).all(), "one number all over a token"
-    pairs = k[0, 0, :, 0].unflatten(0, (-1, TOKENS))
-    assert (pairs == pairs[:, :1]).all(), "a frame's tokens stay together"
-    return [round(float(x) - layer / 10, 4) for x in pairs[:, 0]]
+def take(cache: KVCache) -> None:
+    """A finished frame in which its number stands, as does its action."""
+    frame = float(cache.frame)
+    cache.take(torch.full((BATCH, *SHAPE), frame), torch.full((BATCH, KEYS), frame))
+
+
+@torch.no_grad()
+def seen(cache: KVCache, layer: int, *own: int) -> list[list[int]]:
+    """The frames that each group of a pass's rows sees, in the order of its pages. The pass writes the
+    pending frame, if there is one, and those of the window, numbered `own`.
+    """
+    first = (int(cache.frame) - 1,) if cache.pending else ()
+    cache.look(len(own))
+    room = cache.room(layer)
+    assert len(room.slots) == len(first) + len(own) and sum(room.rows) == TOKENS * len(room.slots)
+    new = keys(*first, *own, layer=layer).unflatten(1, (-1, TOKENS))
+    room.keys[:, room.slots.long()] = new
+    room.values[:, room.slots.long()] = -new
+    found = []
+    for pages, length in zip(room.pages, room.lengths, strict=True):
+        assert length % TOKENS == 0
+        used = pages[: int(length) // TOKENS].long()
+        k, v = room.keys[:, used], room.values[:, used]
+        assert (k == k[:1, :, :1, :1, :1]).all() and torch.equal(v, -k), "one number all over a frame"
+        found.append([round(float(x) - layer / 10) for x in k[0, :, 0, 0, 0]])
+    return found
 
 
 @pytest.mark.parametrize("count", [SINK + RECENT, SINK + RECENT + 1, 11])
 def test_fill_keeps_the_first_and_the_last(count):
     cache = filled(count)
     for layer in range(LAYERS):
-        found = seen(cache, layer, True, 100)
-        assert found[:SINK] == [0, 1] and found[-1] == 100
-        assert sorted(found[SINK:-1]) == [count - 3, count - 2, count - 1]
-    assert cache.frames == count
+        (found,) = seen(cache, layer, 100)
+        assert found[RECENT:] == [0, 1, 100]
+        assert sorted(found[:RECENT]) == [count - 3, count - 2, count - 1]
+    assert cache.frame == count and not cache.pending
 
 
 def test_fill_refuses_too_few_frames():
@@ -70,116 +81,129 @@ def test_fill_refuses_too_few_frames():
 
 
 def test_ring_forgets_the_oldest_and_the_sink_stays():
+    """The committed frame still sees the oldest, which the window no longer does."""
     cache = filled()
-    for _ in range(200):
-        commit(cache)
-        newest = cache.frames - 1
+    for newest in range(5, 205):
+        take(cache)
         for layer in range(LAYERS):
-            found = seen(cache, layer, True, 1000, 1001)
-            assert found[:SINK] == [0, 1] and found[-2:] == [1000, 1001]
-            assert sorted(found[SINK:-2]) == [newest - 2, newest - 1, newest]
-            without = seen(cache, layer, False, 1000)
-            assert without == [*found[SINK:-2], 1000], "a commit does not see the sink"
-            slots = [int(frame) % RECENT for frame in found[SINK:-2]]
-            assert slots == [0, 1, 2], "a frame's place in the ring is its number modulo the ring"
-    assert cache.frames == 205
+            commit, window = seen(cache, layer, 1000, 1001)
+            assert sorted(commit) == list(range(newest - RECENT, newest + 1)), "no sink, no window"
+            assert sorted(window[:RECENT]) == list(range(newest - RECENT + 1, newest + 1))
+            assert window[RECENT:] == [0, 1, 1000, 1001]
+        cache.pending = False
+    assert cache.frame == 205
 
 
-def test_window_before_the_commit_leaves_no_trace():
-    """Keys of unfinished frames lie behind the ring and are seen by their own pass only."""
+def test_a_frame_may_be_committed_alone():
     cache = filled()
-    seen(cache, 0, True, 77, 78)
-    assert seen(cache, 0, True, 5)[SINK:] == [3, 4, 2, 5]
-    commit(cache)
-    assert sorted(seen(cache, 0, False, 6)) == [3, 4, 5, 6]
+    take(cache)
+    (found,) = seen(cache, 0)
+    assert sorted(found) == [2, 3, 4, 5]
+    cache.pending = False
+    (found,) = seen(cache, 0, 77)
+    assert sorted(found[:RECENT]) == [3, 4, 5] and found[RECENT:] == [0, 1, 77]
+
+
+def test_what_is_unfinished_leaves_no_trace():
+    cache = filled()
+    seen(cache, 0, 77, 78)
+    take(cache)
+    commit, window = seen(cache, 0, 5, 6)
+    assert sorted(commit) == [2, 3, 4, 5] and sorted(window) == [0, 1, 3, 4, 5, 5, 6]
 
 
 def test_nothing_unwritten_is_seen():
     cache = make()
     cache.buffer.fill_(torch.nan)
     cache.anchor.fill_(torch.nan)
-    for layer in range(LAYERS):
-        k = keys(*range(SINK + RECENT), layer=layer)
-        cache.fill(layer, k, -k)
+    fill(cache, SINK + RECENT)
     cache.place_sink(lambda k: k)
     for _ in range(5):
-        assert all(frame == frame for frame in seen(cache, 1, True, 9, 10))
-        commit(cache)
-        assert all(frame == frame for frame in seen(cache, 1, False, 9))
+        take(cache)
+        for layer in range(LAYERS):
+            seen(cache, layer, 9, 10)  # would find that NaN is no number
+        cache.pending = False
 
 
 def test_sink_is_placed_anew_from_where_it_was_made():
     cache = filled()
-    for frames in (1, 50, 7):
+    for frames in (10, 50, 70):
         cache.place_sink(lambda k, frames=frames: k + frames)
-        for layer in range(LAYERS):
-            k, v = cache.extend(layer, keys(0), keys(0))
-            assert torch.allclose(
-                k[0, 0, : SINK * TOKENS : TOKENS, 0], torch.tensor([0.0, 1]) + frames + layer / 10
-            )
-            assert torch.allclose(v[0, 0, : SINK * TOKENS : TOKENS, 0], -torch.tensor([0.0, 1]) - layer / 10)
-            assert sorted(k[0, 0, SINK * TOKENS : -TOKENS : TOKENS, 0].round().tolist()) == [2, 3, 4]
+        cache.look(1)
+        with torch.no_grad():
+            for layer in range(LAYERS):
+                room = cache.room(layer)
+                slots = room.pages[0, RECENT : RECENT + SINK].long()
+                k, v = room.keys[:, slots], room.values[:, slots]
+                there = torch.tensor([0.0, 1]) + layer / 10
+                assert torch.allclose(k[0, :, 0, 0, 0], there + frames)
+                assert torch.allclose(v[0, :, 0, 0, 0], -there)
+
+
+def test_the_last_frames_and_actions_are_kept():
+    cache = filled()
+    for _ in range(3):
+        take(cache)
+    assert [float(x) for x in cache.last[0, :, 0, 0, 0]] == [6, 7]
+    assert [float(x) for x in cache.held[1, :, 0]] == [0, 5, 6, 7]
+    assert cache.pending
 
 
 def test_reset_forgets_all():
     cache, fresh = filled(9), filled()
-    commit(cache)
-    seen(cache, 0, True, 50, 51)
+    take(cache)
+    seen(cache, 0, 50, 51)
     cache.reset()
-    assert cache.frames == 0 and not cache.buffer.any()
-    for layer in range(LAYERS):
-        k = keys(*range(SINK + RECENT), layer=layer)
-        cache.fill(layer, k, -k)
+    assert cache.frame == 0 and not cache.pending
+    assert not any(x.any() for x in (cache.buffer, cache.last, cache.held))
+    fill(cache, SINK + RECENT)
     for _ in range(4):
-        commit(cache)
-        commit(fresh)
+        for game in (cache, fresh):
+            take(game)
         for layer in range(LAYERS):
-            assert seen(cache, layer, True, 7, 8) == seen(fresh, layer, True, 7, 8)
+            assert seen(cache, layer, 7, 8) == seen(fresh, layer, 7, 8)
 
 
-def test_steps_take_no_memory():
+def test_all_state_stays_where_it_is():
+    """A captured step would go on reading and writing the old places."""
     cache = filled()
-    parts = [(keys(1000, layer=layer), layer) for layer in range(LAYERS)]
-    place, size = cache.buffer.data_ptr(), cache.buffer.nbytes
-
-    def step(number: int) -> None:
-        cache.look(sink=number % 2 == 0)
-        for k, layer in parts:
-            own, _ = cache.extend(layer, k, k)
-            assert own.untyped_storage().data_ptr() == place, "a view, not a copy"
-        cache.push()
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
-        for number in range(10):
-            step(number)
-    assert len(list(watch.events())) > 100
-    assert not [event.name for event in watch.events() if event.cpu_memory_usage > 0]
-    for number in range(200):
-        step(number)
-    assert (cache.buffer.data_ptr(), cache.buffer.nbytes) == (place, size)
+    places = {name: x.data_ptr() for name, x in vars(cache).items() if isinstance(x, Tensor)}
+    assert len(places) >= 8
+    for _ in range(20):
+        take(cache)
+        seen(cache, 0, 1, 2)
+    cache.place_sink(lambda k: k + 1)
+    fill(cache, 7)
+    assert places == {name: x.data_ptr() for name, x in vars(cache).items() if isinstance(x, Tensor)}
+    cache.look(2)
+    with torch.no_grad():
+        room = cache.room(1)
+    assert room.keys.data_ptr() == cache.buffer[1, 0].data_ptr(), "a view, not a copy"
 
 
 def test_gradients_pass_and_leave_the_buffer_alone():
     cache = filled()
-    new = keys(60, 61)
-    k, v = (x.clone() for x in cache.extend(0, new, -new))
-    cache.buffer[..., (SINK + RECENT) * TOKENS :, :] = 5.0
-    before = cache.buffer.clone()
-    learnt = new.clone().requires_grad_()
-    k_grad, v_grad = cache.extend(0, learnt, -learnt)
-    assert torch.equal(k_grad, k) and torch.equal(v_grad, v) and torch.equal(cache.buffer, before)
-    cache.place_sink(lambda x: x + 1)  # the next step's writes must not spoil this one's backward pass
-    (k_grad.sum() - v_grad.sum()).backward()
-    assert (learnt.grad == 2).all()
+    cache.look(2)
+    assert cache.room(0) is None, "what is written in place has no gradients"
+    before, new = cache.buffer.clone(), keys(60, 61).requires_grad_()
+    k, v = cache.extend(0, new, -new)
+    assert k.shape == (BATCH, (RECENT + SINK + 2) * TOKENS, HEADS, DIM) and torch.equal(v, -k)
+    (found,) = seen(cache, 0, 60, 61)
+    assert [int(x) for x in k[0, ::TOKENS, 0, 0]] == found
+    cache.buffer[:] = 5.0  # the next step's writes must not spoil this one's backward pass
+    (k.sum() - v.sum()).backward()
+    assert (new.grad == 2).all() and before.isfinite().all()
 
 
 def test_written_keeps_and_context_joins():
     written = Written()
     for layer in range(LAYERS):
+        assert written.room(layer) is None
         k, v = written.extend(layer, keys(0, 1, layer=layer), keys(2, 3, layer=layer))
         assert torch.equal(k, keys(0, 1, layer=layer)) and torch.equal(v, keys(2, 3, layer=layer))
     context = Context(written.layers, torch.zeros(BATCH, 2, 2, 3, 4), torch.zeros(BATCH, 4, 1))
     for layer in range(LAYERS):
+        assert context.room(layer) is None
         k, v = context.extend(layer, keys(4, layer=layer), keys(5, layer=layer))
         assert torch.equal(k, keys(0, 1, 4, layer=layer)) and torch.equal(v, keys(2, 3, 5, layer=layer))
-    assert written.layers[0][0].shape[2] == 2 * TOKENS, "a context does not grow what it looks at"
+    assert written.layers[0][0].shape[1] == 2 * TOKENS, "a context does not grow what it looks at"

@@ -84,7 +84,7 @@ def test_the_definition_has_right_gradients():
 def test_what_runs_can_be_chosen(monkeypatch):
     parts, ran = given((1, 2, 3, 8), torch.float32), []
     monkeypatch.setattr(norm, "gate_residual_norm_modulate", lambda *x: ran.append("triton"))
-    monkeypatch.setattr(dispatch, "defined", lambda *x: ran.append("reference"))
+    monkeypatch.setattr(dispatch, "defined_gate", lambda *x: ran.append("reference"))
     for name in dispatch.CHOICES:
         with dispatch.use(name):
             dispatch.gate_residual_norm_modulate(*parts)

@@ -8,13 +8,13 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from engine.kernels import qknorm_rope
 from torch import Tensor
 
 import engine.rollout
 from engine.config import DenoiserConfig
 from engine.denoiser import Denoiser
 from engine.kv_cache import Context, Written
-from engine.layers import qk_norm_rope
 from engine.rollout import Rollout
 from engine.sampler import add_noise, counter_noise, ramp, scalings
 from engine.window import bind
@@ -62,14 +62,14 @@ def context(denoiser: Denoiser, latents: Tensor, actions: Tensor, first: int = 0
     written, layers = Written(), []
     denoiser.commit(latents, actions, first, written)
     for k, v in written.layers:
-        k, v = (x.unflatten(2, (count, tokens)) for x in (k, v))
+        k, v = (x.unflatten(1, (count, tokens)) for x in (k, v))
         place = count - config.recent - config.sink
-        sink = denoiser.transformer.positions.shift(k[:, :, : config.sink], place)
+        sink = denoiser.transformer.positions.shift(k[:, : config.sink], place)
         joined = (
-            torch.cat([sink, k[:, :, -config.recent :]], 2),
-            torch.cat([v[:, :, : config.sink], v[:, :, -config.recent :]], 2),
+            torch.cat([sink, k[:, -config.recent :]], 1),
+            torch.cat([v[:, : config.sink], v[:, -config.recent :]], 1),
         )
-        layers.append(tuple(x.flatten(2, 3) for x in joined))
+        layers.append(tuple(x.flatten(1, 2) for x in joined))
     held = torch.cat([actions.new_zeros(len(actions), 4, actions.shape[2]), actions], 1)[:, -4:]
     return Context(layers, latents[:, -2:], held)
 
@@ -85,19 +85,20 @@ def test_cached_commits_are_one_masked_pass():
         whole = Written()
         denoiser.commit(latents, actions, 0, whole)
         for frame in range(5, 17):
-            cache.look(sink=False)
-            denoiser.commit(latents[:, frame : frame + 1], actions[:, frame : frame + 1], frame, cache)
-            cache.push()
+            cache.take(latents[:, frame], actions[:, frame])
+            denoiser.commit_pending(cache)
+    ring, sink = config.recent + 1, config.sink
     for layer, pair in enumerate(whole.layers):
         for which, x in enumerate(pair):
-            for frame in range(17 - config.recent, 17):
-                slot = (config.sink + frame % config.recent) * tokens
-                kept = cache.buffer[layer, which, :, :, slot : slot + tokens]
-                assert close(kept, x[:, :, frame * tokens : (frame + 1) * tokens]), (layer, which, frame)
+            frames = x.unflatten(1, (17, tokens))
+            for frame in range(17 - ring, 17):
+                kept = cache.buffer[layer, which, :, frame % ring]
+                assert close(kept, frames[:, frame]), (layer, which, frame)
             if which:
-                kept = cache.buffer[layer, 1, :, :, : config.sink * tokens]
-                assert close(kept, x[:, :, : config.sink * tokens]), "the sink's values"
-    assert close(cache.anchor[1], whole.layers[1][0][:, :, : config.sink * tokens]), "the sink's keys"
+                kept = cache.buffer[layer, 1, :, ring : ring + sink]
+                assert close(kept, frames[:, :sink]), "the sink's values"
+    first = whole.layers[1][0].unflatten(1, (17, tokens))[:, :sink]
+    assert close(cache.anchor[1], first), "the sink's keys"
 
 
 @torch.no_grad()
@@ -110,10 +111,10 @@ def test_window_in_play_is_the_window_in_training(sink):
     rollout.reset(latents[:, :start], actions[:, :start], torch.zeros(1, dtype=torch.int64))
     cache = rollout.cache
     for frame in range(start, 13):
-        cache.look(sink=False)
-        denoiser.commit(latents[:, frame : frame + 1], actions[:, frame : frame + 1], frame, cache)
-        cache.push()
-    rollout._see()
+        cache.take(latents[:, frame], actions[:, frame])
+        denoiser.commit_pending(cache)
+    rollout._place_sink()
+    cache.look(3)
     written = Written()
     denoiser.commit(latents, actions, 0, written)
     trained = denoiser._context(written, 13, windows=1)  # of a batch of one, so the sink is its own
@@ -122,16 +123,16 @@ def test_window_in_play_is_the_window_in_training(sink):
     expected = denoiser(*inputs, trained)
     assert close(denoiser(*inputs, cache), expected)
     assert close(denoiser(*inputs, context(denoiser, latents, actions)), expected)
-    cache.look(sink=False)
+    cache.place_sink(torch.zeros_like)
     assert not close(denoiser(*inputs, cache), expected, 1e-2), "the sink counts"
 
 
 def test_shifted_keys_are_keys_made_at_the_new_place():
     positions = tiny().transformer.positions
-    raw, weight = torch.randn(2, 7, 2, 16), torch.randn(16)
-    here = qk_norm_rope(raw, weight, *positions(4, 1))
+    raw, weight = torch.randn(2, 7, 3 * 2 * 16), torch.randn(16)
+    here = qknorm_rope(raw, weight, weight, *positions(4, 1))[1]
     for frame in (0, 5, 9, 1004, 100_004):
-        there = qk_norm_rope(raw, weight, *positions(frame, 1))
+        there = qknorm_rope(raw, weight, weight, *positions(torch.tensor(frame), 1))[1]
         assert close(positions.shift(here, frame - 4), there, 1e-5)
         assert close(positions.shift(there, 4 - frame), here, 1e-5)
     assert not close(positions.shift(here, 1), here, 1e-2)
@@ -174,19 +175,35 @@ def test_gradient_path_gives_the_same_numbers():
 def test_action_is_committed_with_the_frame_that_it_causes(commit_position, monkeypatch):
     denoiser = tiny(commit_position=commit_position)
     latents, before, played, seed = game()
-    rollout, commits, commit = Rollout(denoiser, 2), [], denoiser.commit
+    rollout, commits, shown = Rollout(denoiser, 2), [], denoiser._pending
     rollout.reset(latents, before, seed)
 
-    def watched(frames: Tensor, actions: Tensor, frame: int, memory) -> None:
-        commits.append((frames[:, 0].clone(), actions[:, 0].clone(), frame))
-        commit(frames, actions, frame, memory)
+    def watched(memory) -> tuple[Tensor, ...]:
+        commits.append((memory.last[:, 1].clone(), memory.held[:, -1].clone(), int(memory.frame) - 1))
+        return shown(memory)
 
-    monkeypatch.setattr(denoiser, "commit", watched)
+    monkeypatch.setattr(denoiser, "_pending", watched)
     emitted = torch.stack([rollout.step(action) for action in played])
-    expected = torch.cat([before[:, -1].expand(commit_position, -1, -1), played])[: len(played)]
+    expected = torch.cat([before[:, -1].expand(commit_position, -1, -1), played])[: len(played) - 1]
     assert torch.equal(torch.stack([actions for _, actions, _ in commits]), expected)
-    assert torch.equal(torch.stack([frames for frames, _, _ in commits]), emitted)
-    assert [frame for _, _, frame in commits] == list(range(4, 16))
+    assert torch.equal(torch.stack([frames for frames, _, _ in commits]), emitted[:-1])
+    assert [frame for _, _, frame in commits] == list(range(4, 15)), "each once, by the step behind it"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("correction", [0, 0.9])
+def test_a_commit_along_with_the_window_is_one_of_its_own(correction):
+    denoiser = tiny(correction=correction)
+    latents, before, played, seed = game()
+    both = [Rollout(denoiser, 2, folded=folded) for folded in (True, False)]
+    for rollout in both:
+        rollout.reset(latents, before, seed)
+    for action in played:
+        assert close(*(rollout.step(action) for rollout in both))
+    kept, expected = (rollout.cache.buffer[:, :, :, : rollout.cache.ring] for rollout in both)
+    last = int(both[0].cache.slots[0])  # is yet to be committed by the one
+    others = [slot for slot in range(both[0].cache.ring) if slot != last]
+    assert close(kept[:, :, :, others], expected[:, :, :, others])
 
 
 @pytest.mark.parametrize("correction", [0, 0.9])
@@ -219,7 +236,8 @@ def test_cached_steps_are_the_written_out_definition(changes):
         missed = ((noisy - (1 - sigma[..., None, None, None]) * guess) / doubt).clamp(-4, 4)
         skip, out, scale = (s[..., None, None, None] for s in scalings(sigma))
         action = denoiser.actions(keys, known)
-        made = denoiser.transformer(scale * missed, guess, latents[:, -1:], sigma, action, frame, memory)
+        last = latents[:, -1:].expand_as(guess)
+        made = denoiser.transformer(scale * missed, guess, last, sigma, action, frame, memory)
         return guess + doubt * (skip * missed + out * made)
 
     ladder, window = torch.tensor(config.ladder), config.window
@@ -245,10 +263,10 @@ def test_a_frame_keeps_its_noise(monkeypatch):
     """Every pass over a frame, the correction's too, has the frame's own noise; no two frames share it."""
     drawn: dict[int, Tensor] = {}
 
-    def watched(seed: Tensor, frame: int, level: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def watched(seed: Tensor, frame: Tensor, level: Tensor, shape: tuple[int, ...]) -> Tensor:
         noise = counter_noise(seed, frame, level, shape)
         for place in range(len(level)):
-            assert torch.equal(noise[:, place], drawn.setdefault(frame + place, noise[:, place]))
+            assert torch.equal(noise[:, place], drawn.setdefault(int(frame) + place, noise[:, place]))
         return noise
 
     monkeypatch.setattr(engine.rollout, "counter_noise", watched)
@@ -383,14 +401,20 @@ def test_picture_is_that_of_the_last_finished_frame():
 def test_kernels_play_the_same_game():
     """Ten steps, so that the ring wraps, through Triton's kernels and through the definitions."""
     pytest.importorskip("triton")
-    from engine.kernels import dispatch, norm
+    import engine.kernels.attention as attention
+    from engine.kernels import dispatch, norm, rope
 
     denoiser, given, ran = tiny(), game(frames=10), []
-    fused = norm.gate_residual_norm_modulate
     with pytest.MonkeyPatch.context() as patch, dispatch.use("triton"):
-        patch.setattr(norm, "gate_residual_norm_modulate", lambda *x: ran.append(1) or fused(*x))
+        for module, name in (
+            (norm, "gate_residual_norm_modulate"),
+            (rope, "qknorm_rope_write"),
+            (attention, "window_attention"),
+        ):
+            fused = getattr(module, name)
+            patch.setattr(module, name, lambda *x, fused=fused, name=name: ran.append(name) or fused(*x))
         made = play(denoiser, *given)
     with dispatch.use("reference"):
         expected = play(denoiser, *given)
-    assert len(ran) >= 2 * 2 * 10, "two layers, a pass to denoise and one to commit"
+    assert all(ran.count(name) >= 2 * 10 for name in set(ran)) and len(set(ran)) == 3, "in both layers"
     assert close(made, expected)

@@ -257,7 +257,7 @@ def test_rolled_windows_are_held_against_the_frames_of_their_actions(
                 if name == "reset"
                 else given[0][0, 0].item()
             )
-            seen.append((name, rollout.cache.frames, told))
+            seen.append((name, int(rollout.cache.frame), told))
             return plain(rollout, *given, **named)
 
         monkeypatch.setattr(Rollout, name, watched)
@@ -314,7 +314,7 @@ def test_stale_estimates_stay_more_often_where_keys_changed(changes, monkeypatch
 
     def predict(rollout: Rollout, action, clean=None, guess=None) -> torch.Tensor:
         if clean is not None:
-            given.append((rollout.cache.frames, clean.clone(), rollout.window.clean.clone()))
+            given.append((int(rollout.cache.frame), clean.clone(), rollout.window.clean.clone()))
         return plain(rollout, action, clean, guess)
 
     monkeypatch.setattr(Rollout, "predict", predict)

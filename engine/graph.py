@@ -1,0 +1,62 @@
+"""StepGraph: a step of a game as CUDA graphs, so that a GPU goes through it without waiting for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Draw = Callable[[Tensor, bool], Tensor]
+
+WARM_UP = 3  # eager steps before a capture: kernels are compiled and libraries choose their plans
+
+
+class StepGraph:
+    """Two graphs of `draw(held, changed)`: with keys as before, and with others, where the leaving frame is
+    corrected. draw takes keys (1, k) on the device and gives a frame there; all that it keeps must stay where
+    it is, and nothing but `changed` may decide on the host.
+
+    Frames come back through pinned memory; waiting for this copy is the only time that the host waits.
+    """
+
+    def __init__(self, draw: Draw, keys: int, device: torch.device):
+        self._draw = draw
+        self._held = torch.zeros(1, keys, device=device)
+        self._given = torch.zeros(1, keys, pin_memory=True)
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._frames: dict[bool, Tensor] = {}
+        self._shown: Tensor | None = None
+        self._done = torch.cuda.Event()
+
+    def capture(self) -> None:
+        """Plays a few steps and captures both kinds. The game is another one afterwards: reset it."""
+        side = torch.cuda.Stream()
+        pool = torch.cuda.graph_pool_handle()
+        for changed in (False, True):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self._draw(self._held, changed)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                frame = self._draw(self._held, changed)
+            self._graphs[changed], self._frames[changed] = graph, frame
+            self._shown = torch.empty(frame.shape, dtype=frame.dtype, pin_memory=True)
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps can be played."""
+        return bool(self._graphs)
+
+    def __call__(self, action: np.ndarray, changed: bool) -> np.ndarray:
+        """Holds the keys `action` (k,) for one frame → frame, as draw makes it."""
+        self._given[0] = torch.from_numpy(np.asarray(action, np.float32))
+        self._held.copy_(self._given, non_blocking=True)
+        self._graphs[changed].replay()
+        self._shown.copy_(self._frames[changed], non_blocking=True)
+        self._done.record()
+        self._done.synchronize()
+        return self._shown.numpy().copy()
