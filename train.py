@@ -1,7 +1,8 @@
 """Trains everything: python train.py stage=NAME [name=value ...]
 
-Stages: collect, autoencoder, motion, denoiser, rollout, evaluate (and frontier, which times sizes). Each
-reads what the one before it wrote, in this order, takes max_minutes=M and goes on where it was stopped.
+Stages: collect, autoencoder, motion, denoiser, rollout, evaluate. Each reads what the one before it wrote, in
+this order, takes max_minutes=M and goes on where it was stopped. Besides: frontier times networks of several
+sizes here, precision times a checkpoint in each precision and compares the pictures.
 Often used options:
   world=NAME        which game: doom_gathering doom_arena doom_defend doom_home gym (with world.id=...)
   preset=NAME       toy (seconds) · laptop (overnight on 2 cores) · gpu (under 25 minutes on one big GPU)
@@ -258,6 +259,10 @@ def main(arguments: list[str]) -> int:
             from engine.frontier import frontier
 
             figures = frontier(config)
+        elif config.stage == "precision":
+            from engine.precision import precision
+
+            figures = precision(config)
         else:
             figures = run_stage(config)
     except UserError as error:

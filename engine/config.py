@@ -8,7 +8,7 @@ from typing import Any
 POLICIES = ("keyboard", "scripted", "random", "idle", "spin", "walls")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
 KERNELS = ("auto", "reference", "triton")
-STAGES = ("collect", "autoencoder", "motion", "denoiser", "rollout", "evaluate", "frontier")
+STAGES = ("collect", "autoencoder", "motion", "denoiser", "rollout", "evaluate", "frontier", "precision")
 
 
 class UserError(Exception):
@@ -173,7 +173,7 @@ class TrainConfig:
         if self.stage not in STAGES:
             raise UserError(f"There is no stage {self.stage!r}; choose one of {', '.join(STAGES)}.")
         _check_arithmetic(self.precision, self.kernels)
-        if self.precision in ("fp16", "fp8") and self.stage not in ("evaluate", "frontier"):
+        if self.precision in ("fp16", "fp8") and self.stage not in STAGES[5:]:
             raise UserError(f"precision={self.precision} is for play and evaluation; train in bf16.")
 
     def pace(self) -> StageConfig:

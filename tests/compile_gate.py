@@ -1,7 +1,7 @@
-"""Compiles the kernels for a GPU that need not be here: python tests/compile_gate.py 80|90|100.
+"""Compiles the kernels for a GPU that need not be here: python tests/compile_gate.py 80|90|100 [kernel].
 
 Prints what each configuration takes; fails where registers spill to memory, where shared memory does not
-suffice, or where loads are not 16 bytes wide.
+suffice, or where the machine code lacks the instructions that make the kernel fast.
 """
 
 from __future__ import annotations
@@ -11,33 +11,118 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
-from engine.kernels import norm
+from engine.kernels import attention, norm, rope, rope_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SHARED = {80: 163, 90: 227, 100: 227}  # KiB a block
-FLOAT32 = {"MEAN", "RSTD", "D_GATE", "D_SCALE", "D_SHIFT"}  # whatever the type of the rest
+SHARED = {80: 99, 90: 227, 100: 227}  # KiB a block; 163 on an A100, but its table serves consumer GPUs too
+WIDE = {"loads of 16 bytes": r"ld\.global(?:\.\w+)*\.v4"}
+HALF_AS_WIDE = {"loads of 8 bytes": r"ld\.global(?:\.\w+)*\.v2"}
+TENSOR_CORES = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
 
-def build(kernel, constants: dict[str, int], arch: int, warps: int):
-    """The kernel's machine code with bfloat16 data."""
-    names = kernel.arg_names
-    kind = {}
-    for name in names:
-        if name in constants:
-            kind[name] = "constexpr"
-        elif name.isupper():
-            kind[name] = "*fp32" if name in FLOAT32 else "*bf16"
-        else:
-            kind[name] = "fp32" if name == "eps" else "i32"
+@dataclass(frozen=True)
+class Case:
+    """A kernel in one configuration. Of its parameters, the names in capitals are pointers to `data` unless
+    `types` says otherwise; the others are int32 unless it does. `wanted`: patterns that PTX must have.
+    """
+
+    name: str
+    kernel: triton.JITFunction
+    constants: dict[str, object]
+    warps: int
+    stages: int = 3
+    data: str = "bf16"
+    types: dict[str, str | tuple[str, ...]] = field(default_factory=dict)
+    wanted: dict[str, str] = field(default_factory=dict)
+
+
+def norm_cases(arch: int) -> Iterator[Case]:
+    float32 = dict.fromkeys(("MEAN", "RSTD", "D_GATE", "D_SCALE", "D_SHIFT"), "*fp32") | {"eps": "fp32"}
+    for width in (256, 384, 1536):
+        shape = {"D": width, "BLOCK": triton.next_power_of_2(width)}
+        for kernel, more in ((norm.forward_kernel, {}), (norm.backward_kernel, {"CHUNK": norm.CHUNK})):
+            name = f"norm {kernel.fn.__name__} width {width}"
+            warps = norm.warps(shape["BLOCK"])
+            yield Case(name, kernel, shape | more, warps, types=float32, wanted=WIDE)
+
+
+def attention_cases(arch: int) -> Iterator[Case]:
+    """Every rule of the table and every candidate, with one part and with several."""
+    table = attention.read_table(f"sm_{arch}")
+    for rule in table["window_attention"] + table.get("candidates", []):
+        config, data = attention.Config(**rule["config"]), "fp32" if "float32" in rule["dtype"] else "bf16"
+        for d in rule["head_dim"]:
+            for splits in (1, 4):
+                yield attention_case(arch, config, data, d, splits)
+    for d in attention.HEAD_DIMS:
+        constants = {"D": d, "SPLITS": 4, "BLOCK": attention.MERGED}
+        types = {"PARTS": "*fp32", "LSE": "*fp32"}
+        yield Case(f"attention merge_kernel d {d}", attention.merge_kernel, constants, 4, types=types)
+
+
+def attention_case(arch: int, config: attention.Config, data: str, d: int, splits: int) -> Case:
+    page = 1560 if config.tma else 13
+    m, n = config.block_m, config.block_n
+    constants = {"HEADS": 4, "D": d, "PAGE": page, "BLOCK_M": m, "BLOCK_N": n, "SPLITS": splits}
+    constants |= {"TMA": config.tma, "SPECIALIZE": config.specialize}
+    types = {"PAGES": "*i32", "LENGTHS": "*i32", "ROWS": ("i32", "i32"), "scale": "fp32"}
+    if splits == 1:
+        constants["LSE"] = None
+    else:
+        types |= {"LSE": "*fp32", "OUT": "*fp32"}
+    wanted = {}
+    if data != "fp32":  # whose products are exact, so not for tensor cores
+        # Hopper's and Blackwell's own instructions take 64 rows at least.
+        wanted["tensor core instructions"] = TENSOR_CORES[arch if m >= 64 else 80]
+        if not config.tma:
+            wanted["copies of 16 bytes"] = r"cp\.async\.cg\.shared\.global \[[^;]*, 0x10"
+    if config.tma:
+        wanted["tiles by TMA"] = r"cp\.async\.bulk\.tensor"
+    if config.specialize:
+        wanted["register moves between warps"] = "setmaxnreg"
+    how = f"{data} d {d} tile {m}x{n} warps {config.warps} stages {config.stages} parts {splits}"
+    name = "attention " + how + " TMA" * config.tma + " specialised" * config.specialize
+    return Case(name, attention.forward_kernel, constants, config.warps, config.stages, data, types, wanted)
+
+
+def rope_cases(arch: int) -> Iterator[Case]:
+    """Heads normalised each by itself, as in the shipped model, and all together with the mean left in."""
+    types = {"COS": "*fp32", "SIN": "*fp32", "SLOTS": "*i32", "D_WEIGHTS": "*fp32", "eps": "fp32"}
+    for heads, d, whole in ((4, 64, False), (6, 64, False), (12, 128, False), (12, 128, True)):
+        over = heads * d if whole else d
+        sizes, warps = rope.blocks(heads, d, over)
+        constants = {"heads": heads, "D": d, "OVER": over, "RMS": whole, **sizes}
+        for kernel, more in (
+            (rope_triton.forward_kernel, {}),
+            (rope_triton.backward_kernel, {"CHUNK": rope.CHUNK}),
+        ):
+            name = f"rope {kernel.fn.__name__} {heads} heads of {d}, norm over {over}"
+            wanted = WIDE if heads > 4 else HALF_AS_WIDE  # there a thread has no more
+            yield Case(name, kernel, constants | more, warps, types=types, wanted=wanted)
+
+
+# Each gives the cases of a file of kernels for an architecture.
+CASES = (norm_cases, rope_cases, attention_cases)
+
+
+def build(case: Case, arch: int):
+    """The kernel's machine code."""
+    names = case.kernel.arg_names
+    pointer = f"*{case.data}"
+    kind = {name: case.types.get(name, pointer if name.isupper() else "i32") for name in names}
+    kind |= dict.fromkeys(case.constants, "constexpr")
     aligned = [i for i, name in enumerate(names) if kind[name][0] == "*" or name.startswith("stride")]
     even = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    fixed = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=kind, constexprs=fixed, attrs=even)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    fixed = {(names.index(name),): value for name, value in case.constants.items()}
+    source = ASTSource(fn=case.kernel, signature=kind, constexprs=fixed, attrs=even)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def stack_and_registers(made) -> tuple[int, int]:
@@ -53,23 +138,27 @@ def stack_and_registers(made) -> tuple[int, int]:
     return int(stack), int(registers)
 
 
-def main(arch: int) -> int:
-    wrong = 0
-    for width in (256, 384, 1536):
-        block = triton.next_power_of_2(width)
-        shape = {"D": width, "BLOCK": block}
-        for kernel, more in ((norm.forward_kernel, {}), (norm.backward_kernel, {"CHUNK": norm.CHUNK})):
-            made = build(kernel, shape | more, arch, norm.warps(block))
-            stack, registers = stack_and_registers(made)
-            wide = len(re.findall(r"ld\.global(?:\.\w+)*\.v4", made.asm["ptx"]))
-            fine = stack == 0 and made.metadata.shared <= SHARED[arch] * 1024 and wide > 0
-            wrong += not fine
-            name = kernel.fn.__name__
-            print(f"sm_{arch} {name} width {width}: {registers} registers, {stack} bytes spilled, ", end="")
-            said = f"{made.metadata.shared} bytes shared, {wide} loads of 16 bytes"
-            print(said if fine else f"{said}  <-- WRONG")
-    return wrong > 0
+def fine(case: Case, arch: int) -> bool:
+    """Builds it, prints what it takes, and says whether all is as it must be."""
+    print(f"sm_{arch} {case.name}: ", end="", flush=True)
+    try:
+        made = build(case, arch)
+    except Exception as error:  # of the compiler, of whichever kind
+        print(f"does not compile: {error}  <-- WRONG")
+        return False
+    stack, registers = stack_and_registers(made)
+    found = {what: len(re.findall(pattern, made.asm["ptx"])) for what, pattern in case.wanted.items()}
+    right = stack == 0 and made.metadata.shared <= SHARED[arch] * 1024 and all(found.values())
+    said = "".join(f", {count} {what}" for what, count in found.items())
+    print(f"{registers} registers, {stack} bytes spilled, {made.metadata.shared} bytes shared{said}", end="")
+    print("" if right else "  <-- WRONG")
+    return right
+
+
+def main(arch: int, name: str = "") -> int:
+    cases = [case for cases in CASES for case in cases(arch) if name in case.name]
+    return not all([fine(case, arch) for case in cases])
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), *sys.argv[2:]))
