@@ -1,0 +1,1 @@
+"""One command that proves and times the operations: python -m engine.kernels.benchmark."""

@@ -1,0 +1,182 @@
+"""One command that proves and measures the kernels on a GPU:
+
+python -m engine.kernels.benchmark --budget 450 --out DIR
+
+First all operations are checked; nothing is timed when one is wrong. Then ceilings of the machine, each
+operation beside libraries, the shipped model's step, and the paper's step beside the reference's loop. The
+last line printed is JSON; DIR gets bench.json, with more in it, and table.md. `--device cpu` rehearses all of
+it at toy size. `--tune` makes the GPU's table of kernel configurations, `--table FILES` the tables of a
+document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..dispatch import use
+from . import endtoend, gate, optable, tuning
+from .processes import share
+from .report import last_line, markdown, rounded, write_tables
+from .timing import Budget, ceilings, why
+
+# The largest share of the budget that a section may take; what one leaves over is the next one's.
+SHARES = {"gate": 0.25, "tune": 0.9, "ceilings": 0.04, "table": 0.3, "shipped": 0.08, "paper": 1.0}
+TUNING = ("gate", "tune")
+MEASURING = ("gate", "ceilings", "table", "shipped", "paper")
+ROOT = Path(__file__).resolve().parents[2]
+# The shipped model's step: which kernels, as one graph or not, commit folded into the window's pass or not.
+STEPS = {
+    "graph": ("auto", True, True),
+    "eager": ("auto", False, True),
+    "peer-style": ("reference", False, False),
+}
+STOP = 5.0  # seconds at the end of the budget in which no section is begun
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.table:
+        write_tables(options.table, options.document)
+        return 0
+    device = torch.device(options.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)
+    if options.share:
+        kind, part = options.share
+        todo = {"gate": gate.checks, "tune": tuning.checks}[kind](gate.operations(device), device)
+        share(list(todo), *map(int, part.split("/")), options.budget, options.out)
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    result = bench(device, options)
+    options.out.joinpath("bench.json").write_text(json.dumps(rounded(result), indent=1) + "\n", "utf-8")
+    options.out.joinpath("table.md").write_text(markdown(result), "utf-8")
+    print(last_line(result), flush=True)
+    return int(result["gate"] == "red")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m engine.kernels.benchmark", description=__doc__)
+    parser.add_argument("--budget", type=float, default=450.0, help="seconds that all of it may take")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for bench.json and table.md")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help=f"some of {','.join(SHARES)}; unchecked without gate")
+    parser.add_argument("--tune", action="store_true", help="make this GPU's table of configurations")
+    parser.add_argument("--workers", type=int, default=-1, help="processes that check; 0: this one")
+    parser.add_argument("--table", type=Path, nargs="+", help="JSON files to make --document's tables of")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "kernels.md")
+    parser.add_argument("--share", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.only = [name for name in options.only.split(",") if name]
+    if unknown := set(options.only) - set(SHARES):
+        parser.error(f"there is no section {', '.join(sorted(unknown))}; choose of {', '.join(SHARES)}")
+    if not options.only:
+        options.only = list(TUNING if options.tune else MEASURING)
+    if options.workers < 0:
+        spare = (os.cpu_count() or 2) - 2
+        options.workers = max(1, min(14, spare)) if options.device.startswith("cuda") else 0
+    return options
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def bench(device: torch.device, options: argparse.Namespace) -> dict:
+    """All sections that are wanted and that there is time for."""
+    budget, result = Budget(options.budget), {"gate": "not run", "checked": 0, **about(device)}
+
+    def section(name: str, work: Callable[[Budget], object]) -> object | None:
+        part = budget.part(SHARES[name] * options.budget)
+        if name not in options.only:
+            return None
+        if budget.left() <= min(STOP, 0.1 * options.budget):
+            result.setdefault("skipped", {})[name] = "over the budget"
+            return None
+        say(f"{name}: {part.left():.0f} s at most, {budget.left():.0f} s left")
+        try:
+            return work(part)
+        except Exception as error:  # whatever else was measured is worth keeping
+            result.setdefault("skipped", {})[name] = why(error)
+            say(f"{name} failed: {why(error)}")
+            return None
+
+    result |= section("gate", lambda part: gate.run(device, part, options.workers)) or {}
+    if result["gate"] == "red" or "gate" in result.get("skipped", {}):
+        for failure in result.setdefault("failures", ["the gate itself failed"]):
+            say(f"wrong: {failure}")
+        return result | {"gate": "red", "seconds": budget.spent()}
+    result["tuned"] = section(
+        "tune", lambda part: tuning.tune(device, part, options.workers, options.out, say)
+    )
+    if found := section("ceilings", lambda part: ceilings(device, part.left() / 2)):
+        result["ceilings"] = found
+    best = result.get("ceilings", {"tflops": float("inf"), "tbytes": float("inf")})
+    result["rows"] = section("table", lambda part: optable.table(device, part, best, say)) or []
+    step = {"shipped": section("shipped", lambda part: shipped_step(device, part))}
+    step["paper"] = section("paper", lambda part: endtoend.paper_step(device, part, best, say))
+    result["step"] = {name: found for name, found in step.items() if found}
+    return {name: value for name, value in result.items() if value is not None} | {"seconds": budget.spent()}
+
+
+def about(device: torch.device) -> dict[str, str]:
+    triton = "none"
+    if importlib.util.find_spec("triton"):
+        import triton as module
+
+        triton = module.__version__
+    found = {"device": "CPU", "torch": torch.__version__, "triton": triton}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+        found["cudnn"] = str(torch.backends.cudnn.version())
+        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return found | {"date": time.strftime("%Y-%m-%d")}
+
+
+def shipped_step(device: torch.device, budget: Budget) -> dict:
+    """The shipped model's step in the ways above, in turns: median and 99th of 100 in ms."""
+    import numpy as np
+
+    from engine.session import Player, Session  # here alone, as kernels/ is to work without engine
+
+    gpu = device.type == "cuda"
+    player = Player(ROOT / "assets" / "doom_gathering.safetensors", str(device))
+    draw, world = np.random.default_rng(0), player.world
+    frames = draw.integers(0, 256, (9, world.height, world.width, 3), np.uint8)
+    keys = (draw.random((64, len(world.keys))) < 0.3).astype(np.float32).repeat(8, 0)  # held for 8 frames
+    sessions = {}
+    for name, (kernels, graph, folded) in STEPS.items():
+        with use(kernels):
+            sessions[name] = Session(player, graph=graph, folded=folded)
+            sessions[name].reset(0, frames)
+    warm, times = 10 if gpu else 2, {name: [] for name in sessions}
+    for number in range(warm + (400 if gpu else 10)):
+        if budget.left() <= 0 and number > warm + 5:
+            break
+        for name, session in sessions.items():
+            with use(STEPS[name][0]):
+                start = time.perf_counter()
+                session.step(keys[number % len(keys)])
+                times[name].append(1000 * (time.perf_counter() - start))
+    taken = {name: sorted(found[warm:]) for name, found in times.items()}
+    ms = {name: statistics.median(found) for name, found in taken.items()}
+    return {
+        "ms": ms,
+        "p99": {name: found[min(len(found) - 1, int(0.99 * len(found)))] for name, found in taken.items()},
+        "ratios": {name: ms["peer-style"] / ms[name] for name in ms if name != "peer-style"},
+        "samples": len(taken["graph"]),
+        "precision": str(player.dtype),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
