@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,17 @@ class Attention(nn.Module):
         return self.out(y.flatten(2))
 
 
+class Condition(NamedTuple):
+    """What a frame's noise level and action make of a layer, each (b, t, d)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+
 class DiTLayer(nn.Module):
     """Attention and MLP, each normalised, scaled, shifted and gated by the frame's condition (Peebles & Xie,
     2023).
@@ -130,21 +141,21 @@ class DiTLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        modulation: Tensor,
+        y: Tensor,
+        condition: Condition,
+        following: tuple[Tensor, Tensor],
         angles: tuple[Tensor, Tensor],
         memory: Memory,
         layer: int,
         mask: Tensor | None,
-    ) -> Tensor:
-        """x (b, t, n, d), modulation (b, t, 6 d) → (b, t, n, d)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
-            modulation + self.table.to(modulation.dtype)
-        ).chunk(6, -1)
-        y = modulated_norm(x, scale_a, shift_a)
+    ) -> tuple[Tensor, Tensor]:
+        """x (b, t, n, d), and that as this layer's condition normalises it; scale and shift (b, t, d) of
+        what follows → both for the next: each residual is one pass with the norm behind it.
+        """
         y = self.attention(y.flatten(1, 2), angles, memory, layer, mask).view_as(x)
-        x, y = gate_residual_norm_modulate(x, y, gate_a, scale_m, shift_m)
+        x, y = gate_residual_norm_modulate(x, y, condition.gate, condition.scale_mlp, condition.shift_mlp)
         y = self.mlp_out(F.silu(self.mlp_in(y)))
-        return torch.addcmul(x, gate_m[:, :, None], y)
+        return gate_residual_norm_modulate(x, y, condition.gate_mlp, *following)
 
 
 class ConvLayer(nn.Module):

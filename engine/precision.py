@@ -17,9 +17,9 @@ FRAMES = 16  # that are compared, from each start; the timed ones go on behind
 
 
 def precision(config: TrainConfig) -> dict:
-    """Plays `config.steps` frames (100 unless given) in every precision, with the same seeds and keys from the
-    shipped starts → milliseconds of a step (p50), and the peak signal-to-noise ratio in dB of the first frame
-    and of the first 16 against float32's, in which a game in another precision goes its own way.
+    """Plays `config.steps` frames (100 unless given) in every precision, with the same seeds and keys from
+    the shipped starts → milliseconds of a step (p50), and the peak signal-to-noise ratio in dB of the first
+    frame and of the first 16 against float32's, in which a game in another precision goes its own way.
     """
     steps, path = config.steps or 100, Path(config.checkpoint or "assets/doom_gathering.safetensors")
     figures: dict = {"checkpoint": str(path)}

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import DenoiserConfig, UserError
-from .layers import ConvLayer, DiTLayer, Memory, Positions, SigmaEncoder, modulated_norm
+from .layers import Condition, ConvLayer, DiTLayer, Memory, Positions, SigmaEncoder, modulated_norm
 
 
 class Transformer(nn.Module):
@@ -74,18 +74,25 @@ class Transformer(nn.Module):
         p = self.patch
         x = self.patch_in(rearrange(fine, "(b t) f (y p) (x q) -> b t (y x) (p q f)", b=b, p=p, q=p))
         x = torch.cat([action[:, :, None].to(x.dtype), x + self.place.to(x.dtype)], 2)  # (b, t, n, d)
-        modulation = self.modulation(condition)
-        angles = self.positions(frame, t)
+        parts, angles = self._conditions(condition), self.positions(frame, t)
+        y = modulated_norm(x, parts[0].scale, parts[0].shift)
+        following = [(part.scale, part.shift) for part in parts[1:]] + [self.last(condition).chunk(2, -1)]
         for index, layer in enumerate(self.layers):
-            x = layer(x, modulation, angles, memory, index, mask)
+            x, y = layer(x, y, parts[index], following[index], angles, memory, index, mask)
         if unpainted == t:
             return None
         fine = fine.unflatten(0, (b, t))[:, unpainted:].flatten(0, 1)
         condition, t = condition[:, unpainted:], t - unpainted
-        scale, shift = self.last(condition).chunk(2, -1)
-        out = self.patch_out(modulated_norm(x[:, unpainted:, 1:], scale, shift))
+        out = self.patch_out(y[:, unpainted:, 1:])
         out = rearrange(out, "b t (y x) (p q f) -> (b t) (y p) (x q) f", y=self.rows, p=p, q=p)
         fine = fine + out.permute(0, 3, 1, 2)
         for conv in self.head:
             fine = conv(fine, condition)
         return self.head_out(F.silu(fine)).unflatten(0, (b, t))
+
+    def _conditions(self, condition: Tensor) -> list[Condition]:
+        """Each layer's own from the frames' (b, t, d)."""
+        shared = self.modulation(condition)
+        tables = torch.stack([layer.table for layer in self.layers]).to(shared.dtype)
+        parts = (shared[:, :, None] + tables).unflatten(-1, (6, -1))  # (b, t, layers, 6, d)
+        return [Condition(*part.unbind(2)) for part in parts.unbind(2)]
