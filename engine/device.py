@@ -7,11 +7,9 @@ from __future__ import annotations
 import time
 
 import torch
-from torch import Tensor, nn
 
 from .config import UserError
 
-SMALLEST = 128  # columns of a product that is worth doing in 8 bits
 AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
@@ -53,47 +51,6 @@ def _matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def cast_weights(module: nn.Module, precision: str) -> None:
-    """Stores the weights of products and convolutions as `precision` has them, lest autocast casts them each
-    step. fp8 has the large products of the transformer's layers in 8 bits, all else in bfloat16.
-    """
-    dtype = AUTOCAST[precision]
-    for part in module.modules():
-        if dtype and isinstance(part, nn.Linear | nn.Conv2d):
-            part.to(dtype)
-    if precision == "fp8":
-        for name, part in list(module.named_modules()):
-            if ".layers." in name and isinstance(part, nn.Linear) and part.in_features >= SMALLEST:
-                parent, _, child = name.rpartition(".")
-                setattr(module.get_submodule(parent), child, Float8Linear(part))
-
-
-class Float8Linear(nn.Module):
-    """A linear layer whose weights and inputs are 8-bit floats (e4m3), each row with a scale of its own
-    (Micikevicius et al., 2022); products are summed in float32.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        weight, scale = rows_in_8_bits(linear.weight.detach().float())
-        self.register_buffer("weight", weight)  # (out, in)
-        self.register_buffer("scale", scale.t().contiguous())  # (1, out)
-        self.register_buffer("bias", linear.bias.detach().to(torch.bfloat16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) → (..., out), bfloat16."""
-        rows, scale = rows_in_8_bits(x.flatten(0, -2))
-        scales = {"scale_a": scale, "scale_b": self.scale}
-        made = torch._scaled_mm(rows, self.weight.t(), **scales, bias=self.bias, out_dtype=torch.bfloat16)
-        return made.unflatten(0, x.shape[:-1])
-
-
-def rows_in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, m) → as 8-bit floats, and each row's scale (n, 1) float32."""
-    scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    return (x / scale).to(torch.float8_e4m3fn), scale
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None, cache: bool = True) -> torch.autocast:

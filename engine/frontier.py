@@ -12,8 +12,9 @@ from tqdm import tqdm
 from .autoencoder import Autoencoder
 from .config import DenoiserConfig, TrainConfig
 from .denoiser import Denoiser
-from .device import AUTOCAST, autocast, cast_weights, pick_device, pick_precision
+from .device import AUTOCAST, autocast, pick_device, pick_precision
 from .rollout import Rollout
+from .weights import cast_weights, pack_weights
 
 LADDERS = {1: [1.0], 2: [0.6, 1.0], 3: [0.5, 0.8, 1.0], 4: [0.4, 0.7, 0.9, 1.0]}
 SIZES = [  # patch, width, layers, window, recent
@@ -54,6 +55,8 @@ def frontier(config: TrainConfig) -> dict:
         denoiser = Denoiser(size, len(config.world.keys), *shape, autoencoder).to(device).eval()
         for module in (denoiser, autoencoder):
             cast_weights(module, precision)
+            if device.type == "cpu":
+                pack_weights(module, precision)
         times = _time(denoiser, autoencoder, device, dtype, config.steps or 100)
         millions = sum(p.numel() for p in denoiser.parameters()) / 1e6
         p50, p99 = np.percentile(times, 50), np.percentile(times, 99)

@@ -115,7 +115,9 @@ class Motion(nn.Module):
         """Pictures (b, c, h, w) moved by flows (b, t, y, x, 2) → (b, t, c, h, w); borders are repeated."""
         b, t = flow.shape[:2]
         (h, w), c = picture.shape[2:], picture.shape[1]
-        fine = F.interpolate(rearrange(flow, "b t y x two -> (b t) two y x"), (h, w), mode="bilinear")
+        # enlarging takes three times as long in another layout
+        coarse = rearrange(flow, "b t y x two -> (b t) two y x").contiguous()
+        fine = F.interpolate(coarse, (h, w), mode="bilinear")
         still = F.affine_grid(torch.eye(2, 3, device=flow.device)[None], [1, c, h, w], align_corners=False)
         where = rearrange(still + fine.permute(0, 2, 3, 1), "(b t) h w two -> b (t h) w two", b=b)
         moved = F.grid_sample(picture, where, "bicubic", padding_mode="border", align_corners=False)

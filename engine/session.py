@@ -14,9 +14,10 @@ from .autoencoder import Autoencoder, to_bytes
 from .checkpoint import Checkpoint
 from .config import UserError, WorldConfig
 from .denoiser import Denoiser
-from .device import AUTOCAST, autocast, cast_weights, pick_device, pick_precision
+from .device import AUTOCAST, autocast, pick_device, pick_precision
 from .graph import StepGraph
 from .rollout import Rollout
+from .weights import cast_weights, pack_weights
 from .worlds.base import ActionSpace
 
 
@@ -36,6 +37,8 @@ class Player:
         for module in (self.autoencoder, self.denoiser):
             module.to(self.device).eval().requires_grad_(False)
             cast_weights(module, self.precision)
+            if self.device.type == "cpu":
+                pack_weights(module, self.precision)
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray) -> Tensor:

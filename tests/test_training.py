@@ -28,7 +28,7 @@ from engine.optim import Optimiser, learning_rate, moving_average
 from engine.picture import load_picture
 from engine.recording import Recorder
 from engine.rollout import Rollout
-from engine.session import Player, Session
+from engine.session import Player, Session, make_denoiser
 from engine.stages import make_stage
 from engine.window import bind
 
@@ -117,14 +117,21 @@ def test_losses_fall(trained, data):
     assert loss() < 0.8 * before
 
 
+def networks(checkpoint: Checkpoint) -> tuple[Autoencoder, Denoiser]:
+    """With the checkpoint's weights, as they were saved."""
+    autoencoder = Autoencoder(checkpoint.model.autoencoder)
+    denoiser = make_denoiser(checkpoint, autoencoder)
+    checkpoint.load_into("autoencoder", autoencoder)
+    checkpoint.load_into("denoiser", denoiser)
+    return autoencoder, denoiser
+
+
 def test_rollout_starts_from_the_denoiser(trained):
     out, _ = trained
     before, after = (Checkpoint(out / f"{stage}.safetensors") for stage in STAGES[2:])
     assert after.model == before.model and before.model.denoiser.window == 3
-    players = [Player(checkpoint.path, "cpu", "fp32") for checkpoint in (before, after)]
-    pairs = [
-        [dict(getattr(p, name).named_parameters()) for p in players] for name in ("autoencoder", "denoiser")
-    ]
+    both = zip(networks(before), networks(after), strict=True)  # autoencoders, denoisers
+    pairs = [[dict(network.named_parameters()) for network in two] for two in both]
     for (old, new), small in zip(pairs, (1e-9, 0.5), strict=True):
         moved = sum((old[name] - new[name]).square().sum() for name in old)
         assert moved <= small * sum(value.square().sum() for value in old.values())
@@ -210,11 +217,10 @@ def test_a_stage_starts_from_the_weights_of_a_checkpoint(stage, trained, started
     source = trained[0] / "rollout.safetensors"
     options = [f"stage={stage}", f"data={data}", f"out={started}", f"weights={source}", *PLAIN]
     module = make_stage(load_config("train", TrainConfig, options), torch.device("cpu"), None, 0, 1).module
-    player = Player(source, "cpu", "fp32")
+    autoencoder, denoiser = networks(Checkpoint(source))
     made = {"autoencoder": module, "motion": getattr(module, "motion", None)}
     made = made.get(stage) or module.denoiser
-    given = {"autoencoder": player.autoencoder, "motion": player.denoiser.motion}
-    given = given.get(stage, player.denoiser).state_dict()
+    given = {"autoencoder": autoencoder, "motion": denoiser.motion}.get(stage, denoiser).state_dict()
     compared = 0
     for key, value in made.state_dict().items():
         if stage != "denoiser" or not key.startswith("motion."):  # its motion is that of the stage before
