@@ -47,15 +47,16 @@ def test_only_large_products_of_layers_are_in_8_bits():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_give_the_same_numbers(dtype):
     """For sizes that alternate, as the window's and the correction's do; inputs of another type are cast."""
+    far = 1e-5 if dtype == torch.float32 else 0  # there PyTorch takes another library
     linear, conv = nn.Linear(96, 128).to(dtype), nn.Conv2d(24, 40, 3, padding=1).to(dtype)
     for x in (torch.randn(5, 7, 96), torch.randn(2, 96)):
         made, true = PackedLinear(linear)(x), linear(x.to(dtype))
-        assert made.dtype == dtype and torch.allclose(made, true, atol=1e-5 if dtype == torch.float32 else 0)
+        assert made.dtype == dtype and torch.allclose(made, true, atol=far)
     packed = PackedConv(conv)
     for count in (4, 1, 5, 4, 1):
         x = torch.randn(count, 24, 12, 16).contiguous(memory_format=torch.channels_last)
         made, true = packed(x), conv(x.to(dtype))
-        assert made.dtype == dtype and torch.equal(made, true)
+        assert made.dtype == dtype and torch.allclose(made, true, atol=far)
         assert made.is_contiguous(memory_format=torch.channels_last)
     assert len(packed.packed) == 3
 
