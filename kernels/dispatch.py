@@ -92,11 +92,16 @@ def window_attention(
     rows: tuple[int, ...],
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """As in reference.py; in Triton straight from the pages, with nothing read on the host."""
+    """As in reference.py; in Triton straight from the pages, with nothing read on the host, or by a library
+    where the GPU's table prefers one.
+    """
     q = q.to(keys.dtype)  # a cache may be kept in another type than autocast's
     if _takes_triton(q):
         from .attention import window_attention as fused
+        from .libraries import over_pages, preferred
 
+        if _chosen == "auto" and (name := preferred(q, rows, lengths)):
+            return over_pages(name, q, keys, values, pages, rows)
         return fused(q, keys, values, pages, rows, lengths)
     return defined_attention(q, keys, values, pages, rows, lengths)
 

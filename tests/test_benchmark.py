@@ -221,3 +221,11 @@ def test_tables_are_made_from_files(tmp_path):
     with pytest.raises(ValueError, match="each once"):
         write_tables([tmp_path / "h200.json"], document)
     assert "not checked" in markdown({**RESULT, "gate": "not run"})
+
+
+def test_the_document_has_the_figures_of_the_committed_files(tmp_path):
+    document, files = ROOT / "docs" / "kernels.md", list((ROOT / "docs" / "bench").glob("*.json"))
+    copy = tmp_path / "kernels.md"
+    copy.write_text(document.read_text("utf-8"), "utf-8")
+    write_tables(files, copy)
+    assert files and copy.read_text("utf-8") == document.read_text("utf-8"), "run --table docs/bench/*.json"

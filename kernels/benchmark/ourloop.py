@@ -13,19 +13,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from .. import reference
 from ..libraries import library
 from .paper import EPS, Layer, Shape, Weights, frequencies
 from .timing import capture
-
-BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 class OurLoop:
@@ -221,7 +214,7 @@ class OurLoop:
     def _cross(self, y: Tensor, layer: Layer) -> Tensor:
         q = F.rms_norm(F.linear(y, *layer.cross_q), y.shape[-1:], layer.cross_weight, eps=EPS)
         q = q.unflatten(-1, (self.shape.heads, self.shape.dim))
-        with sdpa_kernel(BACKENDS, set_priority=True):
+        with sdpa_kernel(reference.BACKENDS, set_priority=True):
             made = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, *layer.text)))
         return F.linear(made.transpose(1, 2).flatten(2), *layer.cross_out)
 
