@@ -52,7 +52,7 @@ def preferred(q: Tensor, rows: tuple[int, ...], lengths: Tensor | None) -> str |
 def over_pages(
     name: str, q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, rows: tuple[int, ...]
 ) -> Tensor:
-    """window_attention (reference.py) by a library: pages are brought together, then a call for each group."""
+    """window_attention (reference.py) by a library: pages are gathered, and each group is a call."""
     attend, made = library(name), []
     for group, queries in enumerate(q.split(rows, 1)):
         seen = (buffer.index_select(1, pages[group]).flatten(1, 2) for buffer in (keys, values))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_rollout import game, tiny
+from test_rollout import SHAPE, close, context, game, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.rollout import Rollout
 from engine.session import Player, Session
+from engine.window import bind
 
 READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.masked_select")  # wait for a device
 
@@ -47,6 +48,25 @@ def test_every_step_is_the_same_to_the_host(changed):
     assert len(steps[0]) > 100
     assert all(step == steps[0] for step in steps[1:])
     assert not [name for name, _ in steps[0] if name.startswith(READS)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_the_model_can_be_traced_whole(kernels):
+    """One graph without a break, through the definitions and through Triton's operations: training's
+    `compile=true`, and whoever wants to look at it or carry it elsewhere.
+    """
+    pytest.importorskip("triton")
+    from engine.kernels import use
+
+    denoiser, (latents, actions, _, _) = tiny(), game(start=5)
+    memory = context(denoiser, latents, actions)
+    sigma = torch.tensor([[0.5, 0.8, 1.0]]).expand(2, 3)
+    given = torch.randn(2, 3, *SHAPE), sigma, *bind(torch.eye(3).expand(2, 3, 3), 0), 5, memory
+    with use(kernels):
+        torch.compiler.reset()
+        traced = torch.compile(denoiser, fullgraph=True, backend="aot_eager")
+        assert close(traced(*given), denoiser(*given))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,18 @@ def test_what_runs_can_be_chosen(monkeypatch):
     assert ran == ["triton" if DEVICE == "cuda" else "reference", "reference", "triton"]
     with pytest.raises(ValueError, match="must be one of auto, reference, triton"), dispatch.use("fast"):
         pass
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, taken", [("float32", 64, True), ("float64", 64, False), ("bfloat16", 24, False)]
+)
+def test_what_kernels_cannot_do_is_left_to_the_definitions(dtype, head_dim, taken):
+    x = SimpleNamespace(is_cuda=True, dtype=getattr(torch, dtype))
+    assert dispatch._takes_triton(x, head_dim) == taken
+    with dispatch.use("triton"):
+        assert dispatch._takes_triton(x, head_dim), "who asks for it is told why it cannot be"
+    with dispatch.use("reference"):
+        assert not dispatch._takes_triton(x, head_dim)
 
 
 def test_one_result_alone_has_gradients_too():
