@@ -88,7 +88,7 @@ def play_window(config: PlayConfig) -> dict[str, Any]:
     figures = loop.run().figures()
     schedule = loop.stepper.schedule
     figures |= {"first_frame_s": round(loop.first_frame_s, 2)}
-    return figures | {"late": schedule.late, "dropped": schedule.dropped}
+    return figures | {"late": schedule.late, "dropped": schedule.dropped} | loop.latency.figures()
 
 
 def main(arguments: list[str]) -> int:

@@ -95,6 +95,29 @@ class Timings:
         }
 
 
+class Latency:
+    """How long pictures took to answer: from a key's event until the first picture made under it is shown."""
+
+    def __init__(self) -> None:
+        self._took: deque[float] = deque(maxlen=KEPT)  # ms
+
+    def shown(self, pressed: float) -> None:
+        """The picture that answers a key pressed at `pressed` (perf_counter) has just been shown."""
+        self._took.append(1000 * (time.perf_counter() - pressed))
+
+    def recent(self, keys: int = 20) -> float:
+        """Median over the last keys, in ms; 0 before the first."""
+        took = list(islice(reversed(self._took), keys))
+        return float(np.median(took)) if took else 0.0
+
+    def figures(self) -> dict[str, float]:
+        """Figures for the last line, in ms; none where no key was pressed."""
+        if not self._took:
+            return {}
+        p50, p99 = np.percentile(self._took, (50, 99))
+        return {"key_to_picture_ms_p50": round(float(p50), 1), "key_to_picture_ms_p99": round(float(p99), 1)}
+
+
 def seconds_since_start() -> float:
     """Since this process was started; without /proc, since this module was imported.
 

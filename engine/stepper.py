@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ class View:
     recording: str  # directory, or empty
     slow: bool  # the recording's disk cannot keep up
     trouble: str  # what ended a recording
+    pressed: float = 0.0  # perf_counter of the first key event that this frame is the first to answer, or 0
 
 
 class Stepper:
@@ -47,6 +49,7 @@ class Stepper:
         self._open, self._read, self._notify, self._frames = open, read, notify, frames
         self._commands: queue.SimpleQueue[Callable[[Playthrough], None]] = queue.SimpleQueue()
         self._leaving = False
+        self._pressed = 0.0
         self._thread = threading.Thread(target=self._run, name="stepper", daemon=True)
         self._thread.start()
 
@@ -91,7 +94,10 @@ class Stepper:
                 command = self._commands.get(timeout=None if self.paused else self.schedule.left())
             except queue.Empty:
                 self.schedule.begin()
-                playthrough.advance(*self._read(playthrough))
+                held, events = self._read(playthrough)
+                waited = max((event["ago_ms"] for event in events if "ago_ms" in event), default=None)
+                self._pressed = 0.0 if waited is None else time.perf_counter() - waited / 1000
+                playthrough.advance(held, events)
             else:
                 command(playthrough)
                 self.schedule.restart()  # a reset takes longer than a step, and nobody waited for that step
@@ -109,5 +115,7 @@ class Stepper:
             str(recorder.directory) if recorder else "",
             bool(recorder and recorder.slow),
             str(playthrough.trouble or ""),
+            self._pressed,
         )
+        self._pressed = 0.0
         self._notify()

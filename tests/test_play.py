@@ -248,6 +248,18 @@ def test_a_window_keeps_the_worlds_pace(tiny_checkpoint, capsys):
     assert 0.5 / busy < figures["real_time_ratio"] < 1.1
 
 
+def test_the_time_from_key_to_picture_is_measured():
+    from engine.pace import Latency
+
+    latency = Latency()
+    assert latency.recent() == 0 and latency.figures() == {}
+    for ms in (40, 50, 60):
+        latency.shown(time.perf_counter() - ms / 1000)
+    assert latency.recent() == pytest.approx(50, abs=2)
+    assert latency.figures()["key_to_picture_ms_p50"] == pytest.approx(50, abs=2)
+    assert latency.recent(1) == pytest.approx(60, abs=2)
+
+
 def test_hud_leaves_the_centre_free():
     from engine.stepper import View
     from engine.ui.hud import draw_banner, draw_help, draw_hud
@@ -267,7 +279,7 @@ def test_hud_leaves_the_centre_free():
             screen.show(frame)
             plain = pygame.surfarray.array3d(screen.surface)
             view = View(frame, ("forward",), (17.5, 30.0, 41.0), "a", "runs/played/x", True, "")
-            draw_hud(screen, view, space, 75)
+            draw_hud(screen, view, space, 75, 48.0)
             draw_banner(screen, "paused")
             draw_banner(screen, "a long message " * 20, at_top=False)
             if scale == 6:  # in a very small window the help may cover what it must
@@ -399,6 +411,7 @@ def test_a_real_window(window, tmp_path):
     assert window.process.returncode == 0, wrong
     figures = json.loads(said.splitlines()[-1])
     assert 0.4 < figures["real_time_ratio"] < 1.1 and figures["first_frame_s"] < 20
+    assert 1 < figures["key_to_picture_ms_p50"] < 400, "some of a frame's time, and a step of the game"
     screenshot = load_picture(next((tmp_path / "runs" / "played").glob("*.png")))
     assert screenshot.shape == (384, 512, 3) and screenshot.std() > 5
     recording = Recording(window.record)

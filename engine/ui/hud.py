@@ -28,11 +28,14 @@ def functions_of(space: ActionSpace | None) -> dict[str, str]:
     return {key: name for name, keys, _ in FUNCTIONS for key in keys if key not in taken}
 
 
-def draw_hud(screen: Screen, view: View, space: ActionSpace, recorded: float) -> None:
-    """Rate and step time, the keys as the engine sees them, and the recording light with its seconds."""
+def draw_hud(screen: Screen, view: View, space: ActionSpace, recorded: float, latency: float) -> None:
+    """Rate, step time and how long keys took to be seen, the keys as the engine sees them, and the recording
+    light with its seconds.
+    """
     em, (across, down) = screen.em, screen.surface.get_size()
     fps, p50, p99 = view.rates
     words = f"{fps:4.1f} fps    {p50:.0f} ms    p99 {p99:.0f} ms" if fps else "starting"
+    words += f"    key {latency:.0f} ms" if latency else ""
     width, height = screen.text_size(words, 0.85)
     screen.panel(pygame.Rect(em // 2, em // 2, width + em, height + em // 2))
     screen.text(words, (em, em // 2 + em // 4), size=0.85)

@@ -11,10 +11,10 @@ import numpy as np
 import pygame
 
 from ..config import PlayConfig, UserError
-from ..pace import seconds_since_start
+from ..pace import Latency, seconds_since_start
 from ..picture import save_picture
 from ..playthrough import Playthrough
-from ..stepper import Stepper
+from ..stepper import Stepper, View
 from .hud import draw_banner, draw_help, draw_hud, draw_loading, functions_of
 from .keys import HeldKeys, actions_of, check_bindings, scancode_name
 from .screen import Screen
@@ -33,6 +33,8 @@ class Loop:
         self.config, self.keys = config, HeldKeys()
         self.hud, self.help, self.leaving = config.hud, False, False
         self.first_frame_s = 0.0
+        self.latency = Latency()
+        self._answered: View | None = None  # whose key has been counted
         self._began = time.perf_counter()
         self._message, self._message_until = "", 0.0
         self._recording, self._recording_since, self._trouble = "", 0.0, ""
@@ -194,7 +196,8 @@ class Loop:
         game = self.stepper.playthrough.game
         self.screen.show(view.frame)
         if self.hud:
-            draw_hud(self.screen, view, game.action_space, now - self._recording_since)
+            recorded = now - self._recording_since
+            draw_hud(self.screen, view, game.action_space, recorded, self.latency.recent())
         if self.stepper.paused:
             draw_banner(self.screen, "paused — Escape goes on, F10 leaves")
         if self._message:
@@ -202,3 +205,7 @@ class Loop:
         if self.help:
             draw_help(self.screen, game.world.name.replace("_", " "), game.action_space)
         self.screen.flip()
+        if view is not self._answered:
+            self._answered = view
+            if view.pressed:
+                self.latency.shown(view.pressed)
