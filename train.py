@@ -1,8 +1,8 @@
 """Trains everything: python train.py stage=NAME [name=value ...]
 
-Stages: collect, autoencoder, motion, denoiser, rollout, evaluate. Each reads what the one before it wrote, in
-this order, takes max_minutes=M and goes on where it was stopped. Besides: frontier times networks of several
-sizes here, precision times a checkpoint in each precision and compares the pictures.
+Stages: collect, autoencoder, motion, denoiser, rollout, distill, evaluate. Each reads what the one before it
+wrote, in this order, takes max_minutes=M and goes on where it was stopped. Besides: frontier times networks
+of several sizes here, precision times a checkpoint in each precision and compares the pictures.
 Often used options:
   world=NAME        which game: doom_gathering doom_arena doom_defend doom_home gym (with world.id=...)
   preset=NAME       toy (seconds) · laptop (overnight on 2 cores) · gpu (under 25 minutes on one big GPU)
@@ -55,7 +55,10 @@ class Training:
         self.module = self.stage.module.to(self.device)
         self.optimiser = optim.Optimiser(self.module, self.pace)
         self.average = optim.moving_average(self.module, self.pace.ema)
-        self.runner = DistributedDataParallel(self.module) if ranks > 1 else self.module
+        turns = config.stage == "distill"  # in which some weights have no gradient, on all processes alike
+        self.runner = (
+            DistributedDataParallel(self.module, find_unused_parameters=turns) if ranks > 1 else self.module
+        )
         if config.compile:
             self.runner = torch.compile(self.runner)
         self.step, self.seconds = 0, 0.0

@@ -8,7 +8,8 @@ from typing import Any
 POLICIES = ("keyboard", "scripted", "random", "idle", "spin", "walls")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
 KERNELS = ("auto", "reference", "triton")
-STAGES = ("collect", "autoencoder", "motion", "denoiser", "rollout", "evaluate", "frontier", "precision")
+TRAINED = ("autoencoder", "motion", "denoiser", "rollout", "distill")
+STAGES = ("collect", *TRAINED, "evaluate", "frontier", "precision")
 
 
 class UserError(Exception):
@@ -135,6 +136,13 @@ class StageConfig:
     plain_share: float = 0.2  # stage rollout: share of iterations that stay plain
     adversarial: float = 0.5  # stage rollout: weight of the discriminator's judgement
     judge: int = 64  # stage rollout: channels of the discriminator
+    critic_turns: int = 3  # stage distill: iterations for the critic before each one for the student
+    matching: float = 1.0  # stage distill: weight of the distribution's gradient
+    regression: float = 0.1  # stage distill: weight of the true frames; more of it obeys less
+    guidance: float = 0.5  # stage distill: how far the teacher is pushed away from what it says without keys
+    alone_share: float = 0.5  # stage distill: share of iterations in which leaving frames are denoised alone
+    far_share: float = 0.25  # stage distill: share of games that have gone on before they are scored, for
+    far: int = 200  # up to so many frames of their own
     frames: int = 40_000  # stage autoencoder: frames kept in memory
 
 
@@ -151,7 +159,9 @@ class TrainConfig:
     out: str = "runs/model"  # checkpoints, metrics and pictures
     checkpoint: str = ""  # evaluate: which one; empty takes out's newest
     weights: str = ""  # training: checkpoint whose weights a stage starts from; empty starts from nothing
+    teacher: str = ""  # distill: checkpoint of the teacher; empty takes out's denoiser, or else weights
     unseen: bool = False  # evaluate: all of data is new to the network, not only what training held out
+    quick: bool = False  # evaluate: fewer trials and games of a minute, under three minutes on two cores
     frames: int = 200_000  # collect: how many; evaluate: frames per game
     workers: int = 0  # collect: processes; 0 takes one per core
     lossless: bool = False  # collect: store pixels exactly
@@ -173,7 +183,7 @@ class TrainConfig:
         if self.stage not in STAGES:
             raise UserError(f"There is no stage {self.stage!r}; choose one of {', '.join(STAGES)}.")
         _check_arithmetic(self.precision, self.kernels)
-        if self.precision in ("fp16", "fp8") and self.stage not in STAGES[5:]:
+        if self.precision in ("fp16", "fp8") and self.stage in ("collect", *TRAINED):
             raise UserError(f"precision={self.precision} is for play and evaluation; train in bf16.")
 
     def pace(self) -> StageConfig:

@@ -19,6 +19,7 @@ from .config import DenoiserConfig, ModelConfig, TrainConfig, UserError
 from .dataset import Batches, LatentsCache, Segments, load_frames, split
 from .denoiser import Denoiser, make_motion
 from .device import autocast
+from .distillation import DistillLoss, shortened
 from .losses import MotionLoss, PlainLoss, RolloutLoss, compute_dtype
 from .picture import grid
 from .recording import find_recordings
@@ -28,6 +29,7 @@ SOURCES = {
     "motion": "autoencoder",
     "denoiser": "motion",
     "rollout": "denoiser",
+    "distill": "rollout",
 }  # whose networks a stage reads
 LICENCE = "Weights and start frames derive from ViZDoom (MIT) with Freedoom art (BSD-3-Clause); see NOTICE."
 
@@ -96,14 +98,19 @@ class LatentsStage(ABC):
         self.config, self.device, self.dtype = config, device, dtype
         self.names = tuple(config.world.keys)
         before = Path(config.out) / f"{SOURCES[config.stage]}.safetensors"
-        self.before = Checkpoint(config.weights if config.weights and config.stage == "rollout" else before)
+        if config.stage == "distill" and not before.exists():  # own history is no must
+            before = Path(config.out) / f"{SOURCES['rollout']}.safetensors"
+        own = config.stage in ("rollout", "distill")  # history, so all networks are there
+        self.before = Checkpoint(config.weights if config.weights and own else before)
         if list(self.before.world.keys) != list(config.world.keys):
             said = f"{self.before.path} was trained for {self.before.world.name}"
             said = f"{said}, whose keys {config.world.name} has not"
             raise UserError(f"{said}; give another out=DIR, or world={self.before.world.name}.")
         made, denoiser = self.before.model, config.model.denoiser
-        if config.stage == "rollout":  # whose weights are there; how they are used may change
-            denoiser = replace(made.denoiser, ladder=denoiser.ladder, correction=denoiser.correction)
+        if own:  # how the weights that are there are used may change
+            window = denoiser.window if config.stage == "distill" else made.denoiser.window
+            changes = {"window": window, "ladder": denoiser.ladder, "correction": denoiser.correction}
+            denoiser = replace(made.denoiser, **changes)
         self.model = ModelConfig(made.autoencoder, denoiser)
         self.autoencoder = Autoencoder(self.model.autoencoder).to(device).eval().requires_grad_(False)
         self.before.load_into("autoencoder", self.autoencoder)
@@ -190,29 +197,36 @@ class DenoiserStage(LatentsStage):
 
     def __init__(self, *given):
         super().__init__(*given)
-        config, rolled = self.config, self.config.stage == "rollout"
         self.shown = Batches(Segments(self.caches[1], min(64, self.caches[1].longest()), self.names), 6, 0)
-        shape = self.model.autoencoder.latent_shape(config.world)
-        denoiser = Denoiser(self.model.denoiser, len(self.names), *shape, self.autoencoder)
-        if rolled:
+        self.module = self.loss()
+
+    def loss(self) -> nn.Module:
+        """The networks and what they minimise."""
+        config, denoiser = self.config, self.fresh(self.model.denoiser)
+        if config.stage == "rollout":
             self.before.load_into("denoiser", denoiser)
-        else:
-            if config.weights:
-                Checkpoint(config.weights).load_into("denoiser", denoiser)
-            self.before.load_into("motion", denoiser.motion)
-        self.module = (RolloutLoss if rolled else PlainLoss)(denoiser, config.pace())
+            return RolloutLoss(denoiser, config.pace())
+        if config.weights:
+            Checkpoint(config.weights).load_into("denoiser", denoiser)
+        self.before.load_into("motion", denoiser.motion)
+        return PlainLoss(denoiser, config.pace())
+
+    def fresh(self, config: DenoiserConfig) -> Denoiser:
+        """A denoiser for this world that knows nothing yet."""
+        shape = self.model.autoencoder.latent_shape(self.config.world)
+        return Denoiser(config, len(self.names), *shape, self.autoencoder)
 
     def segment(self) -> tuple[int, int]:
-        pace, sizes = self.config.pace(), self.model.denoiser
-        unrolled = pace.lead + pace.unroll - 1 if self.config.stage == "rollout" else 0
+        pace, sizes, stage = self.config.pace(), self.model.denoiser, self.config.stage
+        unrolled = {"rollout": pace.lead + pace.unroll - 1, "distill": pace.unroll - 1}.get(stage, 0)
         length = max(shortest(sizes) + unrolled, pace.clip)
         return length, length - sizes.sink - sizes.recent
 
-    def trained(self, module: PlainLoss) -> dict[str, nn.Module]:
+    def trained(self, module: PlainLoss | DistillLoss) -> dict[str, nn.Module]:
         return {"denoiser": module.denoiser}
 
     @torch.no_grad()
-    def picture(self, module: PlainLoss) -> np.ndarray:
+    def picture(self, module: PlainLoss | DistillLoss) -> np.ndarray:
         """Held-out games: every third true frame above the one that the model makes of the same start and
         keys.
         """
@@ -230,6 +244,38 @@ class DenoiserStage(LatentsStage):
         return grid([row for pair in zip(*rows, strict=True) for row in pair])
 
 
+class DistillStage(DenoiserStage):
+    """Goes on from the weights of either with a teacher and a critic, both of which are at first the teacher
+    checkpoint's; only the student is saved.
+    """
+
+    def loss(self) -> DistillLoss:
+        made = self.fresh(self.before.model.denoiser)
+        self.before.load_into("denoiser", made)
+        student = shortened(made, self.fresh(self.model.denoiser))
+        source = self._teacher()
+        teacher, critic = (self.fresh(source.model.denoiser) for _ in range(2))
+        for network in (teacher, critic):
+            source.load_into("denoiser", network)
+        return DistillLoss(student, teacher, critic, self.config.pace())
+
+    def _teacher(self) -> Checkpoint:
+        """Its checkpoint, whose latents and history must be the student's."""
+        own = Path(self.config.out) / "denoiser.safetensors"
+        before = self.before.path if self.config.weights or not own.exists() else own
+        source = Checkpoint(self.config.teacher or before)
+        autoencoder = Autoencoder(source.model.autoencoder)
+        source.load_into("autoencoder", autoencoder)
+        mine, its = self.model.denoiser, source.model.denoiser
+        same = weights_digest(autoencoder) == weights_digest(self.autoencoder)
+        if not same or (mine.sink, mine.recent) != (its.sink, its.recent) or its.window < mine.window:
+            said = (
+                f"{source.path} cannot teach {self.before.path}, as its autoencoder, sink, recent or window"
+            )
+            raise UserError(f"{said} is another; give teacher=FILE, trained in the same out=DIR.")
+        return source
+
+
 def shortest(config: DenoiserConfig) -> int:
     """Frames of the shortest segment that holds a window and all that it looks at."""
     return config.sink + config.recent + config.window
@@ -237,5 +283,5 @@ def shortest(config: DenoiserConfig) -> int:
 
 def make_stage(config: TrainConfig, device: torch.device, dtype: torch.dtype | None, rank: int, ranks: int):
     """The stage that `config.stage` names, with its data open."""
-    kinds = {"autoencoder": AutoencoderStage, "motion": MotionStage}
+    kinds = {"autoencoder": AutoencoderStage, "motion": MotionStage, "distill": DistillStage}
     return kinds.get(config.stage, DenoiserStage)(config, device, dtype, rank, ranks)

@@ -1,0 +1,51 @@
+"""Clips: held-out recordings as a source of true frames and the actions that caused them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import UserError
+from ..recording import Recording
+from ..session import Player
+
+
+class Clips:
+    """Held-out recordings as a source of true clips: frames, and the actions that caused them."""
+
+    def __init__(self, recordings: list[Recording], player: Player):
+        self.recordings = recordings
+        for recording in recordings:
+            if list(recording.names) != list(player.world.keys):
+                raise UserError(
+                    f"{recording.directory} has other keys than {player.checkpoint.path} was trained on."
+                )
+
+    def places(self, length: int) -> list[tuple[int, int]]:
+        """All (recording, start) whose `length` frames lie in one episode."""
+        runs = ((i, a, b) for i, r in enumerate(self.recordings) for a, b in r.episodes())
+        return [(i, start) for i, a, b in runs for start in range(a, b - length + 1)]
+
+    def choose(
+        self, places: list[tuple[int, int]], count: int, length: int, seed: int
+    ) -> tuple[np.ndarray, Tensor]:
+        """`count` of the places at random → frames uint8 (b, length, h, w, 3), actions (b, length, k)."""
+        if not places:
+            raise UserError(
+                f"No held-out episode has the {length} frames needed; collect more (stage=collect)."
+            )
+        picked = np.random.default_rng(seed).permutation(len(places))[:count]
+        chosen = [places[i] for i in sorted(picked)]
+        frames = np.stack([self.recordings[i].frames(start, start + length) for i, start in chosen])
+        actions = np.stack([self.recordings[i].actions[start : start + length] for i, start in chosen])
+        return frames, torch.from_numpy(actions)
+
+    def sample(self, count: int, seed: int, run: int = 32, every: int = 4) -> np.ndarray:
+        """About `count` true frames, uint8 (n, h, w, 3): every fourth of short runs, since each run costs a
+        search in the video.
+        """
+        places = self.places(run) or self.places(1)
+        length = run if self.places(run) else 1
+        frames, _ = self.choose(places, -(-count * every // length), length, seed)
+        return frames[:, ::every].reshape(-1, *frames.shape[2:])[:count]

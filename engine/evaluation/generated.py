@@ -1,0 +1,78 @@
+"""The generated world: true histories go on inside the network, many side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..autoencoder import to_bytes
+from ..denoiser import Denoiser
+from ..device import autocast
+from ..rollout import Rollout
+from ..session import Player
+
+BATCH = 32  # games that are played at once
+
+
+@torch.inference_mode()
+def roll(
+    player: Player, frames: np.ndarray, actions: Tensor, seed: int | Tensor, name: str = "roll"
+) -> np.ndarray:
+    """Plays `actions` (b, t, k) from the first true frames (b, t, h, w, 3) → the generated rest, uint8. With
+    one `seed` game i gets seed + i; counterfactuals that are to have the same noise give seeds (b,).
+    """
+    seeds = seed if isinstance(seed, Tensor) else torch.arange(len(frames)) + seed
+    start = player.denoiser.config.sink + player.denoiser.config.recent
+    total = len(frames) * (actions.shape[1] - start)
+    made = []
+    with tqdm(total=total, desc=name, unit="frame", disable=None) as progress:
+        for at in range(0, len(frames), BATCH):
+            part = slice(at, at + BATCH)
+            made.append(_roll(player, frames[part, :start], actions[part], seeds[part], progress))
+    return np.concatenate(made)
+
+
+def _roll(player: Player, frames: np.ndarray, actions: Tensor, seeds: Tensor, progress: tqdm) -> np.ndarray:
+    rollout = Rollout(player.denoiser, len(frames), player.dtype or torch.float32)
+    latents = torch.cat([player.encode(clip) for clip in frames])
+    actions, start = actions.to(player.device), frames.shape[1]
+    made = []
+    with autocast(player.device, player.dtype):
+        rollout.reset(latents, actions[:, :start], seeds.to(player.device))
+        for action in actions[:, start:].unbind(1):
+            rollout.step(action)
+            made.append(to_bytes(rollout.picture).permute(0, 2, 3, 1).cpu().numpy())
+            progress.update(len(frames))
+    return np.stack(made, 1)
+
+
+@torch.inference_mode()
+def moved(player: Player, frames: np.ndarray, actions: Tensor) -> np.ndarray:
+    """First guesses at what follows true frames (b, t, h, w, 3) under the actions (b, t + 1, k), uint8: the
+    last frame moved, and nothing drawn.
+    """
+    denoiser = player.denoiser
+    latents = torch.cat([player.encode(clip[-2:]) for clip in frames])
+    actions = actions.to(player.device)[:, -denoiser.config.momentum - 1 :]
+    with autocast(player.device, player.dtype):
+        guess = denoiser.motion(latents, actions[:, :-1], actions[:, -1:]).mean[:, 0]
+    return player.decode(guess)
+
+
+@contextmanager
+def played_with(denoiser: Denoiser, commit_position: int, correction: float) -> Iterator[None]:
+    """Rollouts made inside bind actions at another commit position and correct otherwise than the checkpoint
+    says.
+    """
+    own = denoiser.config
+    denoiser.config = replace(own, commit_position=commit_position, correction=correction)
+    try:
+        yield
+    finally:
+        denoiser.config = own

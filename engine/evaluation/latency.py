@@ -1,0 +1,166 @@
+"""Latency: one key changes, and nothing else; how soon does the picture answer, and how fully?
+
+Two games of the same state and the same noise part only in the key, so all that differs is the answer. It
+counts as far as it goes the way of the true world's own answer, whose two games part in the same frame: that
+a frame is drawn anew is no answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .branches import State, starts
+from .control import alternatives
+from .generated import played_with, roll
+from .measures import difference, flat
+from .plots import draw_responses
+from .section import Scope, Section, skipped
+
+AFTER = 8  # frames that the answer is followed
+VISIBLE = 1.0  # grey levels of the coarse picture by which the true world must have answered
+FIRST = 0.1  # share of the true answer at the same frame
+SHARES = {"half": 0.5, "full": 0.9}  # of the strength that an answer reaches
+SPAN = 3  # frames over which that is taken
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How actions are bound, and whether the leaving frame is corrected (level 0: never)."""
+
+    commit_position: int
+    correction: float
+
+    def name(self, window: int) -> str:
+        bound = "frozen" if self.commit_position == window - 1 else f"c{self.commit_position}"
+        return f"{bound}_{'corrected' if self.correction else 'plain'}"
+
+
+def settings(window: int, correction: float) -> list[Setting]:
+    """Commit positions 0, 1, 2 and the window's last, at which actions are frozen at entry; each with
+    correction and without.
+    """
+    positions = sorted({min(c, window - 1) for c in (0, 1, 2)} | {window - 1})
+    return [Setting(c, level) for level in (correction, 0.0) for c in positions]
+
+
+def latency(scope: Scope, step_ms: float) -> Section:
+    """Frames from a key to the first visible answer, to half and to all of the true one, as the checkpoint
+    plays and at all settings; `step_ms` is what a step takes.
+    """
+    if scope.truth is None:
+        return skipped("Latency", scope)
+    section = Section("Latency")
+    found = scope.truth.gather(scope.size.flips, scope.seed + 2, lambda n, s: _plan(scope, n, s), "latency")
+    if not found:
+        section.say("No state was found in which a key changes the true picture.")
+        return section
+    config = scope.player.denoiser.config
+    own = Setting(config.commit_position, config.correction)
+    every = settings(config.window, config.correction or type(config)().correction)
+    true = np.stack([one.frames for one in found])  # (flips, 2, t, h, w, 3)
+    answers = {}
+    for setting in [own, *(s for s in every if s != own)]:
+        with played_with(scope.player.denoiser, setting.commit_position, setting.correction):
+            made = roll(scope.player, *starts(found, scope.seed), f"latency {setting.name(config.window)}")
+        answers[setting] = answer(made.reshape(true.shape), true)
+    seen = difference(true[:, 0], true[:, 1]) >= VISIBLE  # (flips, t)
+    times = {setting: summary(made, seen) for setting, made in answers.items()}
+    _figures(section, times, own, config.window, scope.player.world.fps, step_ms)
+    section.figures["latency_strength"] = float(np.median(strength(answers[own])))
+    section.figures["latency_half_true_frames"] = float(np.median(frames_until(answers[own], seen, 0.5)))
+    section.figures["latency_true_first"] = float(np.median(seen.argmax(1) + 1))
+    section.round()
+    _tell(section, times, own, config.window, len(found), step_ms, scope.player.world.fps)
+    curves = {s.name(config.window): np.median(made, 0) for s, made in answers.items()}
+    draw_responses(scope.folder / "latency.png", curves, own.name(config.window))
+    section.show("latency.png", "Median size of the answer, in shares of the true world's at the same frame")
+    return section
+
+
+def _plan(scope: Scope, number: int, state: State) -> np.ndarray | None:
+    """Two action lists (2, t, k): the state's keys held on, and changed to others (by turns none, and each
+    alone); none if the true world hardly answers.
+    """
+    keys = alternatives(len(scope.truth.space))
+    others = [key for key in np.roll(keys, -1 - number, 0) if not np.array_equal(key, state.actions[-1])]
+    actions = np.repeat(np.stack([state.actions[-1], others[0]])[:, None], AFTER, 1)
+    branches = scope.truth.branch(state, actions)
+    if branches is None:
+        return None
+    apart = difference(*branches.frames)
+    return actions if apart[-1] >= 4 * VISIBLE and apart[: AFTER // 2].max() >= VISIBLE else None
+
+
+def answer(made: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Pairs of games (n, 2, t, h, w, 3) → how far the generated ones part the way of the true ones, in shares
+    of these, (n, t).
+    """
+    change, truth = (flat(pair[:, 1]) - flat(pair[:, 0]) for pair in (made, true))  # (n, t, d)
+    return (change * truth).sum(-1) / np.maximum(np.square(truth).sum(-1), 1e-9)
+
+
+def strength(made: np.ndarray) -> np.ndarray:
+    """Answers (n, t) in shares of the true ones → the most that each reaches over `SPAN` frames (n,). Not
+    what it ends at: as the two worlds go apart, even a right answer is less and less along the true one.
+    """
+    return np.lib.stride_tricks.sliding_window_view(made, SPAN, 1).mean(-1).max(1)
+
+
+def frames_until(made: np.ndarray, seen: np.ndarray, share: float | np.ndarray) -> np.ndarray:
+    """Answers (n, t) in shares of the true ones, and where these can be seen → frames from the first of
+    these, which is 1, to the first at which an answer has the share; one more than were followed where none
+    has.
+    """
+    enough = (made >= share) & seen
+    return np.where(enough.any(1), enough.argmax(1) - seen.argmax(1) + 1, made.shape[1] + 1)
+
+
+def summary(made: np.ndarray, seen: np.ndarray) -> dict[str, float]:
+    """Median frames to the first answer, and to half and nine tenths of the strength that it reaches; what
+    stays below a first answer's share has not answered.
+    """
+    reached = strength(made)[:, None]
+    reached = np.where(reached >= FIRST, reached, np.inf)
+    levels = {"first": FIRST} | {name: share * reached for name, share in SHARES.items()}
+    return {name: float(np.median(frames_until(made, seen, level))) for name, level in levels.items()}
+
+
+def _figures(
+    section: Section, times: dict[Setting, dict], own: Setting, window: int, fps: float, step_ms: float
+) -> None:
+    for name, value in times[own].items():
+        section.figures[f"latency_{name}_frames"] = value
+    # a key goes down half a frame before the next step, on average; that step's picture is shown when it ends
+    waiting = (times[own]["first"] - 1 + 0.5) * 1000 / fps
+    section.figures["latency_ms"] = waiting + step_ms
+    for setting, found in times.items():
+        for name, value in found.items():
+            section.figures[f"latency_{setting.name(window)}_{name}"] = value
+
+
+def _tell(
+    section: Section, times: dict, own: Setting, window: int, flips: int, step_ms: float, fps: float
+) -> None:
+    f = section.figures
+    section.say(
+        f"{flips} key changes in true states, each against the same game without it, with the same noise. "
+        "The answer is the change of the picture along the true one, in shares of it. Frames are counted "
+        f"from the first at which the true world visibly answers (by {VISIBLE:g} grey level), which is 1; "
+        f"medians: first answer ({FIRST:g} of the true one), half and full (0.5 and 0.9 of the strength that "
+        "it reaches, as its delay is one thing and how pale its pictures are another). The checkpoint's "
+        f"own setting is {own.name(window)}; its answers reach {f['latency_strength']:.2f} of the true "
+        f"ones, half of which are reached after {f['latency_half_true_frames']:g}. A key waits half a frame "
+        f"for the next step on average, so its first answer is seen after ({times[own]['first']:g} - ½) x "
+        f"{1000 / fps:.0f} ms + {step_ms:.0f} ms = {f['latency_ms']:.0f} ms."
+    )
+    rows = []
+    for setting, found in times.items():
+        c = setting.commit_position
+        bound = f"{c}, frozen at entry" if c == window - 1 else str(c)
+        level = f"{setting.correction:g}" if setting.correction else "off"
+        own_mark = " (own)" if setting == own else ""
+        rows.append([bound + own_mark, level, *(f"{found[name]:g}" for name in found)])
+    section.table(["commit position", "correction", "first", "half", "full"], rows)
+    section.say(f"{AFTER + 1} means that it did not come within {AFTER} frames.")

@@ -1,0 +1,87 @@
+"""Figures of pictures, uint8 (n, h, w, 3): how alike, how sharp, how much in motion, shifted by how much."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+
+POOL = 4  # pixels a side that a difference of views is averaged over: grain must not hide it
+EQUAL = 78.0  # decibels: an error of a thousandth of a squared grey level
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio, decibels; of equal pictures `EQUAL`."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    each = peak_signal_noise_ratio(_pixels(a), _pixels(b), 255.0, reduction="none", dim=(1, 2, 3))
+    return float(each.clamp_max(EQUAL).mean())
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over pictures of the structural similarity (Wang et al., 2004), 1 where they are equal."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    return float(structural_similarity_index_measure(_pixels(a), _pixels(b), data_range=255.0))
+
+
+def _pixels(frames: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+
+
+def sharpness(frames: np.ndarray) -> float:
+    """Mean absolute difference of neighbouring pixels, in grey levels."""
+    pixels = frames.astype(np.float32)
+    return float(np.abs(np.diff(pixels, axis=1)).mean() + np.abs(np.diff(pixels, axis=2)).mean())
+
+
+def motion(frames: np.ndarray) -> float:
+    """Mean absolute difference of consecutive frames, in grey levels; of one frame none."""
+    if len(frames) < 2:
+        return 0.0
+    return float(np.abs(np.diff(frames.astype(np.float32), axis=0)).mean())
+
+
+def coarse(frames: np.ndarray) -> np.ndarray:
+    """(..., h, w, 3) → averaged over squares of `POOL` pixels, float32 (..., h', w', 3)."""
+    shape = frames.shape
+    small = reduce(
+        frames.reshape(-1, *shape[-3:]).astype(np.float32),
+        "n (h p) (w q) c -> n h w c",
+        "mean",
+        p=POOL,
+        q=POOL,
+    )
+    return small.reshape(*shape[:-3], *small.shape[1:])
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How far two views are apart, grey levels of the coarse pictures: (..., h, w, 3) twice → (...)."""
+    return np.abs(coarse(a) - coarse(b)).mean((-3, -2, -1))
+
+
+def flat(frames: np.ndarray) -> np.ndarray:
+    """Coarse pictures as vectors: (..., h, w, 3) → (..., d)."""
+    return rearrange(coarse(frames), "... h w c -> ... (h w c)")
+
+
+def horizontal_flow(a: np.ndarray, b: np.ndarray, reach: int = 16) -> float:
+    """Shift in pixels, to the right, that best lays picture a over b, both uint8 (h, w, 3); 0 where nothing
+    is seen.
+
+    Turning moves the whole picture sideways, so one global shift by block matching is enough, and needs no
+    library.
+    """
+    a, b = (x.astype(np.float32).mean(-1) for x in (a, b))  # (h, w)
+    width = a.shape[1]
+    costs = [
+        np.abs(a[:, max(0, -d) : width - max(0, d)] - b[:, max(0, d) : width + min(0, d)]).mean()
+        for d in range(-reach, reach + 1)
+    ]
+    best = int(np.argmin(costs))
+    return float(best - reach) if costs[best] < 0.9 * costs[reach] else 0.0
+
+
+def flows(frames: np.ndarray) -> np.ndarray:
+    """Horizontal flow between consecutive frames (n, h, w, 3) → (n - 1,), pixels."""
+    return np.array([horizontal_flow(a, b) for a, b in zip(frames, frames[1:], strict=False)])

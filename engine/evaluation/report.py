@@ -1,0 +1,33 @@
+"""The report: one Markdown page with the tables and pictures of all parts, and the figures as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from .section import Section
+
+REPORT, FIGURES = "report.md", "figures.json"
+
+
+def write_report(
+    folder: Path, headline: str, sections: list[Section], figures: dict, shown: list[str]
+) -> None:
+    """Writes both files into the folder, beside the pictures that are there; the page begins with the figures
+    `shown`.
+    """
+    lines = ["# Evaluation", "", headline, ""]
+    lines += ["| figure | value |", "| --- | ---: |"]
+    lines += [f"| {name} | {figures[name]} |" for name in shown]
+    lines += ["", f"All figures: [{FIGURES}]({FIGURES})"]
+    for section in sections:
+        lines += ["", f"## {section.title}", "", *section.lines]
+    _write(folder / REPORT, "\n".join(lines).rstrip() + "\n")
+    _write(folder / FIGURES, json.dumps(figures, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_suffix(".tmp")
+    beside.write_text(text, "utf-8")
+    os.replace(beside, path)
