@@ -39,6 +39,9 @@ class TrueGame:
     def choose_next(self) -> None:
         """Nothing: the next seed is the next start."""
 
+    def prepare(self) -> None:
+        """Nothing: a simulator is quick."""
+
     def step(self, action: np.ndarray) -> np.ndarray:
         """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
         return self._world.step(action)
@@ -93,6 +96,10 @@ class Dream:
         names = [path.name for path in self._shipped]
         if names:
             self.start = names[(names.index(self.start) + 1) % len(names) if self.start in names else 0]
+
+    def prepare(self) -> None:
+        """Does what can be done before it is known which keys are held next."""
+        self._session.prepare()
 
     def step(self, action: np.ndarray) -> np.ndarray:
         """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""

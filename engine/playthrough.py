@@ -42,6 +42,7 @@ class Playthrough:
         began = replay.first() if replay else {}
         self.seed = config.seed or began.get("seed", 0)
         self._age = 0  # frames since the last reset
+        self._ahead = 0.0  # seconds already spent on the next step
         self.recorder: Recorder | None = None
         self.frame = game.reset(self.seed, config.start or began.get("start", ""))
         self.action = np.zeros(len(game.action_space), np.float32)
@@ -78,18 +79,25 @@ class Playthrough:
         action = np.zeros_like(self.action) if held is None else held
         if self.policy and not action.any() and not self.over:
             action = self.policy(self.game.state(), self.game.action_space)
-        start = time.perf_counter()
+        start = time.perf_counter() - self._ahead  # a step costs what was done of it before, too
+        self._ahead = 0.0
         self.frame, self.action = self.game.step(action), action
         self._age += 1
         self._keep(events, reset=False)
         self.timings.add(start)
+
+    def prepare(self) -> None:
+        """Does what can be done of the next step before it is known which keys it is for."""
+        start = time.perf_counter()
+        self.game.prepare()
+        self._ahead += time.perf_counter() - start
 
     def reset(self, seed: int | None = None, start: str = "", events: Sequence = ()) -> None:
         """Starts the next game: with the next seed, from the chosen start, unless told otherwise."""
         self.seed = self.seed + 1 if seed is None else seed
         self.frame = self.game.reset(self.seed, start)
         self.action = np.zeros_like(self.action)
-        self._age = 0
+        self._age, self._ahead = 0, 0.0
         self.timings.interrupt()
         self._keep([*events, *self._reset_event()], reset=True)
 

@@ -19,6 +19,11 @@ class Rollout:
     keeps its noise on its way through the window: noise drawn anew at each level would wash out the texture
     that the levels before have drawn (docs/log.md).
 
+    The window is denoised ahead, under the keys held before, while nobody knows yet which come (`prepare`).
+    When they are others, the leaving frame is sent back to a high level and denoised alone under the true
+    ones before it is shown, and so are the frames that were in flight at the change, each as it leaves:
+    denoised further, what they had become under the old keys would show (docs/log.md).
+
     A finished frame is committed along with the next window (`folded`), or in a pass of its own before it,
     as training does, whose gradients must not flow into it; the numbers are the same. All state stays where
     it is from step to step, and what decides a step's course is known to the host, so a step can be captured.
@@ -37,6 +42,8 @@ class Rollout:
         self.level = torch.zeros(c.window, dtype=torch.int64, device=device)
         self.seed = torch.zeros(batch, dtype=torch.int64, device=device)
         self.held = torch.zeros(batch, denoiser.keys, device=device)
+        self.since = torch.zeros(batch, dtype=torch.int64, device=device)  # frames since the keys changed
+        self.ahead: Tensor | None = None  # the window's estimates under `held`, where they are made already
         # the last finished frame in float pixels (b, 3, h, w); it is shown, and moved next
         self.picture: Tensor | None = None
 
@@ -63,6 +70,8 @@ class Rollout:
         self._place_sink()
         self._paint()
         self.held.copy_(actions[:, -1])
+        self.since.fill_(self.config.window)
+        self.ahead = None
         self.window.reset(self.held)
         guess = self.guess(self.held)
         for filled in range(self.config.window - 1):
@@ -70,12 +79,21 @@ class Rollout:
             self.window.update(self._denoise(self.held, sigma, guess=guess))
 
     @torch.no_grad()
-    def step(self, action: Tensor, changed: bool | None = None) -> Tensor:
-        """Holds the keys (b, k) for one frame → the finished frame's latents (b, c, y, x). `changed`: whether
-        any of them are others than before; looked up on the device unless given.
+    def step(self, action: Tensor, stale: bool | None = None) -> Tensor:
+        """Holds the keys (b, k) for one frame → the finished frame's latents (b, c, y, x). `stale`: whether
+        this frame is sent back, in any of the games; looked up on the device unless given.
         """
-        guess = self.guess(action)
-        return self.advance(self.predict(action, guess=guess), action, guess, changed)
+        if not self.config.correction:  # nothing could make up for what was denoised under other keys
+            return self.advance(self.predict(action), action)
+        self.prepare()
+        clean, self.ahead = self.ahead, None
+        return self.advance(clean, action, stale=stale)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Denoises the next window under the keys held now; to be called when there is time."""
+        if self.ahead is None and self.config.correction:
+            self.ahead = self.predict(self.held)
 
     def predict(self, action: Tensor, clean: Tensor | None = None, guess: Guess | None = None) -> Tensor:
         """Bind, noise, denoise: the window's clean estimates (b, w, c, y, x) under the newest keys (b, k).
@@ -88,21 +106,27 @@ class Rollout:
     @torch.no_grad()
     def guess(self, action: Tensor) -> Guess:
         """The window's first guesses (b, w, c, y, x) under the newest keys (b, k)."""
-        return self.denoiser.guess(self.window.bind(action)[0], self.cache, self.picture)
+        return self._guess(self.window.bind(action)[0])
+
+    def _guess(self, shown: Tensor) -> Guess:
+        return self.denoiser.guess(shown, self.cache, self.picture)
 
     @torch.no_grad()
     def advance(
-        self, clean: Tensor, action: Tensor, guess: Guess | None = None, changed: bool | None = None
+        self, clean: Tensor, action: Tensor, guess: Guess | None = None, stale: bool | None = None
     ) -> Tensor:
-        """Emit and roll: takes a step's estimates, and its guess if at hand → the finished frame's latents
-        (b, c, y, x).
+        """Correct, emit and roll: takes a step's estimates, and the guess under `action` if at hand → the
+        finished frame's latents (b, c, y, x).
         """
-        differs = (action != self.held).any(-1)  # (b,)
-        changed = bool(differs.any()) if changed is None else changed
-        if self.config.correction and changed:
-            guess = self.guess(action) if guess is None else guess
-            head = self._correct(clean[:, :1], guess.part(slice(1)))
-            head = torch.where(differs[:, None, None, None, None], head, clean[:, :1])
+        changed = (action != self.held).any(-1)  # (b,)
+        self.since.copy_(torch.where(changed, 0, self.since + 1))
+        back = self.since < self.config.window - 1
+        stale = bool(back.any()) if stale is None else stale
+        shown, _ = self.window.bind(action)
+        if self.config.correction and stale:
+            guess = self._guess(shown[:, :1]) if guess is None else guess.part(slice(1))
+            head = self._correct(clean[:, :1], guess)
+            head = torch.where(back[:, None, None, None, None], head, clean[:, :1])
             clean = torch.cat([head, clean[:, 1:]], 1)
         self.held.copy_(action)
         self.window.update(clean)

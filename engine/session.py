@@ -74,6 +74,7 @@ class Session:
         on_gpu = player.device.type == "cuda"
         self.graph = StepGraph(self._draw, len(keys), player.device) if graph and on_gpu else None
         self.held = np.zeros(len(keys), np.float32)
+        self.since = 0  # frames since the keys changed
         self.step_ms: deque[float] = deque(maxlen=600)  # the last steps' times, decode included
         self.frames = 0  # since the last reset
 
@@ -97,30 +98,37 @@ class Session:
             if self.graph and not self.graph.captured:
                 self.graph.capture()
                 self.rollout.reset(latents, held, seeds)
-        self.held = actions[-1]
+        self.held, self.since = actions[-1], self.rollout.config.window
         self.frames = 0
         self.step_ms.clear()
         return frames[-1]
 
+    def prepare(self) -> None:
+        """Does what can be done before it is known which keys are held next; a GPU has no need for it."""
+        if not self.graph:
+            with torch.inference_mode(), autocast(self.player.device, self.player.dtype, cache=False):
+                self.rollout.prepare()
+
     def step(self, action: np.ndarray) -> np.ndarray:
         """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
         start = time.perf_counter()
-        changed = not np.array_equal(action, self.held)
+        self.since = self.since + 1 if np.array_equal(action, self.held) else 0
+        stale = self.since < self.rollout.config.window - 1
         with torch.inference_mode():
             if self.graph and self.frames:  # the first step has nothing to commit: it is another one
-                frame = self.graph(action, changed)
+                frame = self.graph(action, stale)
             else:
                 held = torch.from_numpy(np.asarray(action, np.float32)).to(self.player.device)[None]
                 with autocast(self.player.device, self.player.dtype, cache=False):
-                    frame = self._draw(held, changed).cpu().numpy()
+                    frame = self._draw(held, stale).cpu().numpy()
         self.held = np.array(action)
         self.frames += 1
         self.step_ms.append(1000 * (time.perf_counter() - start))
         return frame
 
-    def _draw(self, held: Tensor, changed: bool) -> Tensor:
+    def _draw(self, held: Tensor, stale: bool) -> Tensor:
         """Keys (1, k) → the frame that they cause, uint8 (h, w, 3), on the device."""
-        self.rollout.step(held, changed)
+        self.rollout.step(held, stale)
         return to_bytes(self.rollout.picture[0]).permute(1, 2, 0).contiguous()
 
     def state(self) -> dict[str, float]:

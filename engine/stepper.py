@@ -89,6 +89,7 @@ class Stepper:
         self._read(playthrough)  # what was typed while loading is not meant for the first frame
         self._show(playthrough)
         while not self._leaving and not playthrough.over:
+            playthrough.prepare()
             try:
                 # the queue is the alarm clock: it wakes at the due time, or for a command
                 command = self._commands.get(timeout=None if self.paused else self.schedule.left())

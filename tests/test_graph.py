@@ -28,8 +28,8 @@ class Watch(TorchDispatchMode):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changed", [False, True])
-def test_every_step_is_the_same_to_the_host(changed):
+@pytest.mark.parametrize("stale", [False, True])
+def test_every_step_is_the_same_to_the_host(stale):
     """The same operations with the same numbers, whichever frame it is, and nothing is read back. Frame, ring
     and lists move on the device, as a graph that is replayed has nobody to tell it.
     """
@@ -40,10 +40,10 @@ def test_every_step_is_the_same_to_the_host(changed):
     rollout, steps = Rollout(tiny(), 1), []
     rollout.reset(latents, before, seed)
     with use("triton"):  # the definition of attention reads lengths on the host
-        rollout.step(played[0], changed)
+        rollout.step(played[0], stale)
         for action in played[1:]:
             with Watch() as watch:
-                rollout.step(action, changed)
+                rollout.step(action, stale)
             steps.append(watch.seen)
     assert len(steps[0]) > 100
     assert all(step == steps[0] for step in steps[1:])

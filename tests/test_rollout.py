@@ -245,18 +245,64 @@ def test_cached_steps_are_the_written_out_definition(changes):
     clean, actions, held = torch.zeros(2, window, *SHAPE), [before[:, -1]] * window, before[:, -1]
     for filled in range(window - 1):
         clean = estimate(clean, ramp(ladder, filled), torch.stack(actions, 1), known)
+    since = torch.full((2,), window)  # frames since the keys changed
     for step, action in enumerate(played):
-        actions[c:] = [action] * (window - c)
+        early = held if config.correction else action  # the window is denoised before the new keys are known
+        actions[c:] = [early] * (window - c)
         clean = estimate(clean, ladder, torch.stack(actions, 1), known)
-        head, changed = clean[:, :1], (action != held).any(-1)
+        actions[c:] = [action] * (window - c)
+        head, since = clean[:, :1], torch.where((action != held).any(-1), 0, since + 1)
         if config.correction:
             level = torch.tensor([config.correction])
             again = estimate(head, level, actions[0][:, None], torch.ones(2, 1))
-            head = torch.where(changed[:, None, None, None, None], again, head)
+            head = torch.where((since < window - 1)[:, None, None, None, None], again, head)
         assert close(made[step], head[:, 0]), f"step {step}"
         latents, before = torch.cat([latents, head], 1), torch.cat([before, actions[0][:, None]], 1)
         clean = torch.cat([clean[:, 1:], torch.zeros_like(head)], 1)
         actions, held = [*actions[1:], actions[-1]], action
+
+
+@torch.no_grad()
+def test_work_done_ahead_is_the_step_s_own():
+    """Whether there was time to prepare or not; and a reset forgets what was prepared."""
+    denoiser = tiny()
+    latents, before, played, seed = game()
+    rollout, expected = Rollout(denoiser, 2), play(denoiser, latents, before, played, seed)
+    for _ in range(2):
+        rollout.reset(latents, before, seed)
+        for number, (action, frame) in enumerate(zip(played, expected, strict=True)):
+            if number % 3:
+                rollout.prepare()
+                rollout.prepare()
+            assert torch.equal(rollout.step(action), frame)
+        rollout.prepare()
+
+
+@torch.no_grad()
+def test_a_change_costs_one_frame_s_pass_once_it_is_known():
+    """All that a step does behind `prepare`: nothing, or the leaving frame's guess and pass."""
+    denoiser = tiny()
+    latents, before, played, seed = game()
+    rollout, passes = Rollout(denoiser, 2), []
+    rollout.reset(latents, before, seed)
+    plain, motion = denoiser.transformer.forward, denoiser.motion.forward
+
+    def watch(name: str, at: int, function):
+        def watched(*given, **named):
+            passes.append((name, given[at].shape[1]))
+            return function(*given, **named)
+
+        return watched
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoiser.transformer, "forward", watch("pass", 0, plain))
+        patch.setattr(denoiser.motion, "forward", watch("guess", 2, motion))
+        new = 1 - before[:, -1]
+        for held, again in [(before[:, -1], 0), (new, 1), (new, 1), (new, 0)]:  # frames in flight, too
+            rollout.prepare()
+            passes.clear()
+            rollout.step(held)
+            assert passes == [("guess", 1), ("pass", 1)] * again
 
 
 def test_a_frame_keeps_its_noise(monkeypatch):
