@@ -120,13 +120,13 @@ class DistillLoss(nn.Module):
         clips, errors = [], []
         for step in range(phase + 1 + (self.pace.unroll - 1 - phase) // size.window * size.window):
             action = next(held)  # up to the last step that is scored
-            scored, guess = step % size.window == phase, rollout.guess(action)
-            gradient = scored and learns
+            scored, told = step % size.window == phase, rollout.told(action)
+            guess, gradient = rollout.guess(told), scored and learns
             with torch.set_grad_enabled(gradient and not alone):
-                own = rollout.predict(action, guess=guess)
+                own = rollout.predict(told, guess=guess)
             drawn = own
             if alone:
-                guess = guess.part(slice(1))
+                guess = rollout.guess(action).part(slice(1))
                 with torch.set_grad_enabled(gradient):
                     drawn = rollout._correct(own[:, :1], guess)
                 own = torch.cat([drawn.detach(), own[:, 1:]], 1)
@@ -134,8 +134,8 @@ class DistillLoss(nn.Module):
                 clips.append(self._clip(drawn, guess, past))
             if gradient and self.pace.regression and not lead:
                 true = latents[:, start + step : start + step + drawn.shape[1]]
-                errors.append(self._error(true, action, guess, alone))
-            head = rollout.advance(own.detach(), action, None if alone else guess, False if alone else None)
+                errors.append(self._error(true, action, guess if alone else rollout.guess(action), alone))
+            head = rollout.advance(own.detach(), action, stale=False if alone else None)
             past = past.then(head, rollout.cache.held[:, -1])
         return clips, errors
 

@@ -83,10 +83,8 @@ class Rollout:
         """Holds the keys (b, k) for one frame → the finished frame's latents (b, c, y, x). `stale`: whether
         this frame is sent back, in any of the games; looked up on the device unless given.
         """
-        if not self.config.correction:  # nothing could make up for what was denoised under other keys
-            return self.advance(self.predict(action), action)
-        self.prepare()
-        clean, self.ahead = self.ahead, None
+        clean = self.predict(self.told(action)) if self.ahead is None else self.ahead
+        self.ahead = None
         return self.advance(clean, action, stale=stale)
 
     @torch.no_grad()
@@ -94,6 +92,12 @@ class Rollout:
         """Denoises the next window under the keys held now; to be called when there is time."""
         if self.ahead is None and self.config.correction:
             self.ahead = self.predict(self.held)
+
+    def told(self, action: Tensor) -> Tensor:
+        """The keys (b, k) under which the window is denoised before `action` is held: those of before, as
+        `action` is not known yet; it itself where no correction could make up for that.
+        """
+        return self.held.clone() if self.config.correction else action
 
     def predict(self, action: Tensor, clean: Tensor | None = None, guess: Guess | None = None) -> Tensor:
         """Bind, noise, denoise: the window's clean estimates (b, w, c, y, x) under the newest keys (b, k).

@@ -62,8 +62,7 @@ def segment_figures(frames: np.ndarray, features: Features) -> dict[str, float]:
 
 
 def ratio(games: list[list[dict[str, float]]], segments: int) -> float:
-    """Fréchet distance in the last of the games' first `segments`, in shares of that in the "
-        "first, both as
+    """Fréchet distance in the last of the games' first `segments`, in shares of that in the first, both as
     means over games, lest one that began with a usual view counts most.
     """
     first, last = (np.mean([rows[at]["frechet"] for rows in games]) for at in (0, segments - 1))

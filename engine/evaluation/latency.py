@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..session import Session
 from .branches import State, starts
 from .control import alternatives
 from .generated import played_with, roll
@@ -18,6 +19,7 @@ from .measures import difference, flat
 from .plots import draw_responses
 from .section import Scope, Section, skipped
 
+ANSWERS = 48  # steps over which their time is taken
 AFTER = 8  # frames that the answer is followed
 VISIBLE = 1.0  # grey levels of the coarse picture by which the true world must have answered
 FIRST = 0.1  # share of the true answer at the same frame
@@ -45,13 +47,24 @@ def settings(window: int, correction: float) -> list[Setting]:
     return [Setting(c, level) for level in (correction, 0.0) for c in positions]
 
 
-def latency(scope: Scope, step_ms: float) -> Section:
+def answer_ms(scope: Scope) -> float:
+    """Median ms of steps that answer changed keys, all having been done before that can be."""
+    session, keys = Session(scope.player), alternatives(len(scope.player.world.keys))
+    frames, actions = scope.clips.choose(scope.clips.places(scope.history), 1, scope.history, scope.seed)
+    session.reset(scope.seed, frames[0], actions[0].numpy())
+    for number in range(ANSWERS):
+        session.prepare()
+        session.step(keys[number % len(keys)])
+    return float(np.median(session.step_ms))
+
+
+def latency(scope: Scope) -> Section:
     """Frames from a key to the first visible answer, to half and to all of the true one, as the checkpoint
-    plays and at all settings; `step_ms` is what a step takes.
+    plays and at all settings.
     """
     if scope.truth is None:
         return skipped("Latency", scope)
-    section = Section("Latency")
+    section, step_ms = Section("Latency"), answer_ms(scope)
     found = scope.truth.gather(scope.size.flips, scope.seed + 2, lambda n, s: _plan(scope, n, s), "latency")
     if not found:
         section.say("No state was found in which a key changes the true picture.")
@@ -132,7 +145,9 @@ def _figures(
 ) -> None:
     for name, value in times[own].items():
         section.figures[f"latency_{name}_frames"] = value
-    # a key goes down half a frame before the next step, on average; that step's picture is shown when it ends
+    # a key goes down half a frame before the next step, on average; that step's picture is shown when what is
+    # left of it to do is done
+    section.figures["latency_answer_ms"] = step_ms
     waiting = (times[own]["first"] - 1 + 0.5) * 1000 / fps
     section.figures["latency_ms"] = waiting + step_ms
     for setting, found in times.items():
@@ -153,7 +168,8 @@ def _tell(
         f"own setting is {own.name(window)}; its answers reach {f['latency_strength']:.2f} of the true "
         f"ones, half of which are reached after {f['latency_half_true_frames']:g}. A key waits half a frame "
         f"for the next step on average, so its first answer is seen after ({times[own]['first']:g} - ½) x "
-        f"{1000 / fps:.0f} ms + {step_ms:.0f} ms = {f['latency_ms']:.0f} ms."
+        f"{1000 / fps:.0f} ms + {step_ms:.0f} ms = {f['latency_ms']:.0f} ms; the second part is what is "
+        "left of a step when the key is known."
     )
     rows = []
     for setting, found in times.items():

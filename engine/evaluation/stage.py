@@ -136,7 +136,7 @@ def _measure(scope: Scope) -> list[Section]:
     p50, p99 = np.percentile([ms for game in games.values() for ms in game.step_ms], (50, 99))
     sections += [section, control(scope)]
     took("control")
-    sections.append(latency(scope, p50))
+    sections.append(latency(scope))
     took("latency")
     sections.append(behaviour(scope, games["idle"]))
     took("behaviour")
