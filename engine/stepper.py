@@ -88,8 +88,8 @@ class Stepper:
         self.schedule = Schedule(playthrough.game.fps)
         self._read(playthrough)  # what was typed while loading is not meant for the first frame
         self._show(playthrough)
+        self.schedule.restart()  # nobody waited for the first frame's preparation
         while not self._leaving and not playthrough.over:
-            playthrough.prepare()
             try:
                 # the queue is the alarm clock: it wakes at the due time, or for a command
                 command = self._commands.get(timeout=None if self.paused else self.schedule.left())
@@ -99,14 +99,16 @@ class Stepper:
                 waited = max((event["ago_ms"] for event in events if "ago_ms" in event), default=None)
                 self._pressed = 0.0 if waited is None else time.perf_counter() - waited / 1000
                 playthrough.advance(held, events)
+                self._show(playthrough)
             else:
                 command(playthrough)
+                self._show(playthrough)
                 self.schedule.restart()  # a reset takes longer than a step, and nobody waited for that step
-            self._show(playthrough)
             if self._frames and playthrough.timings.steps >= self._frames:
                 break
 
     def _show(self, playthrough: Playthrough) -> None:
+        """Hands the newest frame over, then does of the next one what can be done."""
         recorder = playthrough.recorder
         self.view = View(
             playthrough.frame,
@@ -120,3 +122,4 @@ class Stepper:
         )
         self._pressed = 0.0
         self._notify()
+        playthrough.prepare()

@@ -363,7 +363,7 @@ TINY = replace(
     states=1,
     flips=1,
 )
-TIMES = {"step_ms_p50", "step_ms_p99", "fps_p50", "latency_ms", "seconds"}
+TIMES = {"latency_answer_ms", "step_ms_p50", "step_ms_p99", "fps_p50", "latency_ms", "seconds"}
 
 
 def options(tiny_checkpoint, turns, out, *more: str) -> TrainConfig:
