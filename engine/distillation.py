@@ -128,7 +128,7 @@ class DistillLoss(nn.Module):
             if alone:
                 guess = rollout.guess(action).part(slice(1))
                 with torch.set_grad_enabled(gradient):
-                    drawn = rollout._correct(own[:, :1], guess)
+                    drawn = rollout.correct(own[:, :1], guess)
                 own = torch.cat([drawn.detach(), own[:, 1:]], 1)
             if scored:
                 clips.append(self._clip(drawn, guess, past))
@@ -156,7 +156,7 @@ class DistillLoss(nn.Module):
     def _error(self, true: Tensor, action: Tensor, guess: Guess, alone: bool) -> Tensor:
         """How far estimates made of noised true frames (b, t, c, y, x) are from these, (b, t)."""
         rollout, size = self.rollout, self.student.config
-        made = rollout._correct(true, guess) if alone else rollout.predict(action, true, guess)
+        made = rollout.correct(true, guess) if alone else rollout.predict(action, true, guess)
         sigma = size.correction * rollout.one if alone else rollout.ladder
         return weighted_error(made, true, sigma, size.spread)
 

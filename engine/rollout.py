@@ -129,7 +129,7 @@ class Rollout:
         shown, _ = self.window.bind(action)
         if self.config.correction and stale:
             guess = self._guess(shown[:, :1]) if guess is None else guess.part(slice(1))
-            head = self._correct(clean[:, :1], guess)
+            head = self.correct(clean[:, :1], guess)
             head = torch.where(back[:, None, None, None, None], head, clean[:, :1])
             clean = torch.cat([head, clean[:, 1:]], 1)
         self.held.copy_(action)
@@ -155,7 +155,7 @@ class Rollout:
         noisy = add_noise(self.window.clean if clean is None else clean, guess.doubt * noise, sigma)
         return self._pass(noisy, sigma, shown, known, guess)
 
-    def _correct(self, head: Tensor, guess: Guess) -> Tensor:
+    def correct(self, head: Tensor, guess: Guess) -> Tensor:
         """The leaving frame (b, 1, c, y, x) sent back to a higher level and denoised alone under its true
         action.
         """
