@@ -24,6 +24,8 @@ from .worlds.base import ActionSpace
 class Player:
     """The networks of a checkpoint, ready to play: autoencoder and denoiser on a device."""
 
+    rollout: type[Rollout] = Rollout  # how they play; ablations play otherwise
+
     def __init__(self, checkpoint: str | Path, device: str = "auto", precision: str = "auto"):
         self.checkpoint = Checkpoint(checkpoint)
         self.world: WorldConfig = self.checkpoint.world
@@ -39,6 +41,10 @@ class Player:
             cast_weights(module, self.precision)
             if self.device.type == "cpu":
                 pack_weights(module, self.precision)
+
+    def make_rollout(self, batch: int, folded: bool = True) -> Rollout:
+        """Games side by side in these networks."""
+        return self.rollout(self.denoiser, batch, self.dtype or torch.float32, folded)
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray) -> Tensor:
@@ -70,7 +76,7 @@ class Session:
         keys = self.world.keys
         self.action_space = ActionSpace(tuple(keys), tuple(tuple(codes) for codes in keys.values()))
         self.fps, self.done = self.world.fps, False
-        self.rollout = Rollout(player.denoiser, 1, player.dtype or torch.float32, folded)
+        self.rollout = player.make_rollout(1, folded)
         on_gpu = player.device.type == "cuda"
         self.graph = StepGraph(self._draw, len(keys), player.device) if graph and on_gpu else None
         self.held = np.zeros(len(keys), np.float32)

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from ..autoencoder import to_bytes
 from ..denoiser import Denoiser
 from ..device import autocast
-from ..rollout import Rollout
 from ..session import Player
 
 BATCH = 32  # games that are played at once
@@ -39,7 +38,7 @@ def roll(
 
 
 def _roll(player: Player, frames: np.ndarray, actions: Tensor, seeds: Tensor, progress: tqdm) -> np.ndarray:
-    rollout = Rollout(player.denoiser, len(frames), player.dtype or torch.float32)
+    rollout = player.make_rollout(len(frames))
     latents = torch.cat([player.encode(clip) for clip in frames])
     actions, start = actions.to(player.device), frames.shape[1]
     made = []
