@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +37,8 @@ from engine.session import Player
 from engine.starts import find_starts
 from engine.worlds.base import ActionSpace
 
-SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "doom_gathering.safetensors"
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "assets" / "doom_gathering.safetensors"
 WIDE = (
     np.random.default_rng(0).integers(0, 255, (12, 60, 3), np.uint8).repeat(8, 0).repeat(8, 1)
 )  # (96, 480, 3)
@@ -342,7 +348,7 @@ def test_a_game_in_a_batch_is_the_game_alone():
     recordings = [Recording(path) for path in find_starts(player.world.name, SHIPPED)[:3]]
     history = player.denoiser.config.sink + player.denoiser.config.recent
     frames = np.stack([recording.frames()[-history:] for recording in recordings])
-    held = torch.rand(3, history + 12, len(player.world.keys)) < 0.3
+    held = torch.rand(3, history + 8, len(player.world.keys)) < 0.3
     actions, seeds = held.float(), torch.tensor([4, 9, 4])
     together = np.stack(list(play(player, frames, actions, seeds)), 1).astype(int)
     for number in range(3):
@@ -483,6 +489,28 @@ def test_finished_parts_count_for_their_own_evaluation_only(scope, tmp_path):
     assert parts.find("one") is None, "damaged, so measured anew"
     parts.drop("one")
     assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_evaluation_leaves_no_simulator_and_what_it_finished(tiny_checkpoint, turns, tmp_path):
+    pytest.importorskip("vizdoom")
+    given = ["stage=evaluate", "quick=true", "device=cpu", "precision=fp32", "threads=1"]
+    paths = [f"checkpoint={tiny_checkpoint}", f"data={turns}", f"out={tmp_path}"]
+    command = [sys.executable, "train.py", *given, *paths]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    finished = tmp_path / "evaluation" / "parts" / "fidelity.json"
+    try:
+        deadline = time.monotonic() + 60
+        while not finished.exists() and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGTERM)
+        said, _ = child.communicate(timeout=30)  # a simulator that lives on holds the pipes open
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    assert child.returncode == 130 and "the same command continues" in said
+    assert finished.exists()
 
 
 def test_missing_libraries_are_told_before_work_begins(monkeypatch, tmp_path):

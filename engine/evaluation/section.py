@@ -44,7 +44,7 @@ QUICK = Size(
     states=6,
     flips=6,
     walks=1,
-    idle=30.0,
+    idle=20.0,
 )
 
 
