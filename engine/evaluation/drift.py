@@ -41,7 +41,8 @@ class Plan:
 
 def drift(scope: Scope) -> Section:
     """Several games a policy, some of which go on to the longest; their beginnings are the shorter games."""
-    length = max(2 * EVERY, scope.frames(scope.size.segment))
+    # rounded down, so that the segments of a minute fit into the frames of one
+    length = max(2 * EVERY, int(scope.size.segment * scope.player.world.fps))
     plans = _plans(scope, length)
     whole = scope.truth is not None and all(len(plan.state.script) for plan in plans)
     total = sum(len(plan.actions) for plan in plans) * (1 + whole)
