@@ -60,7 +60,7 @@ def evaluate(config: TrainConfig) -> dict:
         raise UserError(f"stage=evaluate needs {' and '.join(missing)}: pip install -e '.[evaluate]'.")
     begin = time.perf_counter()
     with _threads(config):
-        scope = _open(config)
+        scope = open_scope(config)
         try:
             sections = _measure(scope)
         finally:
@@ -80,7 +80,7 @@ def evaluate(config: TrainConfig) -> dict:
     return figures
 
 
-def _open(config: TrainConfig) -> Scope:
+def open_scope(config: TrainConfig) -> Scope:
     out = Path(config.out)
     newest = [out / f"{stage}.safetensors" for stage in ("distill", "rollout", "denoiser")]
     player = Player(
