@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import sys
 import time
 from pathlib import Path
@@ -257,6 +258,8 @@ def main(arguments: list[str]) -> int:
         elif config.stage == "evaluate":
             from engine.evaluation import evaluate
 
+            # killed at once, it would leave its simulator behind
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             figures = evaluate(config)
         elif config.stage == "frontier":
             from engine.frontier import frontier

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -18,16 +24,21 @@ from engine.dataset import split
 from engine.evaluation import behaviour, control, evaluate, latency, stage, turning
 from engine.evaluation.branches import Truth, starts
 from engine.evaluation.clips import Clips
-from engine.evaluation.drift import Game, Watch, motion_ratio, ratio
+from engine.evaluation.drift import motion_ratio
 from engine.evaluation.features import Features, frechet
-from engine.evaluation.generated import played_with, roll
+from engine.evaluation.generated import play, played_with, roll
 from engine.evaluation.measures import difference, horizontal_flow, motion, psnr, sharpness, ssim
-from engine.evaluation.section import QUICK, Scope
+from engine.evaluation.parts import Parts, key_of
+from engine.evaluation.section import QUICK, Scope, Section
+from engine.evaluation.watch import EVERY, Watch, curves, ratio
 from engine.picture import load_picture
 from engine.recording import Recorder, Recording, find_recordings
 from engine.session import Player
+from engine.starts import find_starts
 from engine.worlds.base import ActionSpace
 
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "assets" / "doom_gathering.safetensors"
 WIDE = (
     np.random.default_rng(0).integers(0, 255, (12, 60, 3), np.uint8).repeat(8, 0).repeat(8, 1)
 )  # (96, 480, 3)
@@ -169,7 +180,7 @@ def test_features_tell_true_pictures_from_others(scope):
     noise = np.random.default_rng(0).integers(0, 255, true.shape, np.uint8)
     features = scope.features
     assert features.distance(noise) > 10 * features.distance(true)
-    assert features.stray(true) < 0.2 * features.stray(noise)
+    assert features.stray(features.of(true)) < 0.2 * features.stray(features.of(noise))
 
 
 def test_the_true_world_is_brought_back_to_its_states(scope):
@@ -290,11 +301,11 @@ def test_turning_tells_obedience_from_defiance(scope, monkeypatch, obeys, share)
     assert figures["turn_obeyed"] == figures["turn_obeyed_within_2"] == share
 
 
-def game(frames: list[np.ndarray], scope: Scope) -> Game:
-    watch = Watch(scope.features, 9)
+def game(frames: list[np.ndarray], scope: Scope, policy: str = "scripted") -> Watch:
+    watch = Watch(scope.features, 9, policy)
     for frame in frames:
         watch.add(frame)
-    return Game(None, watch.rows, np.empty(0), frames, [])
+    return watch
 
 
 def test_drift_of_steady_fading_and_frozen_games(scope):
@@ -302,16 +313,48 @@ def test_drift_of_steady_fading_and_frozen_games(scope):
     fading = [(f * max(0.2, 1 - n / 36)).astype(np.uint8) for n, f in enumerate(steady)]
     still = [view(0)] * 36
     movies = {"steady": steady, "fading": fading, "still": still}
-    rows = {name: game(frames, scope).rows for name, frames in movies.items()}
+    games = {name: game(frames, scope) for name, frames in movies.items()}
+    rows = {name: some.rows for name, some in games.items()}
     assert len(rows["steady"]) == 4
-    assert ratio([rows["fading"]], 4) > 3 * ratio([rows["steady"]], 4)
+    assert ratio([games["fading"]], 4) > 3 * ratio([games["steady"]], 4)
     assert rows["fading"][-1]["stray"] > 2 * rows["steady"][-1]["stray"]
     assert rows["fading"][-1]["sharpness"] < 0.5 * rows["steady"][-1]["sharpness"]
-    assert ratio([rows["still"]], 4) == pytest.approx(1), "what is frozen does not drift, so motion is told"
-    going, stuck = (dict.fromkeys(("scripted", "random"), game(x, scope)) for x in (steady, still))
-    assert motion_ratio(scope, going, going, 9) == pytest.approx(1)
-    assert motion_ratio(scope, stuck, going, 9) == 0
-    assert motion_ratio(scope, stuck, {}, 9) == 0 < motion_ratio(scope, going, {}, 9)
+    assert ratio([games["still"]], 4) == pytest.approx(1), "what is frozen does not drift, so motion is told"
+    going, stuck = ([game(x, scope, name) for name in ("scripted", "random")] for x in (steady, still))
+    assert motion_ratio(scope, going, going) == pytest.approx(1)
+    assert motion_ratio(scope, stuck, going) == 0
+    assert motion_ratio(scope, stuck, []) == 0 < motion_ratio(scope, going, [])
+
+
+def test_drift_pools_the_frames_of_all_games(scope):
+    """Against the distance of the pictures themselves, put together."""
+    long, short = [view(5 * n) for n in range(27)], [view(300 - 7 * n) // 2 for n in range(18)]
+    first, second = game(long, scope), game(short, scope)
+    both = [
+        scope.features.distance(np.stack(long[at : at + 9 : EVERY] + short[at : at + 9 : EVERY]))
+        for at in (0, 9)
+    ]
+    assert ratio([first, second], 2) == pytest.approx(both[1] / both[0])
+    assert len(first.points) == 3 and first.points[0].shape == (3, 8), "no more than features is kept"
+    figures = curves([first, second])
+    each = [some.rows[1]["sharpness"] for some in (first, second)]
+    assert figures["sharpness"][1] == pytest.approx(np.mean(each))
+    assert figures["sharpness"][2] == first.rows[2]["sharpness"]
+
+
+def test_a_game_in_a_batch_is_the_game_alone():
+    """Of the network that ships: one that learned nothing lets a rounding error grow from frame to frame."""
+    player = Player(SHIPPED, "cpu", "fp32")
+    recordings = [Recording(path) for path in find_starts(player.world.name, SHIPPED)[:3]]
+    history = player.denoiser.config.sink + player.denoiser.config.recent
+    frames = np.stack([recording.frames()[-history:] for recording in recordings])
+    held = torch.rand(3, history + 8, len(player.world.keys)) < 0.3
+    actions, seeds = held.float(), torch.tensor([4, 9, 4])
+    together = np.stack(list(play(player, frames, actions, seeds)), 1).astype(int)
+    for number in range(3):
+        part = slice(number, number + 1)
+        alone = np.stack(list(play(player, frames[part], actions[part], seeds[part])), 1)[0]
+        assert np.abs(together[number] - alone).max() <= 1
 
 
 def test_scripts_of_behaviour_find_a_full_turn_and_a_wall(scope):
@@ -326,12 +369,10 @@ def test_scripts_of_behaviour_find_a_full_turn_and_a_wall(scope):
 
 
 def test_behaviour_of_an_obedient_world_and_of_one_that_confuses_its_keys(scope, monkeypatch):
-    steady = game([view(0)] * 40, scope)
-    steady.state = scope.truth.state(9, 30)
     for twist, share in ((lambda actions: actions, 1), (mirrored, 0)):
         monkeypatch.setattr(behaviour, "roll", obedient(twist=twist))
         monkeypatch.setattr(behaviour, "rebuilt", lambda scope, frames: frames)  # as the fake paints
-        figures = behaviour.behaviour(scope, steady).figures
+        figures = behaviour.behaviour(scope).figures
         assert figures["reversal_obeyed"] == share
         assert figures["spin_collapsed"] == figures["wall_collapsed"] == figures["reversal_collapsed"] == 0
     assert figures["spin_return_psnr_true"] > 30
@@ -360,8 +401,11 @@ TINY = replace(
     minutes=(1, 2),
     minute=1.0,
     segment=0.3,
+    starts=2,
+    steps=12,
     states=1,
     flips=1,
+    idle=1.0,
 )
 TIMES = {"latency_answer_ms", "step_ms_p50", "step_ms_p99", "fps_p50", "latency_ms", "seconds"}
 
@@ -400,15 +444,73 @@ def test_the_whole_stage_against_the_simulator(tiny_checkpoint, tmp_path, monkey
 
 
 def test_without_a_simulator_what_needs_it_is_left_out_and_said(
-    tiny_checkpoint, turns, tmp_path, monkeypatch
+    tiny_checkpoint, turns, tmp_path, monkeypatch, capsys
 ):
+    """In three calls, as the time of the first two is up: what is finished is not measured again."""
     monkeypatch.setattr(stage, "QUICK", replace(TINY, places=0))
     monkeypatch.setitem(sys.modules, "vizdoom", None)
+    given, folder = ("frames=18", "max_minutes=1e-6"), tmp_path / "evaluation"
+    first = evaluate(options(tiny_checkpoint, turns, tmp_path, *given))
+    left = ["turning", "drift", "control", "latency", "behaviour", "speed"]
+    assert first["left"] == ", ".join(left) and "psnr_64" in first and "turn_trials" not in first
+    assert "the same command goes on" in capsys.readouterr().err
+    second = evaluate(options(tiny_checkpoint, turns, tmp_path, *given))
+    assert second["left"] == ", ".join(left[1:]) and "turn_trials" in second
+    assert not (folder / "report.md").exists() and len(list((folder / "parts").iterdir())) == 2
+    measured = []
+    for name, part in stage.MEASURED.items():
+        noted = lambda scope, name=name, part=part: measured.append(name) or part(scope)  # noqa: E731
+        monkeypatch.setitem(stage.MEASURED, name, noted)
     figures = evaluate(options(tiny_checkpoint, turns, tmp_path, "frames=18"))
+    assert measured == left[1:]
+    assert "fidelity, turning." in capsys.readouterr().err
     assert {"psnr_64", "motion_ratio", "fps_p50"} <= set(figures)
-    assert not {"control", "latency_first_frames", "spin_collapsed"} & set(figures)
-    report = (tmp_path / "evaluation" / "report.md").read_text()
+    assert not {"control", "latency_first_frames", "spin_collapsed", "left"} & set(figures)
+    report = (folder / "report.md").read_text()
     assert report.count("The world needs ViZDoom") == 3
+    assert report.index("## Fidelity") < report.index("## Drift") and "6 games under 3 policies" in report
+    assert not (folder / "parts").exists(), "the next call measures again"
+
+
+def test_finished_parts_count_for_their_own_evaluation_only(scope, tmp_path):
+    key, section = key_of(scope), Section("Title", {"figure": 1.5, "trials": 3}, ["text", ""])
+    parts = Parts(tmp_path / "parts", key)
+    assert parts.find("one") is None
+    parts.keep("one", section, 2.5)
+    assert Parts(tmp_path / "parts", key).find("one") == (section, 2.5)
+    others = [replace(scope, seed=1), replace(scope, most=41), replace(scope, truth=None)]
+    others += [
+        replace(scope, size=replace(scope.size, clips=9)),
+        replace(scope, clips=Clips([], scope.player)),
+    ]
+    assert len({key, *map(key_of, others)}) == 1 + len(others)
+    assert Parts(tmp_path / "parts", key_of(others[0])).find("one") is None
+    (tmp_path / "parts" / "one.json").write_text("{")
+    assert parts.find("one") is None, "damaged, so measured anew"
+    parts.drop("one")
+    assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_evaluation_leaves_no_simulator_and_what_it_finished(tiny_checkpoint, turns, tmp_path):
+    pytest.importorskip("vizdoom")
+    given = ["stage=evaluate", "quick=true", "device=cpu", "precision=fp32", "threads=1"]
+    paths = [f"checkpoint={tiny_checkpoint}", f"data={turns}", f"out={tmp_path}"]
+    command = [sys.executable, "train.py", *given, *paths]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    finished = tmp_path / "evaluation" / "parts" / "fidelity.json"
+    try:
+        deadline = time.monotonic() + 60
+        while not finished.exists() and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGTERM)
+        said, _ = child.communicate(timeout=30)  # a simulator that lives on holds the pipes open
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    assert child.returncode == 130 and "the same command continues" in said
+    assert finished.exists()
 
 
 def test_missing_libraries_are_told_before_work_begins(monkeypatch, tmp_path):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..picture import grid, save_picture
 from .branches import State, starts
-from .drift import Game
 from .generated import roll
 from .measures import flows, motion, psnr, sharpness
 from .section import Scope, Section, skipped
@@ -57,13 +56,13 @@ def collapsed(made: End, true: End) -> bool:
     return bool(not SOFT <= share <= HARSH or off or stuck or restless)
 
 
-def behaviour(scope: Scope, idle: Game) -> Section:
-    """What a player tries first, held against the true world; standing still is the drift game's minute."""
+def behaviour(scope: Scope) -> Section:
+    """What a player tries first, held against the true world."""
     if scope.truth is None:
         return skipped("Behaviour", scope)
     section = Section("Behaviour")
     section.say(CRITERION)
-    rows = _idle(scope, section, idle) if len(idle.state.script) else []
+    rows = _idle(scope, section)
     for number, (name, plan) in enumerate((("spin", spin), ("wall", wall), ("reversal", reversal))):
         rows += _walk(scope, section, name, plan, number)
     columns = [
@@ -91,11 +90,17 @@ def behaviour(scope: Scope, idle: Game) -> Section:
     return section
 
 
-def _idle(scope: Scope, section: Section, game: Game) -> list:
+def _idle(scope: Scope, section: Section) -> list:
     """Standing still: the true world stands just as still, for as long as its episode lasts."""
-    idle = np.zeros((len(game.begin), len(scope.truth.space)), np.float32)
-    true, made = scope.truth.run(game.state, idle)[0], np.stack(game.begin)
-    return _judge(scope, section, "idle", [true if len(true) else game.state.frames], [made])
+    keys = len(scope.truth.space)
+    end = np.zeros((1, scope.frames(END_SECONDS), keys), np.float32)
+    found = scope.truth.gather(scope.size.walks, scope.seed + 6, lambda number, state: end, "idle")
+    if not found:
+        return []
+    idle = np.zeros((min(scope.most, scope.frames(scope.size.idle)), keys), np.float32)
+    games = [replace(one, actions=idle[None]) for one in found]
+    true = [scope.truth.run(one.state, idle)[0] for one in found]
+    return _judge(scope, section, "idle", true, list(roll(scope.player, *starts(games, scope.seed), "idle")))
 
 
 def _walk(scope: Scope, section: Section, name: str, plan, number: int) -> list:

@@ -59,7 +59,7 @@ class Truth:
             state = next(truth.states(seed))
             if state is not None:
                 truth.run(state, np.zeros((2, len(truth.space)), np.float32))
-        except UserError:
+        except BaseException:  # stopped by hand, too
             truth.close()
             raise
         return truth

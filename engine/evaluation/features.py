@@ -37,11 +37,11 @@ class Features:
         """Fréchet distance of the frames, uint8 (n, h, w, 3), to the true ones."""
         return frechet(self.of(frames), self.true)
 
-    def stray(self, frames: np.ndarray) -> float:
-        """Median distance of the frames, uint8 (n, h, w, 3), to the true ones nearest to each: whatever the
-        view, a sound picture has true ones near it.
+    def stray(self, points: Tensor) -> float:
+        """Median distance of pictures' features (n, d) to the true ones nearest to each: whatever the view, a
+        sound picture has true ones near it.
         """
-        return float(torch.cdist(self.of(frames), self.true).amin(1).median())
+        return float(torch.cdist(points, self.true).amin(1).median())
 
     @torch.inference_mode()
     def _hidden(self, frames: np.ndarray) -> Tensor:

@@ -19,7 +19,6 @@ from ..session import Player
 BATCH = 32  # games that are played at once
 
 
-@torch.inference_mode()
 def roll(
     player: Player, frames: np.ndarray, actions: Tensor, seed: int | Tensor, name: str = "roll"
 ) -> np.ndarray:
@@ -33,22 +32,30 @@ def roll(
     with tqdm(total=total, desc=name, unit="frame", disable=None) as progress:
         for at in range(0, len(frames), BATCH):
             part = slice(at, at + BATCH)
-            made.append(_roll(player, frames[part, :start], actions[part], seeds[part], progress))
+            seen = []
+            for pictures in play(player, frames[part, :start], actions[part], seeds[part]):
+                seen.append(pictures)
+                progress.update(len(pictures))
+            made.append(np.stack(seen, 1))
     return np.concatenate(made)
 
 
-def _roll(player: Player, frames: np.ndarray, actions: Tensor, seeds: Tensor, progress: tqdm) -> np.ndarray:
+def play(player: Player, frames: np.ndarray, actions: Tensor, seeds: Tensor) -> Iterator[np.ndarray]:
+    """Plays games with seeds (b,) on from their first true frames (b, t, h, w, 3) under actions (b, t', k),
+    whose first t caused these → the next frame of each at a time, uint8 (b, h, w, 3). A game comes out as if
+    it were played alone.
+    """
     rollout = player.make_rollout(len(frames))
     latents = torch.cat([player.encode(clip) for clip in frames])
     actions, start = actions.to(player.device), frames.shape[1]
-    made = []
-    with autocast(player.device, player.dtype):
+    with torch.inference_mode(), autocast(player.device, player.dtype, cache=False):
         rollout.reset(latents, actions[:, :start], seeds.to(player.device))
-        for action in actions[:, start:].unbind(1):
+    for action in actions[:, start:].unbind(1):
+        # entered anew for each frame: neither may hold for whoever takes it
+        with torch.inference_mode(), autocast(player.device, player.dtype, cache=False):
             rollout.step(action)
-            made.append(to_bytes(rollout.picture).permute(0, 2, 3, 1).cpu().numpy())
-            progress.update(len(frames))
-    return np.stack(made, 1)
+            pictures = to_bytes(rollout.picture).permute(0, 2, 3, 1).cpu().numpy()
+        yield pictures
 
 
 @torch.inference_mode()

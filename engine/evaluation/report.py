@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from ..config import UserError
 from .section import Section
 
 REPORT, FIGURES = "report.md", "figures.json"
@@ -23,11 +24,17 @@ def write_report(
     lines += ["", f"All figures: [{FIGURES}]({FIGURES})"]
     for section in sections:
         lines += ["", f"## {section.title}", "", *section.lines]
-    _write(folder / REPORT, "\n".join(lines).rstrip() + "\n")
-    _write(folder / FIGURES, json.dumps(figures, indent=1) + "\n")
+    write(folder / REPORT, "\n".join(lines).rstrip() + "\n")
+    write(folder / FIGURES, json.dumps(figures, indent=1) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Writes a file beside and then renames it. Raises UserError where the disk is full or forbids it."""
     beside = path.with_suffix(".tmp")
-    beside.write_text(text, "utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, "utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror}); free some space and run again."
+        ) from error

@@ -23,13 +23,28 @@ class Size:
     minutes: tuple[int, ...] = (1, 2, 10)  # of the long games, ascending
     minute: float = 60.0  # seconds
     segment: float = 5.0  # seconds over which a long game's figures are taken
+    starts: int = 4  # long games a policy, up to the second-longest of the minutes
+    long_starts: int = 1  # of these, games that go on to the longest
+    steps: int = 300  # over which their time is taken
     states: int = 24  # for counterfactuals
     flips: int = 16  # keys that change, for latency
     walks: int = 3  # places for each kind of behaviour
+    idle: float = 60.0  # seconds of standing still
 
 
 QUICK = Size(
-    held=12_000, clips=8, reference=768, turns=30, places=0, minutes=(1,), states=6, flips=6, walks=1
+    held=12_000,
+    clips=8,
+    reference=768,
+    turns=30,
+    places=0,
+    minutes=(1,),
+    starts=1,
+    steps=120,
+    states=6,
+    flips=6,
+    walks=1,
+    idle=20.0,
 )
 
 

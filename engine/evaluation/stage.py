@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..collection import collect
@@ -31,13 +30,25 @@ from .endurance import endurance
 from .features import Features
 from .fidelity import fidelity
 from .latency import latency
+from .parts import Parts, key_of
 from .report import write_report
 from .section import QUICK, Scope, Section, Size
+from .speed import speed
 from .turning import turning
 
 FULL = Size()
 SIMULATORS = {"doom": "vizdoom", "gym": "gymnasium"}
 HELD_OUT = 100_000  # seed of recordings that are played for the evaluation alone
+MEASURED: dict[str, Callable[[Scope], Section]] = {
+    "fidelity": fidelity,
+    "turning": turning,
+    "drift": drift,
+    "control": control,
+    "latency": latency,
+    "behaviour": behaviour,
+    "endurance": endurance,
+    "speed": speed,
+}  # the parts, in the report's order
 LIBRARIES = ("torchmetrics", "matplotlib")
 HEADLINE = (
     *(f"psnr_{h}" for h in (1, 16, 64)),
@@ -54,7 +65,10 @@ HEADLINE = (
 
 
 def evaluate(config: TrainConfig) -> dict:
-    """Measures a checkpoint against its world → figures; the report goes to out=DIR/evaluation."""
+    """Measures a checkpoint against its world → figures; the report goes to out=DIR/evaluation. Parts that an
+    earlier call has finished are taken over; with `max_minutes` some may be left for the next one, named in
+    the figures, and there is no report yet.
+    """
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         raise UserError(f"stage=evaluate needs {' and '.join(missing)}: pip install -e '.[evaluate]'.")
@@ -62,7 +76,9 @@ def evaluate(config: TrainConfig) -> dict:
     with _threads(config):
         scope = open_scope(config)
         try:
-            sections = _measure(scope)
+            parts = Parts(scope.folder / "parts", key_of(scope))
+            until = begin + 60 * config.max_minutes if config.max_minutes else float("inf")
+            sections, seconds, left = _measure(scope, parts, until)
         finally:
             if scope.truth is not None:
                 scope.truth.close()
@@ -70,13 +86,24 @@ def evaluate(config: TrainConfig) -> dict:
     figures: dict = {"checkpoint": str(player.checkpoint.path), "world": player.world.name}
     every = {name: value for section in sections for name, value in section.figures.items()}
     figures |= {name: every[name] for name in HEADLINE if name in every} | every
-    figures["seconds"] = round(time.perf_counter() - begin, 1)
+    figures["seconds"] = round(sum(seconds.values()), 1)
+    if left:
+        print(
+            f"The {config.max_minutes:g} minutes are spent; left are {', '.join(left)}. What is measured "
+            f"lies in {parts.folder}: the same command goes on.",
+            file=sys.stderr,
+        )
+        return figures | {"left": ", ".join(left)}
+    took = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    sections[-1].say(f"This evaluation took, in seconds: {took}.")
     headline = (
         f"`{player.checkpoint.path}` ({player.checkpoint.digest()}) in the world {player.world.name}, on "
         f"{player.device} in {player.precision}, seed {config.seed}, {'quick' if config.quick else 'full'}."
     )
     shown = [name for name in HEADLINE if name in figures]
     write_report(scope.folder, headline, sections, figures, shown)
+    for name in seconds:
+        parts.drop(name)
     return figures
 
 
@@ -121,36 +148,27 @@ def _held_out(config: TrainConfig, player: Player, folder: Path, size: Size) -> 
     return recordings if config.unseen else split(recordings)[1] or recordings
 
 
-def _measure(scope: Scope) -> list[Section]:
-    """All parts, one after the other."""
-    clock, seconds = time.perf_counter(), {}
-
-    def took(name: str) -> None:
-        nonlocal clock
-        seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
-
-    sections = [fidelity(scope), turning(scope)]
-    took("fidelity and turning")
-    section, games = drift(scope)
-    took("drift")
-    p50, p99 = np.percentile([ms for game in games.values() for ms in game.step_ms], (50, 99))
-    sections += [section, control(scope)]
-    took("control")
-    sections.append(latency(scope))
-    took("latency")
-    sections.append(behaviour(scope, games["idle"]))
-    took("behaviour")
-    if scope.size.places:
-        sections.append(endurance(scope))
-        took("endurance")
-    speed = Section("Speed", {"step_ms_p50": p50, "step_ms_p99": p99, "fps_p50": 1000 / p50})
-    speed.round(1)
-    speed.say(
-        f"A step, decoding included, takes {p50:.1f} ms at the median of the long games and {p99:.1f} ms at "
-        f"the 99th percentile: {1000 / p50:.0f} frames a second. This evaluation took, in seconds: "
-        f"{', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}."
-    )
-    return [*sections, speed]
+def _measure(scope: Scope, parts: Parts, until: float) -> tuple[list[Section], dict[str, float], list[str]]:
+    """The parts one after the other, those that are found finished or can be begun before the clock reads
+    `until`, but one at least → their sections, the seconds that each took, and the names of those left.
+    """
+    names = [name for name in MEASURED if name != "endurance" or scope.size.places]
+    found = {name: part for name in names if (part := parts.find(name))}
+    if found:
+        print(f"Taken over from {parts.folder}: {', '.join(found)}.", file=sys.stderr)
+    measured = 0
+    for name in names:
+        begin = time.perf_counter()
+        if name in found or (measured and begin >= until):
+            continue
+        parts.drop(name)
+        section = MEASURED[name](scope)
+        found[name] = section, time.perf_counter() - begin
+        parts.keep(name, *found[name])
+        measured += 1
+    done = {name: found[name] for name in names if name in found}
+    seconds = {name: took for name, (_, took) in done.items()}
+    return [section for section, _ in done.values()], seconds, [name for name in names if name not in done]
 
 
 @contextmanager

@@ -1,0 +1,56 @@
+"""Parts: what is measured already, on disk, so that an evaluation that was stopped goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from .report import write
+from .section import Scope, Section
+
+VERSION = 1  # to be raised when a part comes to measure something else
+
+
+class Parts:
+    """The finished parts of one evaluation, each in a file of the folder; those of another one count for
+    nothing.
+    """
+
+    def __init__(self, folder: Path, key: str):
+        self.folder, self.key = folder, key
+
+    def find(self, name: str) -> tuple[Section, float] | None:
+        """A finished part and the seconds that it took."""
+        try:
+            kept = json.loads(self._file(name).read_text("utf-8"))
+            if kept["key"] != self.key:
+                return None
+            return Section(kept["title"], kept["figures"], kept["lines"]), kept["seconds"]
+        except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is measured anew
+            return None
+
+    def keep(self, name: str, section: Section, seconds: float) -> None:
+        """Saves a part; its pictures lie in the report's folder already."""
+        self.folder.mkdir(exist_ok=True)
+        kept = {"key": self.key, **asdict(section), "seconds": seconds}
+        write(self._file(name), json.dumps(kept, indent=1) + "\n")
+
+    def drop(self, name: str) -> None:
+        """Forgets a part: before its pictures are painted over, and when the report is written."""
+        self._file(name).unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+
+def key_of(scope: Scope) -> str:
+    """Digest of all that the figures depend on."""
+    player, truth = scope.player, scope.truth is not None
+    held = [[recording.directory.name, len(recording)] for recording in scope.clips.recordings]
+    arithmetic = [player.precision, player.device.type]
+    about = [VERSION, player.checkpoint.digest(), scope.seed, asdict(scope.size), scope.most, truth]
+    return hashlib.sha256(json.dumps([*about, *arithmetic, held]).encode()).hexdigest()[:16]
