@@ -141,9 +141,13 @@ class StageConfig:
     matching: float = 1.0  # stage distill: weight of the distribution's gradient
     regression: float = 0.1  # stage distill: weight of the true frames; more of it obeys less
     guidance: float = 0.5  # stage distill: how far the teacher is pushed away from what it says without keys
-    alone_share: float = 0.5  # stage distill: share of iterations in which leaving frames are denoised alone
+    alone_share: float = (
+        0.5  # stages rollout and distill: share of iterations with leaving frames denoised alone
+    )
     far_share: float = 0.25  # stage distill: share of games that have gone on before they are scored, for
     far: int = 200  # up to so many frames of their own
+    flip_share: float = 0.5  # stage distill: share of iterations with a change of keys by each scored window
+    jitter: float = 0.1  # stages rollout and distill: share by which levels of the ladder fall, at most
     frames: int = 40_000  # stage autoencoder: frames kept in memory
 
 

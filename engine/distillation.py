@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from .config import StageConfig, UserError
 from .denoiser import Denoiser, weighted_error
 from .kv_cache import Context, Written
-from .losses import compute_dtype
+from .losses import compute_dtype, drawn
 from .motion import Guess
 from .rollout import Rollout
-from .sampler import add_noise
+from .sampler import add_noise, jittered
 from .window import bind
 
 LEVELS = 0.02, 0.98  # least and most noise at which teacher and critic are asked
@@ -62,6 +62,8 @@ class DistillLoss(nn.Module):
     once, at the level it happens to have. In the other games the leaving frame is denoised alone under its
     true action, as play does when a key has changed, and the game goes on with that. Some games have gone on
     for a long time before: of these frames no true ones are known, but whether they are likely can be said.
+    Nor are they where the keys change more often than they did in truth (`flip_share`), so that most of what
+    is scored stands behind a change.
 
     A clip is scored behind its own past, under the actions that its student was told and with its guess, and
     by it alone: the past is neither counted nor does any gradient flow there, and a window's successors may
@@ -112,6 +114,8 @@ class DistillLoss(nn.Module):
         lead = choice.randint(1, self.pace.far) if far else 0
         alone = size.correction > 0 and choice.random() < self.pace.alone_share
         phase = choice.randrange(size.window)
+        flips = choice.random() < self.pace.flip_share
+        flip = choice.randrange(size.window)  # steps from a change of keys to the next scored window
         rollout, past = self._begin(latents, actions)
         start, held = rollout.start_frames, endless(actions, rollout.start_frames)
         for _ in range(lead):
@@ -119,23 +123,19 @@ class DistillLoss(nn.Module):
             past = past.then(head, rollout.cache.held[:, -1])
         clips, errors = [], []
         for step in range(phase + 1 + (self.pace.unroll - 1 - phase) // size.window * size.window):
+            if flips and (step + flip) % size.window == phase:
+                actions = actions.roll(1, 0)  # other keys, which nobody held in truth
+                held = endless(actions, start + step)
             action = next(held)  # up to the last step that is scored
-            scored, told = step % size.window == phase, rollout.told(action)
-            guess, gradient = rollout.guess(told), scored and learns
-            with torch.set_grad_enabled(gradient and not alone):
-                own = rollout.predict(told, guess=guess)
-            drawn = own
-            if alone:
-                guess = rollout.guess(action).part(slice(1))
-                with torch.set_grad_enabled(gradient):
-                    drawn = rollout.correct(own[:, :1], guess)
-                own = torch.cat([drawn.detach(), own[:, 1:]], 1)
+            scored = step % size.window == phase
+            gradient = scored and learns
+            made, guess, own = drawn(rollout, action, alone, gradient)
             if scored:
-                clips.append(self._clip(drawn, guess, past))
-            if gradient and self.pace.regression and not lead:
-                true = latents[:, start + step : start + step + drawn.shape[1]]
+                clips.append(self._clip(made, guess, past))
+            if gradient and self.pace.regression and not lead and not flips:
+                true = latents[:, start + step : start + step + made.shape[1]]
                 errors.append(self._error(true, action, guess if alone else rollout.guess(action), alone))
-            head = rollout.advance(own.detach(), action, stale=False if alone else None)
+            head = rollout.advance(own, action, stale=False if alone else None)
             past = past.then(head, rollout.cache.held[:, -1])
         return clips, errors
 
@@ -145,6 +145,7 @@ class DistillLoss(nn.Module):
         rollout, sink = self.rollout, self.student.config.sink
         given = [x[:, : rollout.start_frames] for x in (latents, actions)]
         rollout.reset(*given, torch.randint(2**31, (len(latents),)).to(latents.device))
+        rollout.ladder = jittered(self.student.ladder.expand(len(latents), -1), self.pace.jitter)
         return rollout, Past(latents[:, :sink], actions[:, :sink], *given)
 
     def _clip(self, made: Tensor, guess: Guess, past: Past) -> Clip:

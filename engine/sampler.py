@@ -70,6 +70,15 @@ def ramp(ladder: Tensor, filled: int) -> Tensor:
     ]
 
 
+def jittered(ladder: Tensor, most: float) -> Tensor:
+    """Levels (b, w), each a random share of at most `most` lower, but for the last, which stays pure noise:
+    what is trained at a ladder's very levels alone is at a loss where others are wanted.
+    """
+    share = most * torch.rand(ladder.shape, device=ladder.device)
+    share[:, -1] = 0
+    return ladder * (1 - share)
+
+
 def training_sigma(ladder: Tensor, batch: int) -> Tensor:
     """Noise levels (batch, w) that a denoiser is trained at.
 

@@ -37,6 +37,7 @@ KEYS, SHAPE = 2, (2, 4, 6)
 SMALL = {"width": 48, "layers": 2, "head_dim": 24, "patch": 2, "sink": 1, "fine": 16, "stem": 1, "head": 1}
 SMALL |= {"window": 3, "recent": 3, "ladder": [0.5, 0.8, 1.0], "correction": 0.8}
 PACE = StageConfig(unroll=6, critic_turns=2, far=0, alone_share=0.0, regression=0.0, warmup=10, ema=0.95)
+PACE = replace(PACE, flip_share=0.0, jitter=0.0)
 
 
 def tiny(seed: int = 0, scramble: float = 0.1, **changes) -> Denoiser:
@@ -179,6 +180,33 @@ def test_a_game_that_has_gone_on_is_played_under_the_keys_of_others_and_has_no_t
     assert len(errors) == 2 and all(error.requires_grad and error.shape == (2, 3) for error in errors)
     keys = endless(torch.arange(6.0).view(2, 3, 1), 1)
     assert [next(keys)[:, 0].tolist() for _ in range(6)] == [[1, 4], [2, 5], [3, 0], [4, 1], [5, 2], [0, 3]]
+
+
+@pytest.mark.parametrize("flip", [0, 1, 2])
+def test_keys_change_by_each_scored_window(flip, monkeypatch):
+    """Game i goes on under the keys of game i - 1, then i - 2, from `flip` steps before each scored window
+    on; of what follows no true frames are known.
+    """
+
+    class Chosen(Choice):
+        def randrange(self, *given) -> int:  # first the phase, then the flip
+            self.phase, drawn = flip, self.phase
+            return drawn
+
+    loss = three(replace(PACE, flip_share=1.0, regression=1.0, unroll=7))
+    latents, actions = segments(3)
+    actions[:] = torch.arange(3)[:, None, None]
+    taken, take = [], distillation.Rollout.advance
+
+    def advanced(rollout, clean, action, **named):
+        taken.append(action[:, 0].tolist())
+        return take(rollout, clean, action, **named)
+
+    monkeypatch.setattr(distillation.Rollout, "advance", advanced)
+    clips, errors = loss.play(latents, actions, Chosen(0), learns=True)
+    assert not errors and len(clips) == 3
+    turns = [sum((step + flip) % 3 == 0 for step in range(last + 1)) for last in range(7)]
+    assert taken == [[(game - turn) % 3 for game in range(3)] for turn in turns]
 
 
 def slow_memory(denoiser: Denoiser, clip: Clip, game: int) -> KVCache:

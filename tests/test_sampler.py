@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.sampler import add_noise, counter_noise, ramp, scalings, training_sigma
+from engine.sampler import add_noise, counter_noise, jittered, ramp, scalings, training_sigma
 
 SHAPE = (3, 5, 7)  # odd on purpose: 105 numbers
 LADDER = torch.tensor([0.4, 0.7, 0.9, 1.0])
@@ -119,6 +119,13 @@ def test_ramp_goes_from_pure_noise_to_the_ladder():
     assert torch.equal(ramp(LADDER, 1), LADDER[[2, 2, 2, 3]])
     assert torch.equal(ramp(LADDER, 2), LADDER[[1, 1, 2, 3]])
     assert torch.equal(ramp(LADDER, 3), LADDER) and torch.equal(ramp(LADDER, 9), LADDER)
+
+
+def test_jittered_levels_fall_by_a_share_and_the_last_stays():
+    levels = jittered(LADDER.expand(500, -1), 0.2)
+    share = levels / LADDER
+    assert torch.equal(levels[:, -1], torch.ones(500)) and (share <= 1).all() and (share >= 0.8).all()
+    assert share[:, 0].std() > 0.04 and torch.equal(jittered(LADDER[None], 0.0), LADDER[None])
 
 
 def test_training_sigma_shows_the_ladder_ramps_and_all_else():

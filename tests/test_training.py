@@ -236,20 +236,23 @@ def test_a_finished_stage_stays_finished(trained, data):
     assert_same(torch.load(out / "rollout.state.pt"), before)
 
 
-def rolled_loss(adversarial: float = 0.0, **size) -> losses.RolloutLoss:
+def rolled_loss(adversarial: float = 0.0, alone: bool = False, **size) -> losses.RolloutLoss:
     config = load_config("train", TrainConfig, ["preset=toy", "stage=rollout"])
     size = replace(config.model.denoiser, patch=2, **size)
-    pace = replace(config.pace(), unroll=4, plain_share=0.0, adversarial=adversarial)
+    pace = replace(config.pace(), unroll=4, plain_share=0.0, adversarial=adversarial, jitter=0.0)
+    pace = replace(pace, alone_share=float(alone))
     return losses.RolloutLoss(Denoiser(size, 1, 2, 4, 6), pace)
 
 
 @pytest.mark.parametrize("commit_position", [0, 1])
-@pytest.mark.parametrize("adversarial", [0.0, 1.0])
+@pytest.mark.parametrize("adversarial, alone", [(0.0, False), (1.0, False), (1.0, True)])
 def test_rolled_windows_are_held_against_the_frames_of_their_actions(
-    adversarial, commit_position, monkeypatch
+    adversarial, alone, commit_position, monkeypatch
 ):
-    """Frame t is the number t and so is its action, held while the window from frame t on is made."""
-    loss = rolled_loss(adversarial, commit_position=commit_position)
+    """Frame t is the number t and so is its action; the window from frame t on is made under the one before,
+    as in play, and what is learnt from true frames under its own.
+    """
+    loss = rolled_loss(adversarial, alone, commit_position=commit_position)
     size = loss.denoiser.config
     number, start, window = torch.arange(10.0), size.sink + size.recent, size.window
     seen: list[tuple] = []
@@ -273,13 +276,15 @@ def test_rolled_windows_are_held_against_the_frames_of_their_actions(
         return weighted_error(made, true, sigma, spread)
 
     def assert_guess(one, other) -> None:
-        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+        assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(one, other, strict=True))
 
     def judge(self, made, true, guess, told) -> tuple[torch.Tensor, torch.Tensor]:
         cache, frame = loss.rollout.cache, int(told[1][0, 0, 0])
-        assert torch.equal(told[0], bind(loss.rollout.window.actions, commit_position)[0])
+        bound = bind(loss.rollout.window.actions, commit_position)[0]
+        assert torch.equal(told[0], bound[:, : made.shape[1]])
         assert_guess(guess[0], loss.denoiser.motion(cache.last, cache.held, told[0]))
-        past, shown = clip[0][:, frame - 2 : frame], bind(told[1], commit_position)[0]
+        past = clip[0][:, frame - 2 : frame]
+        shown = bind(clip[1][:, frame : frame + window], commit_position)[0][:, : made.shape[1]]
         assert_guess(guess[1], loss.denoiser.motion(past, clip[1][:, frame - 4 : frame], shown))
         seen.append(("judge", made.requires_grad, *(x.flatten(2)[0, :, 0].tolist() for x in (true, told[1]))))
         return plain_judge(self, made, true, guess, told)
@@ -297,12 +302,16 @@ def test_rolled_windows_are_held_against_the_frames_of_their_actions(
     judged: list[bool] = []
     for frame in range(start, start + 4):
         true = list(range(frame, frame + window))
-        assert seen.pop(0) == ("guess", frame, frame)
-        assert seen.pop(0) == ("predict", frame, frame), "the model's own game goes on"
+        assert seen.pop(0) == ("guess", frame, frame - 1)
+        assert seen.pop(0) == ("predict", frame, frame - 1), "the model's own game goes on"
+        if alone:
+            assert seen.pop(0) == ("guess", frame, frame), "and its leaving frame is denoised once more"
         judged.append(seen[0][0] == "judge")
         if judged[-1]:
-            assert seen.pop(0) == ("judge", True, true, true)
+            shown = true[:1] if alone else true
+            assert seen.pop(0) == ("judge", True, shown, shown)
             continue
+        assert seen.pop(0) == ("guess", frame, frame)
         assert seen.pop(0) == ("predict", frame, frame), "what is learnt from"
         assert seen.pop(0) == ("error", True, true, pytest.approx(size.ladder))
     assert not seen
