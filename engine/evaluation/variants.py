@@ -38,9 +38,9 @@ class SinkAtIndex(Rollout):
 
 
 class SinkRefreshed(Rollout):
-    """Every `REFRESH` frames the newest frames whose keys are in the ring become the sink; between, it is
-    placed right before the ring, as ever. (The method's own sink keeps the start's content for the whole game,
-    and only its position is renewed.)
+    """Every `REFRESH` frames the newest frames whose keys are in the ring become the sink; in between it is
+    placed right before the ring, as ever. The method's own sink has the start's content all game long, and
+    only its position is renewed.
 
     What is due is decided on the device, so that a captured step can do it.
     """
