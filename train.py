@@ -2,7 +2,8 @@
 
 Stages: collect, autoencoder, motion, denoiser, rollout, distill, evaluate. Each reads what the one before it
 wrote, in this order, takes max_minutes=M and goes on where it was stopped. Besides: frontier times networks
-of several sizes here, precision times a checkpoint in each precision and compares the pictures.
+of several sizes here, precision times a checkpoint in each precision and compares the pictures, and ablate
+measures a checkpoint that plays without parts of the method: checkpoint=FILE out=docs/ablation.
 Often used options:
   world=NAME        which game: doom_gathering doom_arena doom_defend doom_home gym (with world.id=...)
   preset=NAME       toy (seconds) · laptop (overnight on 2 cores) · gpu (under 25 minutes on one big GPU)
@@ -261,6 +262,11 @@ def main(arguments: list[str]) -> int:
             # killed at once, it would leave its simulator behind
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             figures = evaluate(config)
+        elif config.stage == "ablate":
+            from engine.evaluation import ablate
+
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            figures = ablate(config)
         elif config.stage == "frontier":
             from engine.frontier import frontier
 

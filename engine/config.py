@@ -9,7 +9,7 @@ POLICIES = ("keyboard", "scripted", "random", "idle", "spin", "walls")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
 KERNELS = ("auto", "reference", "triton")
 TRAINED = ("autoencoder", "motion", "denoiser", "rollout", "distill")
-STAGES = ("collect", *TRAINED, "evaluate", "frontier", "precision")
+STAGES = ("collect", *TRAINED, "evaluate", "ablate", "frontier", "precision")
 
 
 class UserError(Exception):
@@ -81,7 +81,7 @@ class DenoiserConfig:
     spread: float = 0.5  # usual standard deviation of what the moved picture misses, latents having 1
     window: int = 4  # frames in flight
     recent: int = 8  # finished frames remembered
-    sink: int = 1  # first frames remembered for ever
+    sink: int = 1  # first frames remembered for ever; 0: none
     commit_position: int = 0  # window positions up to here show their own, final action
     ladder: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 1.0])  # oldest to newest
     correction: float = (
@@ -103,8 +103,9 @@ class DenoiserConfig:
             )
         if self.momentum < 2 or self.spread <= 0:
             raise UserError("model.denoiser.momentum must be at least 2 and spread positive.")
-        if not 0 <= self.commit_position < self.window or self.sink < 1 or self.recent < 1:
-            raise UserError("commit_position must lie in the window; sink and recent must be at least 1.")
+        if not 0 <= self.commit_position < self.window or self.sink < 0 or self.recent < 1:
+            said = "commit_position must lie in the window; recent must be at least 1"
+            raise UserError(f"{said} and sink not negative.")
 
 
 @dataclass
@@ -164,6 +165,8 @@ class TrainConfig:
     checkpoint: str = ""  # evaluate: which one; empty takes out's newest
     weights: str = ""  # training: checkpoint whose weights a stage starts from; empty starts from nothing
     teacher: str = ""  # distill: checkpoint of the teacher; empty takes out's denoiser, or else weights
+    variants: list[str] = field(default_factory=list)  # ablate: which ones; empty: all
+    row: str = ""  # ablate: what the row of another checkpoint is called
     unseen: bool = False  # evaluate: all of data is new to the network, not only what training held out
     quick: bool = False  # evaluate: fewer trials and games of a minute, under three minutes on two cores
     frames: int = 200_000  # collect: how many; evaluate: frames per game

@@ -188,11 +188,13 @@ def recall(denoiser: Denoiser, past: Past) -> Context:
     there. The window stands behind it, at index sink + recent.
     """
     first, lately = Written(), Written()
-    denoiser.commit(past.sink, past.sink_actions, 0, first)
     denoiser.commit(past.latents, past.actions, 0, lately)
     recent = denoiser.config.recent * denoiser.transformer.tokens
-    both = zip(first.layers, lately.layers, strict=True)
-    layers = [tuple(torch.cat([s, x[:, -recent:]], 1) for s, x in zip(*pair, strict=True)) for pair in both]
+    layers = [(k[:, -recent:], v[:, -recent:]) for k, v in lately.layers]
+    if past.sink.shape[1]:
+        denoiser.commit(past.sink, past.sink_actions, 0, first)
+        both = zip(first.layers, layers, strict=True)
+        layers = [tuple(torch.cat(parts, 1) for parts in zip(*pair, strict=True)) for pair in both]
     return Context(layers, lately.last, lately.held)
 
 

@@ -134,6 +134,8 @@ class KVCache:
 
     def place_sink(self, turn: Callable[[Tensor], Tensor]) -> None:
         """Writes the sink's keys turned from where they were made to where they belong now."""
+        if not self.sink:
+            return
         self.buffer[:, 0, :, self.ring : self.ring + self.sink] = turn(self.anchor)
 
     def _turn(self) -> None:

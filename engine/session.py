@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from .autoencoder import Autoencoder, to_bytes
 from .checkpoint import Checkpoint
@@ -37,10 +38,15 @@ class Player:
         self.denoiser = make_denoiser(self.checkpoint, self.autoencoder)
         self.checkpoint.load_into("denoiser", self.denoiser)
         for module in (self.autoencoder, self.denoiser):
-            module.to(self.device).eval().requires_grad_(False)
-            cast_weights(module, self.precision)
-            if self.device.type == "cpu":
-                pack_weights(module, self.precision)
+            self.ready(module)
+
+    def ready(self, module: Module) -> Module:
+        """A network with its weights, brought to the device and laid out for play there."""
+        module.to(self.device).eval().requires_grad_(False)
+        cast_weights(module, self.precision)
+        if self.device.type == "cpu":
+            pack_weights(module, self.precision)
+        return module
 
     def make_rollout(self, batch: int, folded: bool = True) -> Rollout:
         """Games side by side in these networks."""

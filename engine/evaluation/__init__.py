@@ -1,5 +1,6 @@
-"""Stage `evaluate`: the generated world held against the true one, with figures and pictures."""
+"""Stages `evaluate` and `ablate`: the generated world held against the true one; figures and pictures."""
 
+from .ablation import ablate
 from .stage import evaluate
 
-__all__ = ["evaluate"]
+__all__ = ["ablate", "evaluate"]

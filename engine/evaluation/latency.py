@@ -58,9 +58,9 @@ def answer_ms(scope: Scope) -> float:
     return float(np.median(session.step_ms))
 
 
-def latency(scope: Scope) -> Section:
+def latency(scope: Scope, only_own: bool = False) -> Section:
     """Frames from a key to the first visible answer, to half and to all of the true one, as the checkpoint
-    plays and at all settings.
+    plays and at all settings, or only as it plays.
     """
     if scope.truth is None:
         return skipped("Latency", scope)
@@ -71,7 +71,7 @@ def latency(scope: Scope) -> Section:
         return section
     config = scope.player.denoiser.config
     own = Setting(config.commit_position, config.correction)
-    every = settings(config.window, config.correction or type(config)().correction)
+    every = [] if only_own else settings(config.window, config.correction or type(config)().correction)
     true = np.stack([one.frames for one in found])  # (flips, 2, t, h, w, 3)
     answers = {}
     for setting in [own, *(s for s in every if s != own)]:

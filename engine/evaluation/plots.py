@@ -51,7 +51,8 @@ def draw_responses(path: Path, curves: dict[str, np.ndarray], own: str) -> None:
         axis.set_xlabel("frames after the key changed")
         axis.set_ylabel("answer, share of the true one")
         axis.set_ylim(-0.1, 1.3)
-        axis.legend()
+        if len(axis.lines) > 1:  # one panel stays empty where a single setting was measured
+            axis.legend()
     figure.savefig(path, dpi=DPI)
 
 

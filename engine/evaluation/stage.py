@@ -74,7 +74,7 @@ def evaluate(config: TrainConfig) -> dict:
         raise UserError(f"stage=evaluate needs {' and '.join(missing)}: pip install -e '.[evaluate]'.")
     begin = time.perf_counter()
     with _threads(config):
-        scope = _open(config)
+        scope = open_scope(config)
         try:
             parts = Parts(scope.folder / "parts", key_of(scope))
             until = begin + 60 * config.max_minutes if config.max_minutes else float("inf")
@@ -107,7 +107,7 @@ def evaluate(config: TrainConfig) -> dict:
     return figures
 
 
-def _open(config: TrainConfig) -> Scope:
+def open_scope(config: TrainConfig) -> Scope:
     out = Path(config.out)
     newest = [out / f"{stage}.safetensors" for stage in ("distill", "rollout", "denoiser")]
     player = Player(

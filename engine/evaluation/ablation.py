@@ -1,0 +1,121 @@
+"""Stage `ablate`: one row of figures for each variant of the method, each in a file of its own.
+
+docs/rolling-forcing.md's table is made of these files (table.py).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ..config import TrainConfig, UserError
+from .control import control
+from .drift import drift
+from .fidelity import fidelity
+from .latency import latency
+from .report import write
+from .section import QUICK, Scope, Size
+from .speed import speed
+from .stage import LIBRARIES, open_scope
+from .variants import VARIANTS, open_variant
+
+ROW = replace(Size(), clips=24, states=8, flips=8, minutes=(1, 2, 10), starts=2, long_starts=1, steps=200)
+PICTURES = "pictures"  # in out=DIR: a folder for each row, which git ignores
+TOLD = ("stage", "steps", "minutes", "seed", "device")  # that a checkpoint may tell of how it was made
+
+
+def ablate(config: TrainConfig) -> dict:
+    """Measures variants of a checkpoint one after the other → what became of each; out=DIR/ROW.json holds a
+    row's figures. Rows that are there already, of this checkpoint at this seed and size, are skipped.
+    """
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise UserError(f"stage=ablate needs {' and '.join(missing)}: pip install -e '.[evaluate]'.")
+    rows, out, begin = _rows(config), Path(config.out), time.perf_counter()
+    torch.set_num_threads(config.threads or 1)  # as in play: steps are small
+    scope = open_scope(replace(config, out=str(out / PICTURES)))
+    scope.size = QUICK if config.quick else ROW
+    done: dict[str, list[str]] = {"measured": [], "skipped": [], "left": []}
+    longest = 0.0
+    try:
+        for number, (row, variant) in enumerate(rows.items()):
+            key, file, clock = key_of(scope, row, variant), out / f"{row}.json", time.perf_counter()
+            if known(file, key):
+                done["skipped"].append(row)
+                continue
+            if config.max_minutes and clock + longest > begin + 60 * config.max_minutes:
+                done["left"].append(row)
+                continue
+            print(f"{number + 1} of {len(rows)} rows: {row}", file=sys.stderr)
+            figures = measure(scope, row, variant)
+            longest = max(longest, time.perf_counter() - clock)
+            made = {name: value for name, value in scope.player.checkpoint.about.items() if name in TOLD}
+            seconds = round(time.perf_counter() - clock, 1)
+            kept = {**key, "made": made, "machine": machine(scope), "seconds": seconds, "figures": figures}
+            write(file, json.dumps(kept, indent=1) + "\n")
+            done["measured"].append(row)
+    finally:
+        if scope.truth is not None:
+            scope.truth.close()
+    return {**done, "out": str(out), "seconds": round(time.perf_counter() - begin, 1)}
+
+
+def _rows(config: TrainConfig) -> dict[str, str]:
+    """Names of the rows to be measured, and each one's variant."""
+    names = list(config.variants) or ["full"] if config.row else list(config.variants) or list(VARIANTS)
+    if not config.checkpoint:
+        raise UserError("stage=ablate needs checkpoint=FILE, of which it measures variants.")
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise UserError(f"There is no variant {unknown[0]!r}; choose of {', '.join(VARIANTS)}.")
+    if not config.row:
+        return {name: name for name in names}
+    if len(names) > 1 or not config.row.isidentifier():
+        raise UserError("row=NAME, a name of letters and digits, calls the row of a single variant so.")
+    return {config.row: names[0]}
+
+
+def key_of(scope: Scope, row: str, variant: str) -> dict:
+    """What a row is of; one with the same is not measured again. All of it is JSON."""
+    size, player = json.loads(json.dumps(asdict(scope.size))), scope.player
+    about = {"row": row, "variant": variant, "checkpoint": player.checkpoint.digest()}
+    return {**about, "seed": scope.seed, "precision": player.precision, "size": size, "frames": scope.most}
+
+
+def known(file: Path, key: dict) -> bool:
+    """Whether the file is a row of this key; a damaged one is measured anew."""
+    try:
+        row = json.loads(file.read_text("utf-8"))
+        return all(row[name] == value for name, value in key.items()) and "figures" in row
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def measure(scope: Scope, row: str, variant: str) -> dict[str, float]:
+    """A row's figures. The features of true frames, with which its own are compared, are the scope's: no
+    variant has another autoencoder.
+    """
+    own = scope.player
+    player = open_variant(variant, own.checkpoint.path, own.device.type, own.precision)
+    scope = replace(scope, player=player, folder=scope.folder.parent / row)
+    scope.folder.mkdir(parents=True, exist_ok=True)
+    sections = [speed(scope), fidelity(scope), control(scope), latency(scope, only_own=True), drift(scope)]
+    return {name: value for section in sections for name, value in section.figures.items()}
+
+
+def machine(scope: Scope) -> str:
+    """The name of the device that it was measured on."""
+    if scope.player.device.type == "cuda":
+        return torch.cuda.get_device_name(scope.player.device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
