@@ -168,7 +168,7 @@ class TrainConfig:
     variants: list[str] = field(default_factory=list)  # ablate: which ones; empty: all
     row: str = ""  # ablate: what the row of another checkpoint is called
     unseen: bool = False  # evaluate: all of data is new to the network, not only what training held out
-    quick: bool = False  # evaluate: fewer trials and games of a minute, under three minutes on two cores
+    quick: bool = False  # evaluate: games of a minute, under three minutes on two cores; ablate: of two
     frames: int = 200_000  # collect: how many; evaluate: frames per game
     workers: int = 0  # collect: processes; 0 takes one per core
     lossless: bool = False  # collect: store pixels exactly

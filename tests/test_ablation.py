@@ -203,7 +203,7 @@ def test_rows_are_written_one_by_one_and_skipped_when_they_are_there(
     again = ablate(options(some))
     assert again["measured"] == ["full", "no_sink"] and again["skipped"] == ["ladder_2"]
     row = json.loads((out / "ladder_2.json").read_text())
-    assert row["figures"]["window"] == 2 and row["machine"] and row["size"]["clips"] == ablation.QUICK.clips
+    assert row["figures"]["window"] == 2 and row["machine"] and row["size"]["clips"] == ablation.SHORT.clips
     assert ablate(options(some, "seed=1"))["measured"] == ["full", "ladder_2", "no_sink"], "another seed"
 
 

@@ -21,12 +21,13 @@ from .drift import drift
 from .fidelity import fidelity
 from .latency import latency
 from .report import write
-from .section import QUICK, Scope, Size
+from .section import Scope, Size
 from .speed import speed
 from .stage import LIBRARIES, open_scope
 from .variants import VARIANTS, open_variant
 
 ROW = replace(Size(), clips=24, states=8, flips=8, minutes=(1, 2, 10), starts=2, long_starts=1, steps=200)
+SHORT = replace(ROW, minutes=(1, 2), starts=1)  # quick=true: no game of ten minutes
 PICTURES = "pictures"  # in out=DIR: a folder for each row, which git ignores
 TOLD = ("stage", "steps", "minutes", "seed", "device")  # that a checkpoint may tell of how it was made
 
@@ -41,7 +42,7 @@ def ablate(config: TrainConfig) -> dict:
     rows, out, begin = _rows(config), Path(config.out), time.perf_counter()
     torch.set_num_threads(config.threads or 1)  # as in play: steps are small
     scope = open_scope(replace(config, out=str(out / PICTURES)))
-    scope.size = QUICK if config.quick else ROW
+    scope.size = SHORT if config.quick else ROW
     done: dict[str, list[str]] = {"measured": [], "skipped": [], "left": []}
     longest = 0.0
     try:
