@@ -146,6 +146,7 @@ class StageConfig:
     )
     far_share: float = 0.25  # stage distill: share of games that have gone on before they are scored, for
     far: int = 200  # up to so many frames of their own
+    kept: float = 0.0  # stage distill: share of the weights it began with in those that are saved
     flip_share: float = 0.5  # stage distill: share of iterations with a change of keys by each scored window
     jitter: float = 0.1  # stages rollout and distill: share by which levels of the ladder fall, at most
     frames: int = 40_000  # stage autoencoder: frames kept in memory

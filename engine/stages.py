@@ -4,6 +4,7 @@ train.py.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
@@ -233,7 +234,8 @@ class DenoiserStage(LatentsStage):
         module.eval()
         latents, actions = (x.to(self.device) for x in self.shown.segments.batch(self.shown.indices(0)))
         with autocast(self.device, self.dtype):
-            rollout = Rollout(module.denoiser, len(latents), compute_dtype(self.device))
+            denoiser = self.trained(module)["denoiser"]
+            rollout = Rollout(denoiser, len(latents), compute_dtype(self.device))
             start = rollout.start_frames
             rollout.reset(
                 latents[:, :start], actions[:, :start], torch.arange(len(latents), device=self.device)
@@ -247,17 +249,28 @@ class DenoiserStage(LatentsStage):
 class DistillStage(DenoiserStage):
     """Goes on from the weights of either with a teacher and a critic, both of which are at first the teacher
     checkpoint's; only the student is saved.
+
+    It may keep a share of the weights that it began with (Wortsman et al., 2022, WiSE-FT): what it has learnt
+    in an hour is then taken in part, with less of what it unlearnt.
     """
 
     def loss(self) -> DistillLoss:
         made = self.fresh(self.before.model.denoiser)
         self.before.load_into("denoiser", made)
         student = shortened(made, self.fresh(self.model.denoiser))
+        self.begun = {name: x.detach().clone() for name, x in student.state_dict().items()}
         source = self._teacher()
         teacher, critic = (self.fresh(source.model.denoiser) for _ in range(2))
         for network in (teacher, critic):
             source.load_into("denoiser", network)
         return DistillLoss(student, teacher, critic, self.config.pace())
+
+    def trained(self, module: DistillLoss) -> dict[str, nn.Module]:
+        student = copy.deepcopy(module.denoiser)
+        for name, value in student.state_dict().items():  # these are views, so it is the student that changes
+            if value.is_floating_point():
+                value.lerp_(self.begun[name].to(value), self.config.pace().kept)
+        return {"denoiser": student}
 
     def _teacher(self) -> Checkpoint:
         """Its checkpoint, whose latents and history must be the student's."""

@@ -467,6 +467,19 @@ def test_the_stage_writes_its_students_average_and_that_can_be_played(place, tmp
     assert 0 < near < 0.3 * far, "but for the rounding of a saved weight"
 
 
+def test_a_share_of_the_first_weights_may_be_kept(place, tmp_path):
+    given = options(place, tmp_path, "steps=9", "stages.distill.kept=0.25")
+    training = train.Training(load_config("train", TrainConfig, given), rank=0, ranks=1)
+    begun = {name: x.clone() for name, x in training.module.student.state_dict().items()}
+    for _ in range(9):
+        training.iterate(training.progress())
+    learnt, changed = training.average.module.student.state_dict(), 0
+    for name, value in training.stage.trained(training.average.module)["denoiser"].state_dict().items():
+        assert torch.allclose(value, 0.25 * begun[name] + 0.75 * learnt[name], atol=1e-6)
+        changed += int(not torch.equal(value, learnt[name]))
+    assert changed > 10
+
+
 def test_a_stage_that_is_continued_is_the_same_stage(place, tmp_path):
     """Five iterations, a new start, five more: weights, optimiser, average and losses of ten in one go."""
 
