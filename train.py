@@ -57,10 +57,9 @@ class Training:
         self.module = self.stage.module.to(self.device)
         self.optimiser = optim.Optimiser(self.module, self.pace)
         self.average = optim.moving_average(self.module, self.pace.ema)
-        turns = config.stage == "distill"  # in which some weights have no gradient, on all processes alike
-        self.runner = (
-            DistributedDataParallel(self.module, find_unused_parameters=turns) if ranks > 1 else self.module
-        )
+        # in turns some weights have no gradient, on all processes alike; and each process has its own games
+        words = {"find_unused_parameters": config.stage == "distill", "broadcast_buffers": False}
+        self.runner = DistributedDataParallel(self.module, **words) if ranks > 1 else self.module
         if config.compile:
             self.runner = torch.compile(self.runner)
         self.step, self.seconds = 0, 0.0

@@ -144,8 +144,9 @@ class StageConfig:
     alone_share: float = (
         0.5  # stages rollout and distill: share of iterations with leaving frames denoised alone
     )
-    far_share: float = 0.25  # stage distill: share of games that have gone on before they are scored, for
-    far: int = 200  # up to so many frames of their own
+    far_share: float = 0.25  # stage distill: share of iterations in long games, which go on each time for
+    far: int = 200  # up to so many frames before they are scored,
+    longest: int = 10_500  # and are begun anew when they are so many frames old
     kept: float = 0.0  # stage distill: share of the weights it began with in those that are saved
     flip_share: float = 0.5  # stage distill: share of iterations with a change of keys by each scored window
     jitter: float = 0.1  # stages rollout and distill: share by which levels of the ladder fall, at most

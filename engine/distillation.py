@@ -60,10 +60,10 @@ class DistillLoss(nn.Module):
     Games are played by `Rollout`, as in play. In rolling games every window is rolled, and those of each
     `window`-th step, from a phase on that is drawn anew, are scored: they do not overlap, each frame is taken
     once, at the level it happens to have. In the other games the leaving frame is denoised alone under its
-    true action, as play does when a key has changed, and the game goes on with that. Some games have gone on
-    for a long time before: of these frames no true ones are known, but whether they are likely can be said.
-    Nor are they where the keys change more often than they did in truth (`flip_share`), so that most of what
-    is scored stands behind a change.
+    true action, as play does when a key has changed, and the game goes on with that. Some iterations go on
+    with long games, from where the last of these left them, until they are minutes old (`longest`): of their
+    frames no true ones are known, but whether they are likely can be said. Nor are they where the keys change
+    more often than they did in truth (`flip_share`), so that most of what is scored stands behind a change.
 
     A clip is scored behind its own past, under the actions that its student was told and with its guess, and
     by it alone: the past is neither counted nor does any gradient flow there, and a window's successors may
@@ -80,6 +80,12 @@ class DistillLoss(nn.Module):
         self.critic = critic
         self.rollout: Rollout | None = None
         self.register_buffer("turns", torch.zeros((), dtype=torch.int64))  # iterations so far
+        self.register_buffer("age", torch.zeros((), dtype=torch.int64))  # frames of the long games, 0: none
+        b, size = pace.batch, student.config
+        for name, frames in (("sink", size.sink), ("latents", size.sink + size.recent)):
+            self.register_buffer(f"long_{name}", torch.zeros(b, frames, *student.shape))
+        for name, frames in (("sink_actions", size.sink), ("actions", size.sink + size.recent)):
+            self.register_buffer(f"long_{name}", torch.zeros(b, frames, student.keys))
 
     @property
     def denoiser(self) -> Denoiser:
@@ -116,7 +122,7 @@ class DistillLoss(nn.Module):
         phase = choice.randrange(size.window)
         flips = choice.random() < self.pace.flip_share
         flip = choice.randrange(size.window)  # steps from a change of keys to the next scored window
-        rollout, past = self._begin(latents, actions)
+        rollout, past = self._begin(latents, actions, old=bool(far and self.age))
         start, held = rollout.start_frames, endless(actions, rollout.start_frames)
         for _ in range(lead):
             head = rollout.step(next(held))
@@ -137,16 +143,36 @@ class DistillLoss(nn.Module):
                 errors.append(self._error(true, action, guess if alone else rollout.guess(action), alone))
             head = rollout.advance(own, action, stale=False if alone else None)
             past = past.then(head, rollout.cache.held[:, -1])
+        if far:
+            self._leave(past, lead + step + 1)
         return clips, errors
 
-    def _begin(self, latents: Tensor, actions: Tensor) -> tuple[Rollout, Past]:
+    def _begin(self, latents: Tensor, actions: Tensor, old: bool) -> tuple[Rollout, Past]:
+        """Games at the segments' first frames, or, if `old`, the long ones where they were left: their newest
+        frames are committed anew, as those of true games are, and a window is begun.
+        """
         if self.rollout is None:
             self.rollout = Rollout(self.student, len(latents), compute_dtype(latents.device))
         rollout, sink = self.rollout, self.student.config.sink
         given = [x[:, : rollout.start_frames] for x in (latents, actions)]
+        past = Past(latents[:, :sink], actions[:, :sink], *given)
+        if old:
+            past = Past(*(getattr(self, f"long_{name}").clone() for name in Past._fields))
+            both = (past.sink, past.latents), (past.sink_actions, past.actions)
+            given = [torch.cat([first, newest[:, sink:]], 1) for first, newest in both]
         rollout.reset(*given, torch.randint(2**31, (len(latents),)).to(latents.device))
         rollout.ladder = jittered(self.student.ladder.expand(len(latents), -1), self.pace.jitter)
-        return rollout, Past(latents[:, :sink], actions[:, :sink], *given)
+        return rollout, past
+
+    def _leave(self, past: Past, frames: int) -> None:
+        """Keeps the long games, `frames` older, for the next iteration that goes on with them; those that are
+        old enough, or no pictures any more, are begun anew there.
+        """
+        for name, value in past._asdict().items():
+            getattr(self, f"long_{name}").copy_(value)
+        self.age += frames
+        if self.age >= self.pace.longest or not past.latents.isfinite().all():
+            self.age.zero_()
 
     def _clip(self, made: Tensor, guess: Guess, past: Past) -> Clip:
         """What was made of the window's frames, or of the leaving one alone, whose action is certain."""

@@ -170,7 +170,7 @@ def test_training_plays_what_play_plays():
 
 
 def test_a_game_that_has_gone_on_is_played_under_the_keys_of_others_and_has_no_true_frames():
-    pace = replace(PACE, far=30, far_share=1.0, regression=1.0)
+    pace = replace(PACE, batch=2, far=30, far_share=1.0, regression=1.0)
     loss, (latents, actions) = three(pace), segments()
     clips, errors = loss.play(latents, actions, random.Random(1), learns=True)
     assert not errors and int(loss.rollout.cache.frame) > 4 + 6 + 3
@@ -180,6 +180,39 @@ def test_a_game_that_has_gone_on_is_played_under_the_keys_of_others_and_has_no_t
     assert len(errors) == 2 and all(error.requires_grad and error.shape == (2, 3) for error in errors)
     keys = endless(torch.arange(6.0).view(2, 3, 1), 1)
     assert [next(keys)[:, 0].tolist() for _ in range(6)] == [[1, 4], [2, 5], [3, 0], [4, 1], [5, 2], [0, 3]]
+
+
+@pytest.mark.parametrize("sink", [1, 0])
+def test_a_long_game_goes_on_from_where_it_was_left_until_it_is_old(sink, monkeypatch):
+    pace = replace(PACE, batch=2, far=5, far_share=1.0, longest=30)
+    loss, (latents, actions) = three(pace, sink=sink), segments()
+    begun, taken = [], []
+    reset, take = Rollout.reset, Rollout.advance
+    monkeypatch.setattr(Rollout, "reset", lambda r, *given: begun.append(given[:2]) or reset(r, *given))
+    monkeypatch.setattr(Rollout, "advance", lambda *a, **k: taken.append(take(*a, **k)) or taken[-1])
+    start, ages, left = sink + 3, [], None
+    for iteration in range(12):
+        taken.clear()
+        clips, _ = loss.play(latents, actions, random.Random(iteration), learns=False)
+        frames, keys = begun[-1]
+        if left is None:
+            assert torch.equal(frames, latents[:, :start]) and torch.equal(keys, actions[:, :start])
+        else:
+            first, kept = (latents[:, :sink], actions[:, :sink]), left
+            assert torch.equal(frames, torch.cat([first[0], kept[0][:, -3:]], 1))
+            assert torch.equal(keys, torch.cat([first[1], kept[1][:, -3:]], 1))
+        assert all(torch.equal(clip.past.sink, latents[:, :sink]) for clip in clips)
+        ages.append(len(taken) + (ages[-1] if left else 0))
+        held = loss.rollout.cache.held[:, -1]
+        left = (torch.stack(taken, 1), loss.long_actions.clone()) if ages[-1] < 30 else None
+        assert torch.equal(loss.long_latents[:, -3:], torch.stack(taken[-3:], 1))
+        assert torch.equal(loss.long_actions[:, -1], held)
+        assert int(loss.age) == (ages[-1] if left else 0)
+    assert ages.count(max(ages)) < 12 and min(ages) < 15 and max(ages) >= 30, "several games"
+    loss.long_latents.fill_(float("nan"))
+    loss.age.fill_(1)
+    loss.play(latents, actions, random.Random(0), learns=False)
+    assert loss.age == 0, "what is no picture any more is not gone on with"
 
 
 @pytest.mark.parametrize("flip", [0, 1, 2])
@@ -408,7 +441,8 @@ def test_the_student_gets_better_than_its_start():
     plain = replace(PACE, learning_rate=3e-3, ema=0.9)
     teacher = fit(teacher, lambda: teacher.loss(*world(16, 8, made), windows=2), plain, 150)
     before = after_twenty_steps(teacher)
-    pace = replace(PACE, far=20, alone_share=0.5, learning_rate=3e-4, regression=0.1, guidance=0.5)
+    pace = replace(PACE, batch=16, far=20, longest=200, alone_share=0.5)
+    pace = replace(pace, learning_rate=3e-4, regression=0.1, guidance=0.5)
     loss = DistillLoss(copy.deepcopy(teacher), teacher, copy.deepcopy(teacher), pace)
     student = fit(loss, lambda: loss(world(16, 12, made)), pace, 120).student
     after = after_twenty_steps(student)
@@ -515,7 +549,8 @@ def test_two_processes_distill_one_student(place, tmp_path):
     assert child.returncode == 0, child.stdout[-3000:]
     one, other = (torch.load(tmp_path / f"distill.state{rank}.pt") for rank in ("", 1))
     assert one["step"] == other["step"] == 4 and not torch.equal(one["random"], other["random"])
-    assert all(torch.equal(value, other["module"][name]) for name, value in one["module"].items())
+    alike = {name: value for name, value in one["module"].items() if not name.startswith("long_")}
+    assert all(torch.equal(value, other["module"][name]) for name, value in alike.items())
 
 
 def test_what_does_not_fit_is_refused_in_one_sentence(place, tmp_path, capsys):
