@@ -83,7 +83,7 @@ def test_a_config_without_a_sink_plays_and_trains():
     actions = before.clone()
     denoiser.train()
     assert all(denoiser.loss(latents, actions, 2)[0].isfinite() for _ in range(4))
-    pace = StageConfig(unroll=3, critic_turns=1)
+    pace = StageConfig(batch=2, unroll=3, critic_turns=1)
     losses = DistillLoss(denoiser, tiny(sink=0), tiny(sink=0), pace)
     assert all(losses((latents, actions))[0].isfinite() for _ in range(2))
     with pytest.raises(UserError, match="sink not negative"):

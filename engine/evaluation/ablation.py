@@ -26,7 +26,7 @@ from .speed import speed
 from .stage import LIBRARIES, open_scope
 from .variants import VARIANTS, open_variant
 
-ROW = replace(Size(), clips=24, states=8, flips=8, minutes=(1, 2, 10), starts=2, long_starts=1, steps=200)
+ROW = replace(Size(), clips=24, states=8, flips=8, minutes=(1, 2, 10), starts=1, long_starts=1, steps=200)
 SHORT = replace(ROW, minutes=(1, 2), starts=1)  # quick=true: no game of ten minutes
 PICTURES = "pictures"  # in out=DIR: a folder for each row, which git ignores
 TOLD = ("stage", "steps", "minutes", "seed", "device")  # that a checkpoint may tell of how it was made
@@ -40,7 +40,6 @@ def ablate(config: TrainConfig) -> dict:
     if missing:
         raise UserError(f"stage=ablate needs {' and '.join(missing)}: pip install -e '.[evaluate]'.")
     rows, out, begin = _rows(config), Path(config.out), time.perf_counter()
-    torch.set_num_threads(config.threads or 1)  # as in play: steps are small
     scope = open_scope(replace(config, out=str(out / PICTURES)))
     scope.size = SHORT if config.quick else ROW
     done: dict[str, list[str]] = {"measured": [], "skipped": [], "left": []}

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..config import PlayConfig
+from ..device import threads
 from ..session import Session
 from .branches import State, starts
 from .control import alternatives
@@ -52,9 +54,10 @@ def answer_ms(scope: Scope) -> float:
     session, keys = Session(scope.player), alternatives(len(scope.player.world.keys))
     frames, actions = scope.clips.choose(scope.clips.places(scope.history), 1, scope.history, scope.seed)
     session.reset(scope.seed, frames[0], actions[0].numpy())
-    for number in range(ANSWERS):
-        session.prepare()
-        session.step(keys[number % len(keys)])
+    with threads(PlayConfig.threads):
+        for number in range(ANSWERS):
+            session.prepare()
+            session.step(keys[number % len(keys)])
     return float(np.median(session.step_ms))
 
 

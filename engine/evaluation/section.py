@@ -23,8 +23,8 @@ class Size:
     minutes: tuple[int, ...] = (1, 2, 10)  # of the long games, ascending
     minute: float = 60.0  # seconds
     segment: float = 5.0  # seconds over which a long game's figures are taken
-    starts: int = 4  # long games a policy, up to the second-longest of the minutes
-    long_starts: int = 1  # of these, games that go on to the longest
+    starts: int = 3  # long games a policy, up to the second-longest of the minutes
+    long_starts: int = 2  # of these, games that go on to the longest
     steps: int = 300  # over which their time is taken
     states: int = 24  # for counterfactuals
     flips: int = 16  # keys that change, for latency

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..config import PlayConfig
+from ..device import threads
 from ..policies import make_policy
 from ..session import Session
 from .section import Scope, Section
@@ -16,8 +18,9 @@ def speed(scope: Scope) -> Section:
     frames, actions = scope.clips.choose(scope.clips.places(scope.history), 1, scope.history, scope.seed)
     session.reset(scope.seed, frames[0], actions[0].numpy())
     count = min(scope.size.steps, session.step_ms.maxlen)
-    for _ in range(count):
-        session.step(policy({}, session.action_space))
+    with threads(PlayConfig.threads):
+        for _ in range(count):
+            session.step(policy({}, session.action_space))
     p50, p99 = np.percentile(session.step_ms, (50, 99))
     section = Section("Speed", {"step_ms_p50": p50, "step_ms_p99": p99, "fps_p50": 1000 / p50})
     section.round(1)

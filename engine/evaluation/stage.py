@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 from ..collection import collect
 from ..config import TrainConfig, UserError
@@ -73,15 +70,14 @@ def evaluate(config: TrainConfig) -> dict:
     if missing:
         raise UserError(f"stage=evaluate needs {' and '.join(missing)}: pip install -e '.[evaluate]'.")
     begin = time.perf_counter()
-    with _threads(config):
-        scope = open_scope(config)
-        try:
-            parts = Parts(scope.folder / "parts", key_of(scope))
-            until = begin + 60 * config.max_minutes if config.max_minutes else float("inf")
-            sections, seconds, left = _measure(scope, parts, until)
-        finally:
-            if scope.truth is not None:
-                scope.truth.close()
+    scope = open_scope(config)
+    try:
+        parts = Parts(scope.folder / "parts", key_of(scope))
+        until = begin + 60 * config.max_minutes if config.max_minutes else float("inf")
+        sections, seconds, left = _measure(scope, parts, until)
+    finally:
+        if scope.truth is not None:
+            scope.truth.close()
     player = scope.player
     figures: dict = {"checkpoint": str(player.checkpoint.path), "world": player.world.name}
     every = {name: value for section in sections for name, value in section.figures.items()}
@@ -169,14 +165,3 @@ def _measure(scope: Scope, parts: Parts, until: float) -> tuple[list[Section], d
     done = {name: found[name] for name in names if name in found}
     seconds = {name: took for name, (_, took) in done.items()}
     return [section for section, _ in done.values()], seconds, [name for name in names if name not in done]
-
-
-@contextmanager
-def _threads(config: TrainConfig) -> Iterator[None]:
-    """One torch thread unless told otherwise, as in play: steps are small, and another thread slows them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(config.threads or 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
