@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 import train
-from engine import distillation
+from engine import distillation, matching
 from engine.autoencoder import Autoencoder
 from engine.checkpoint import Checkpoint, save_checkpoint
 from engine.config import DenoiserConfig, StageConfig, TrainConfig, UserError, load_config
 from engine.denoiser import Denoiser
-from engine.distillation import Clip, DistillLoss, critic_loss, endless, matching_loss, shortened
+from engine.distillation import DistillLoss, endless, shortened
 from engine.kv_cache import KVCache
+from engine.matching import Clip, critic_loss, matching_loss
 from engine.motion import Guess
 from engine.optim import Optimiser, learning_rate, moving_average
 from engine.recording import Recorder
@@ -269,7 +270,7 @@ def test_the_distributions_gradient_is_the_written_out_one(size, guidance, monke
     """Game by game, through a cache as play has it; scores written as scores, with the level's factor off."""
     teacher, critic, clip = tiny(1), tiny(2), one_clip(size)
     noise, sigma = torch.randn_like(clip.made), torch.tensor([[0.3], [0.8]]).expand(2, size)
-    monkeypatch.setattr(distillation, "one_level", lambda _: (noise, sigma))
+    monkeypatch.setattr(matching, "one_level", lambda _: (noise, sigma))
     loss, logs = matching_loss(teacher, critic, clip, guidance)
     loss.backward()
     assert not any(p.grad is not None for network in (teacher, critic) for p in network.parameters())
@@ -358,7 +359,7 @@ def test_the_critic_learns_what_the_student_makes():
     critic, optimiser = tiny(2), None
     loss = three()
     clips, _ = loss.play(*segments(8), Choice(0), learns=False)
-    clip = distillation.merged(clips)
+    clip = matching.merged(clips)
     optimiser = torch.optim.AdamW([p for p in critic.parameters() if p.requires_grad], lr=3e-3)
 
     @torch.no_grad()

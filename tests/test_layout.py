@@ -30,7 +30,7 @@ LEVELS = [
     "engine/collection.py  engine/starts.py",
     "engine/denoiser.py  engine/replay.py  engine/discriminator.py",
     "engine/rollout.py  engine/graph.py",
-    "engine/session.py  engine/losses.py  engine/frontier.py",
+    "engine/session.py  engine/losses.py  engine/frontier.py  engine/matching.py",
     "engine/precision.py  engine/distillation.py",
     "kernels/benchmark/__init__.py",
     "kernels/benchmark/cases.py  kernels/benchmark/timing.py  kernels/benchmark/paper.py",
