@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -107,15 +108,23 @@ class LatentsCache:
         path: str | Path,
         key: str,
         batch: int = 256,
+        workers: int = 1,
     ) -> LatentsCache:
-        """Encodes the recordings that are not there yet; `encode`: uint8 (n, 3, h, w) → (n, c, h', w')."""
+        """Encodes the recordings that are not there yet; `encode`: uint8 (n, 3, h, w) → (n, c, h', w').
+        `workers`: threads that read them, where encoding is not what takes long.
+        """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        for directory in tqdm(recordings, desc="latents", unit="recording", disable=None):
+
+        def build(directory: Path) -> None:
             file = _entry(path, directory)
             found = _load_entry(file)
             if found is None or str(found["key"]) != key or found["stamp"] != _stamp(directory):
                 _build_entry(directory, encode, file, key, batch)
+
+        with ThreadPoolExecutor(workers) as pool:
+            done = pool.map(build, recordings)
+            list(tqdm(done, desc="latents", unit="recording", total=len(recordings), disable=None))
         return cls(path, key, recordings)
 
 
@@ -181,10 +190,13 @@ class Segments:
     """All runs of `length` consecutive frames that lie inside one episode, as (recording, start) in `places`.
 
     Actions are laid out as `names`; a name that a recording lacks is 0, one that only a recording knows
-    raises UserError, as does a cache without any run that long.
+    raises UserError, as does a cache without any run that long. `near`: a device that takes all frames into
+    its memory, as fits a GPU that would wait for them.
     """
 
-    def __init__(self, cache: LatentsCache, length: int, names: Sequence[str]) -> None:
+    def __init__(
+        self, cache: LatentsCache, length: int, names: Sequence[str], near: torch.device | None = None
+    ) -> None:
         self.cache, self.length, self.names = cache, length, tuple(names)
         self._actions = [self._layout(i) for i in range(len(cache.latents))]
         places = []
@@ -197,6 +209,11 @@ class Segments:
         self.places = np.concatenate(places)  # (n, 2)
         if not len(self.places):
             raise UserError(f"No episode in {cache.path} has {length} frames; collect longer ones.")
+        self._first = np.cumsum([0, *map(len, cache.latents)])[:-1]  # each recording's first frame in all
+        self._all: list[torch.Tensor] = []
+        if near:
+            both = (np.concatenate(parts) for parts in (cache.latents, self._actions))
+            self._all = [torch.from_numpy(x).to(near) for x in both]
 
     def _layout(self, number: int) -> np.ndarray:
         known, actions = self.cache.names[number], self.cache.actions[number]
@@ -224,6 +241,11 @@ class Segments:
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Segments of these numbers → latents float32 (b, t, c, h, w), actions float32 (b, t, k)."""
+        if self._all:
+            number, start = self.places[np.asarray(indices)].T
+            frames = torch.from_numpy((self._first[number] + start)[:, None] + np.arange(self.length))
+            latents, actions = (x[frames.to(x.device)].float() for x in self._all)
+            return latents, actions
         shape = (len(indices), self.length)
         latents = np.empty((*shape, *self.cache.latents[0].shape[1:]), np.float16)
         actions = np.empty((*shape, len(self.names)), np.float32)

@@ -65,10 +65,9 @@ def moving_average(module: nn.Module, decay: float) -> AveragedModel:
 
     def average(kept: list[Tensor], new: list[Tensor], count: int | Tensor) -> None:
         share = max(1 - decay, 9 / (10 + float(count)))
-        for old, fresh in zip(kept, new, strict=True):
-            if old.is_floating_point():
-                old.lerp_(fresh, share)
-            else:
-                old.copy_(fresh)
+        if kept[0].is_floating_point():  # what comes together is of one kind
+            torch._foreach_lerp_(kept, new, share)
+        else:
+            torch._foreach_copy_(kept, new)
 
     return AveragedModel(module, multi_avg_fn=torch.no_grad()(average), use_buffers=True)

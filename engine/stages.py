@@ -5,6 +5,7 @@ train.py.
 from __future__ import annotations
 
 import copy
+import os
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
@@ -117,14 +118,9 @@ class LatentsStage(ABC):
         self.before.load_into("autoencoder", self.autoencoder)
         self.caches = self._open_caches(rank, ranks)
         length, tail = self.segment()
-        self.batches = Batches(
-            Segments(self.caches[0], length, self.names),
-            config.pace().batch,
-            config.seed,
-            rank,
-            ranks,
-            tail=tail,
-        )
+        near = device if device.type == "cuda" else None
+        segments = Segments(self.caches[0], length, self.names, near)
+        self.batches = Batches(segments, config.pace().batch, config.seed, rank, ranks, tail=tail)
 
     @abstractmethod
     def segment(self) -> tuple[int, int]:
@@ -136,7 +132,8 @@ class LatentsStage(ABC):
         key = weights_digest(self.autoencoder)
         path = Path(self.config.data) / f"latents-{key}"
         if mine := (train + held_out)[rank::ranks]:
-            LatentsCache.build(mine, self._encode, path, key, batch=64)
+            readers = os.cpu_count() if self.device.type == "cuda" else 1
+            LatentsCache.build(mine, self._encode, path, key, batch=64, workers=readers or 1)
         if ranks > 1:
             torch.distributed.barrier()  # each process has encoded its share
         return [LatentsCache(path, key, part) for part in (train, held_out or train)]

@@ -70,6 +70,20 @@ def test_an_action_stands_beside_the_frame_it_caused(cache):
     assert mismatches(latents, actions, -1) > 0.1, "the check does not see actions that come a frame too late"
 
 
+def test_frames_in_a_devices_memory_are_the_mapped_ones(cache):
+    mapped, near = Segments(cache, 8, NAMES), Segments(cache, 8, NAMES, torch.device("cpu"))
+    places = np.random.default_rng(0).permutation(len(mapped))
+    for there, here in zip(mapped.batch(places), near.batch(places), strict=True):
+        assert there.dtype == here.dtype == torch.float32 and torch.equal(there, here)
+
+
+def test_several_readers_build_the_same_cache(cache, recordings, tmp_path):
+    several = LatentsCache.build(recordings, encode, tmp_path, "key", batch=16, workers=3)
+    for one, other in zip(cache.latents, several.latents, strict=True):
+        assert np.array_equal(one, other)
+    assert several.directories == cache.directories
+
+
 def test_batches_keep_the_alignment(cache):
     latents, actions = next(Batches(Segments(cache, 6, NAMES), 64, seed=5))
     assert mismatches(latents, actions, 0) == 0
