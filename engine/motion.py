@@ -37,6 +37,24 @@ class Guess(NamedTuple):
         return Guess(torch.where(where, before, self.mean), torch.where(where, 1.0, self.doubt))
 
 
+class Bounded(torch.autograd.Function):
+    """Logarithms of doubts within bounds. Beyond one only such gradients pass as lead back: without any, a
+    doubt would stay there for ever; with all of them, weights would grow for ever.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(*LOG_DOUBT)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        least, most = LOG_DOUBT
+        outward = (x < least) & (gradient > 0) | (x > most) & (gradient < 0)  # a step goes against a gradient
+        return gradient.masked_fill(outward, 0)
+
+
 class Motion(nn.Module):
     """Reads a flow off the last two finished frames and the keys of these and the coming ones, and moves the
     last picture by it.
@@ -108,7 +126,7 @@ class Motion(nn.Module):
         flow = FLOW_UNIT * self.flow_out(F.silu(x)).float()
         # what is read off for the doubt leaves the flow alone
         doubt = self.doubt_out(F.silu(self.doubt(x.detach(), condition.detach()))).float()
-        doubt = (doubt + (doubt.clamp(*LOG_DOUBT) - doubt).detach()).exp()  # gradients pass the bounds
+        doubt = Bounded.apply(doubt).exp()
         return rearrange(flow, "(b t) two y x -> b t y x two", b=b), doubt.unflatten(0, (b, t))
 
     def warp(self, picture: Tensor, flow: Tensor) -> Tensor:
