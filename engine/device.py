@@ -42,8 +42,11 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def _matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:
-    """Best of a few small matrix products, the shape of a transformer layer at play."""
-    a, b = (torch.ones(s, s, device=device, dtype=dtype) for s in (256, 256))
+    """Best of a few matrix products: as small as a transformer layer's at play, and on a GPU so large that it
+    is not their launches that take the time.
+    """
+    side = 2048 if device.type == "cuda" else 256
+    a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(8):
         start = time.perf_counter()

@@ -30,7 +30,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 @dataclass(frozen=True)
 class Config:
     """How the kernel is cut: queries and keys a tile, warps, stages of the pipeline, parts of the keys (0: as
-    many as fill the GPU), loads by TMA, and warps that do nothing but load (Hopper, 4 warps).
+    many as fill the GPU), and loads by TMA.
     """
 
     block_m: int
@@ -39,13 +39,10 @@ class Config:
     stages: int
     splits: int = 0
     tma: bool = False
-    specialize: bool = False
 
     def __post_init__(self) -> None:
         if not {self.block_m, self.block_n} <= {16, 32, 64, 128, 256}:
             raise ValueError(f"tiles must have 16, 32, 64, 128 or 256 queries and keys, not {self}")
-        if self.specialize and not (self.tma and self.warps == 4):
-            raise ValueError(f"warps are specialised only with TMA and where there are 4, not {self}")
         if not 0 <= self.splits <= MOST_SPLITS:
             raise ValueError(f"there can be 1 to {MOST_SPLITS} parts, 0 to choose, not {self.splits}")
 
@@ -70,7 +67,7 @@ def forward_kernel(
     Q, KEYS, VALUES, PAGES, LENGTHS, OUT, LSE, ROWS,
     m, slots, pages, stride_qb, stride_qm, stride_qh, stride_kb, stride_vb, scale,
     HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
+    SPLITS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Q (b, m, HEADS, D); KEYS, VALUES (b, slots, PAGE, HEADS, D); PAGES (g, pages); LENGTHS (g,) or None;
     ROWS g ints; OUT (SPLITS, b, m, HEADS, D), LSE (SPLITS, b, m, HEADS) the logarithm to base 2 of the sum of
@@ -95,7 +92,6 @@ def forward_kernel(
         of_v = tl.make_tensor_descriptor(VALUES, [slots, PAGE, WIDE], [PAGE * WIDE, WIDE, 1], [1, BLOCK_N, D])
         TILES: tl.constexpr = (PAGE + BLOCK_N - 1) // BLOCK_N  # of a page
         tiles = count // PAGE * TILES + (count % PAGE + BLOCK_N - 1) // BLOCK_N
-        # By TMA too, as Triton fails to specialise warps where queries come by pointers.
         of_q = tl.make_tensor_descriptor(Q, [m, D], [stride_qm, 1], [BLOCK_M, D])
         q = of_q.load([start, 0])
     else:
@@ -107,7 +103,7 @@ def forward_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the highest score so far
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, D], tl.float32)
-    for tile in tl.range(first, tl.minimum(first + share, tiles), warp_specialize=SPECIALIZE):
+    for tile in tl.range(first, tl.minimum(first + share, tiles)):
         if TMA:
             number, inner = tile // TILES, tile % TILES * BLOCK_N
             page = tl.load(PAGES + group * pages + number)
@@ -194,7 +190,7 @@ def fused(
         q, keys, values, pages.contiguous(), lengths, parts, lse, tuple(rows),
         m, keys.shape[1], pages.shape[1], *q.stride()[:3], keys.stride(0), values.stride(0), LOG2_E * d**-0.5,
         HEADS=h, D=d, PAGE=page, BLOCK_M=how.block_m, BLOCK_N=how.block_n, SPLITS=splits, TMA=bool(how.tma),
-        SPECIALIZE=bool(how.specialize), num_warps=how.warps, num_stages=how.stages,
+        num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     if splits > 1:
         count = b * m * h

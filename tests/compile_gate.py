@@ -55,7 +55,7 @@ def norm_cases(arch: int) -> Iterator[Case]:
 def attention_cases(arch: int) -> Iterator[Case]:
     """Every rule of the table and every candidate, with one part and with several."""
     table = attention.read_table(f"sm_{arch}")
-    for rule in table["window_attention"] + table.get("candidates", []):
+    for rule in table["window_attention"]:
         config, data = attention.Config(**rule["config"]), "fp32" if "float32" in rule["dtype"] else "bf16"
         for d in rule["head_dim"]:
             for splits in (1, 4):
@@ -70,7 +70,7 @@ def attention_case(arch: int, config: attention.Config, data: str, d: int, split
     page = 1560 if config.tma else 13
     m, n = config.block_m, config.block_n
     constants = {"HEADS": 4, "D": d, "PAGE": page, "BLOCK_M": m, "BLOCK_N": n, "SPLITS": splits}
-    constants |= {"TMA": config.tma, "SPECIALIZE": config.specialize}
+    constants["TMA"] = config.tma
     types = {"PAGES": "*i32", "LENGTHS": "*i32", "ROWS": ("i32", "i32"), "scale": "fp32"}
     if splits == 1:
         constants["LSE"] = None
@@ -84,10 +84,8 @@ def attention_case(arch: int, config: attention.Config, data: str, d: int, split
             wanted["copies of 16 bytes"] = r"cp\.async\.cg\.shared\.global \[[^;]*, 0x10"
     if config.tma:
         wanted["tiles by TMA"] = r"cp\.async\.bulk\.tensor"
-    if config.specialize:
-        wanted["register moves between warps"] = "setmaxnreg"
     how = f"{data} d {d} tile {m}x{n} warps {config.warps} stages {config.stages} parts {splits}"
-    name = "attention " + how + " TMA" * config.tma + " specialised" * config.specialize
+    name = "attention " + how + " TMA" * config.tma
     return Case(name, attention.forward_kernel, constants, config.warps, config.stages, data, types, wanted)
 
 

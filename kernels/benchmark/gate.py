@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -53,8 +52,8 @@ def small_cases(dim: int) -> list[tuple[AttentionCase, tuple[str, ...]]]:
     rings = [(f"13 tokens, {n} pages", 13, ((13, n - 4), (52, n)), 1, ("5 parts",)) for n in (14, 9, 11)]
     others = [
         ("49 tokens, batch 2", 49, ((49, 3), (147, 7)), 2, ("plain",)),
-        ("64 tokens, one group", 64, ((130, 5),), 1, ("TMA", "specialised")),
-        ("256 tokens, many keys", 256, ((100, 12),), 1, ("2 parts", "TMA, 3 parts", "specialised, 3 parts")),
+        ("64 tokens, one group", 64, ((130, 5),), 1, ("TMA",)),
+        ("256 tokens, many keys", 256, ((100, 12),), 1, ("2 parts", "TMA, 3 parts")),
     ]
     made = []
     for name, page, groups, batch, how in rings + others:
@@ -66,11 +65,11 @@ def variant(ops, name: str):
     """A way to cut the attention kernel; None for definitions, which cannot be cut."""
     if not hasattr(ops, "attention"):
         return None
-    how, *parts = name.split(", ") if "TMA" in name or "special" in name else ("plain", name)
+    how, *parts = name.split(", ") if "TMA" in name else ("plain", name)
     splits = int(parts[0][0]) if parts and parts[0][0].isdigit() else 1
     warps = 8 if how == "TMA" else 4
     rows = 64 if how == "plain" else 128
-    return ops.attention.Config(rows, 64, warps, 2, splits, how != "plain", how == "specialised")
+    return ops.attention.Config(rows, 64, warps, 2, splits, how == "TMA")
 
 
 def chosen(ops, case: AttentionCase, dtype: torch.dtype, device: torch.device):
@@ -78,24 +77,6 @@ def chosen(ops, case: AttentionCase, dtype: torch.dtype, device: torch.device):
     rows, pages = (max(x) for x in zip(*case.groups, strict=True))
     names = ops.attention.names(device)
     return ops.attention.pick(names, case.dim, dtype, rows, pages * case.page, case.page)
-
-
-def alternatives(ops, case: AttentionCase, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
-    """What is timed beside the tables' choice: their candidates for this shape, and without specialised warps
-    what is chosen with them.
-    """
-    if not hasattr(ops, "attention"):
-        return {}
-    first, made = chosen(ops, case, dtype, device), {}
-    if first.specialize:
-        made["not specialised"] = replace(first, specialize=False, warps=8)
-    for table in ops.attention.names(device):
-        for rule in ops.attention.read_table(table).get("candidates", ()):
-            fits = case.dim in rule.get("head_dim", [case.dim]) and case.page >= rule.get("page", 0)
-            config = ops.attention.Config(**rule["config"])
-            if fits and _kind(dtype) in rule.get("dtype", [_kind(dtype)]) and config != first:
-                made["specialised" if config.specialize else f"candidate {len(made) + 1}"] = config
-    return made
 
 
 def checks(ops, device: torch.device) -> Iterator[Check]:
@@ -121,9 +102,6 @@ def _timed_shapes(ops, dtype: torch.dtype, device: torch.device) -> Iterator[Che
         if dtype in HALVES or case.flops < 1e11:
             run = _later(check_attention, ops, case, dtype, device, False)
             yield Check(f"window_attention, {case.name}, {_kind(dtype)}", run)
-        for name, config in alternatives(ops, case, dtype, device).items() if dtype in HALVES else ():
-            run = _later(check_attention, ops, case, dtype, device, False, config)
-            yield Check(f"window_attention, {case.name}, {_kind(dtype)}, {name}", run, optional=True)
     for case in token_cases(device):
         yield from _tokens(ops, case, dtype, device, gradients=False)
 

@@ -20,7 +20,7 @@ from .cases import (
     token_cases,
 )
 from .checks import off
-from .gate import alternatives, operations
+from .gate import operations
 from .timing import Budget, Call, Timing, contest, limit, sets_for, why
 
 AGREE = 2e-2  # relative RMS between providers in half types; a row that differs more is no time
@@ -80,17 +80,10 @@ def attention_calls(sets: list[AttentionInput], case: AttentionCase, device: tor
     ops = operations(device)
     own = "triton" if hasattr(ops, "attention") else "definition"
     calls: dict[str, Call] = {own: lambda i: ops.window_attention(*sets[i].all())}
-    q = sets[0].q
-    for about, config in alternatives(ops, case, q.dtype, device).items():
-        calls[f"triton, {about}"] = _own_call(ops, sets, config)
     names = [name for name in NAMES if name != "flex" or case.name in FLEX]
     for name in names if device.type == "cuda" else [*names, "sdpa"]:
         calls[name] = _library_call(name, sets)
     return calls
-
-
-def _own_call(ops, sets: list[AttentionInput], config) -> Call:
-    return lambda i: ops.window_attention(*sets[i].all(), config=config)
 
 
 def _library_call(name: str, sets: list[AttentionInput]) -> Call:

@@ -28,7 +28,7 @@ Outcome = dict[str, str]  # name, state (right, wrong, refused, left) and why
 @dataclass(frozen=True)
 class Check:
     """One thing that must hold; `run` raises otherwise. What is `optional` may be refused by the device or
-    the compiler (tensor memory accelerator, specialised warps), but not be wrong.
+    the compiler (tensor memory accelerator), but not be wrong.
     """
 
     name: str
