@@ -1,14 +1,11 @@
-"""Recordings → latents cache → segments → batches.
+"""Recordings → segments → batches; between the first two stands the latents cache (latents.py).
 
 `action[t]` stays beside the frame `t` that it caused through every step; tests/test_dataset.py holds that.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +13,8 @@ import torch
 from tqdm import tqdm
 
 from .config import UserError
-from .recording import ACTIONS, Recording
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+from .latents import LatentsCache, stable_hash
+from .recording import Recording
 
 
 def split(recordings: Sequence[Path], held_out: float = 0.05) -> tuple[list[Path], list[Path]]:
@@ -28,8 +22,8 @@ def split(recordings: Sequence[Path], held_out: float = 0.05) -> tuple[list[Path
 
     Of two recordings or more at least one is held out and at least one is for training.
     """
-    order = sorted(map(Path, recordings), key=lambda path: (_hash(path.name), str(path)))
-    count = sum(_hash(path.name) < held_out * 2**64 for path in order)
+    order = sorted(map(Path, recordings), key=lambda path: (stable_hash(path.name), str(path)))
+    count = sum(stable_hash(path.name) < held_out * 2**64 for path in order)
     count = min(max(count, 1), len(order) - 1) if len(order) > 1 else 0
     return sorted(order[count:]), sorted(order[:count])
 
@@ -57,133 +51,6 @@ def load_frames(recordings: Sequence[Path], limit: int, seed: int) -> torch.Tens
                 done += 1
                 progress.update()
     return frames
-
-
-class LatentsCache:
-    """Float16 latents, actions and resets of many recordings in the directory `path`, memory-mapped.
-
-    `key` identifies the autoencoder that made them. Lists with an item per recording: `latents` (n, c, h, w),
-    `actions` (n, k), `resets` (n,), `names`, `directories`. `recordings` limits it to those; one that is
-    missing or was made by another autoencoder raises UserError.
-    """
-
-    def __init__(self, path: str | Path, key: str, recordings: Sequence[Path] | None = None) -> None:
-        self.path, self.key = Path(path), key
-        if recordings is None:
-            files = sorted(self.path.glob("*.npz"))
-        else:
-            files = [_entry(self.path, recording) for recording in recordings]
-        if not files:
-            raise UserError(f"There is no latents cache in {self.path}; build it from recordings first.")
-        self.latents: list[np.ndarray] = []
-        self.actions: list[np.ndarray] = []
-        self.resets: list[np.ndarray] = []
-        self.names: list[tuple[str, ...]] = []
-        self.directories: list[str] = []
-        for file in files:
-            found = _load_entry(file)
-            if found is None or str(found["key"]) != key:
-                raise UserError(
-                    f"The latents cache {file} does not belong to this autoencoder; build it again."
-                )
-            self.latents.append(np.load(file.with_suffix(".npy"), mmap_mode="r"))
-            self.actions.append(found["actions"])
-            self.resets.append(found["resets"])
-            self.names.append(tuple(found["names"].tolist()))
-            self.directories.append(str(found["directory"]))
-
-    def __len__(self) -> int:
-        return sum(map(len, self.latents))
-
-    def longest(self) -> int:
-        """Frames of the longest episode."""
-        ends = (np.flatnonzero(np.append(resets, True)) for resets in self.resets)
-        return max(int(np.diff(end, prepend=0).max()) for end in ends)
-
-    @classmethod
-    def build(
-        cls,
-        recordings: Sequence[Path],
-        encode: Callable[[torch.Tensor], torch.Tensor],
-        path: str | Path,
-        key: str,
-        batch: int = 256,
-        workers: int = 1,
-    ) -> LatentsCache:
-        """Encodes the recordings that are not there yet; `encode`: uint8 (n, 3, h, w) → (n, c, h', w').
-        `workers`: threads that read them, where encoding is not what takes long.
-        """
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-
-        def build(directory: Path) -> None:
-            file = _entry(path, directory)
-            found = _load_entry(file)
-            if found is None or str(found["key"]) != key or found["stamp"] != _stamp(directory):
-                _build_entry(directory, encode, file, key, batch)
-
-        with ThreadPoolExecutor(workers) as pool:
-            done = pool.map(build, recordings)
-            list(tqdm(done, desc="latents", unit="recording", total=len(recordings), disable=None))
-        return cls(path, key, recordings)
-
-
-def _entry(path: Path, directory: str | Path) -> Path:
-    """The name has the whole path's hash, since recordings of two collections may have the same name."""
-    directory = Path(directory).resolve()
-    return path / f"{directory.name}-{_hash(str(directory)):016x}.npz"
-
-
-def _stamp(directory: str | Path) -> int:
-    """Tells a recording from its older, shorter self."""
-    file = Path(directory) / ACTIONS
-    return file.stat().st_size if file.exists() else 0
-
-
-def _load_entry(file: Path) -> dict[str, np.ndarray] | None:
-    if not (file.exists() and file.with_suffix(".npy").exists()):
-        return None
-    with np.load(file) as found:
-        return {name: found[name] for name in found.files}
-
-
-def _build_entry(directory: str | Path, encode: Callable, file: Path, key: str, batch: int) -> None:
-    """Latents go to .npy, all else to .npz; the .npz comes last and vouches for both."""
-    recording, stamp = Recording(directory), _stamp(directory)
-    if not len(recording):
-        raise UserError(f"{directory} holds no frame; delete it.")
-    file.unlink(missing_ok=True)
-    partial = file.with_suffix(".npy.tmp")
-    latents = None
-    for start, frames in _batches(recording, batch):
-        with torch.inference_mode():
-            part = encode(torch.from_numpy(frames).permute(0, 3, 1, 2)).to("cpu", torch.float16).numpy()
-        if not np.isfinite(part).all():
-            raise UserError(f"The autoencoder's latents of {directory} are not finite; train it again.")
-        if latents is None:
-            shape = (len(recording), *part.shape[1:])
-            latents = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
-        latents[start : start + len(part)] = part
-    latents.flush()
-    os.replace(partial, file.with_suffix(".npy"))
-    with open(file.with_suffix(".npz.tmp"), "wb") as out:
-        np.savez(
-            out,
-            key=key,
-            stamp=stamp,
-            directory=str(directory),
-            names=np.array(recording.names, dtype=np.str_),
-            actions=recording.actions,
-            resets=recording.resets,
-        )
-    os.replace(file.with_suffix(".npz.tmp"), file)
-
-
-def _batches(recording: Recording, batch: int) -> Iterator[tuple[int, np.ndarray]]:
-    frames = recording.pick(range(len(recording)))
-    for start in range(0, len(recording), batch):
-        count = min(batch, len(recording) - start)
-        yield start, np.stack([next(frames) for _ in range(count)])
 
 
 class Segments:

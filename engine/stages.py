@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from .autoencoder import Autoencoder, decode_clip
 from .checkpoint import Checkpoint, save_checkpoint, weights_digest
 from .config import DenoiserConfig, ModelConfig, TrainConfig, UserError
-from .dataset import Batches, LatentsCache, Segments, load_frames, split
+from .dataset import Batches, Segments, load_frames, split
 from .denoiser import Denoiser, make_motion
 from .device import autocast
 from .distillation import DistillLoss, shortened
+from .latents import LatentsCache
 from .losses import MotionLoss, PlainLoss, RolloutLoss, compute_dtype
 from .picture import grid
 from .recording import find_recordings
@@ -132,8 +133,8 @@ class LatentsStage(ABC):
         key = weights_digest(self.autoencoder)
         path = Path(self.config.data) / f"latents-{key}"
         if mine := (train + held_out)[rank::ranks]:
-            readers = os.cpu_count() if self.device.type == "cuda" else 1
-            LatentsCache.build(mine, self._encode, path, key, batch=64, workers=readers or 1)
+            readers = os.cpu_count() if self.device.type == "cuda" else 0  # a CPU has its hands full encoding
+            LatentsCache.build(mine, self._encode, path, key, batch=64, workers=readers or 0)
         if ranks > 1:
             torch.distributed.barrier()  # each process has encoded its share
         return [LatentsCache(path, key, part) for part in (train, held_out or train)]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from engine.config import UserError, WorldConfig
-from engine.dataset import Batches, LatentsCache, Segments, load_frames, split
+from engine.dataset import Batches, Segments, load_frames, split
+from engine.latents import LatentsCache
 from engine.recording import Recorder
 
 NAMES = ("left", "right", "jump")
@@ -78,7 +79,7 @@ def test_frames_in_a_devices_memory_are_the_mapped_ones(cache):
 
 
 def test_several_readers_build_the_same_cache(cache, recordings, tmp_path):
-    several = LatentsCache.build(recordings, encode, tmp_path, "key", batch=16, workers=3)
+    several = LatentsCache.build(recordings, encode, tmp_path, "key", batch=16, workers=2)
     for one, other in zip(cache.latents, several.latents, strict=True):
         assert np.array_equal(one, other)
     assert several.directories == cache.directories
