@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.autoencoder import Autoencoder
 from engine.config import AutoencoderConfig
-from engine.motion import FLOW_UNIT, Motion
+from engine.motion import FLOW_UNIT, LOG_DOUBT, Bounded, Motion
 
 KEYS, CHANNELS, AHEAD, MOMENTUM = 2, 2, 3, 2
 ROWS, COLUMNS = 6, 12
@@ -143,6 +143,19 @@ def test_what_stands_still_stays_to_the_bit():
     motion.flow_out.bias.copy_(torch.tensor([0, 2 * 1 / (8 * ROWS) / FLOW_UNIT]))  # one pixel
     moved = motion.latents(motion.warp(motion.picture(last[:, 1]), motion.flow(last, held, actions)[0])[:, 0])
     assert torch.allclose(motion(last, held, actions).mean[:, 0], moved, atol=1e-5)
+
+
+def test_what_lies_beyond_a_bound_neither_runs_away_nor_stays():
+    (least, most), logarithm = LOG_DOUBT, torch.nn.Parameter(torch.zeros(5))
+    optimiser = torch.optim.Adam([logarithm], lr=0.05)
+    for wish in (1, -1):  # down without end, then up
+        for _ in range(400):
+            optimiser.zero_grad()
+            (wish * Bounded.apply(logarithm)).sum().backward()
+            optimiser.step()
+        made = Bounded.apply(logarithm)
+        assert made.allclose(torch.full((5,), least if wish > 0 else most))
+        assert least - 1 < logarithm.min() and logarithm.max() < most + 1, logarithm
 
 
 def test_it_learns_how_little_to_doubt_where_nothing_moves():
