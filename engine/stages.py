@@ -133,8 +133,9 @@ class LatentsStage(ABC):
         key = weights_digest(self.autoencoder)
         path = Path(self.config.data) / f"latents-{key}"
         if mine := (train + held_out)[rank::ranks]:
-            readers = os.cpu_count() if self.device.type == "cuda" else 0  # a CPU has its hands full encoding
-            LatentsCache.build(mine, self._encode, path, key, batch=64, workers=readers or 0)
+            # a CPU has its hands full encoding
+            readers = (os.cpu_count() or 0) if self.device.type == "cuda" else 0
+            LatentsCache.build(mine, self._encode, path, key, batch=64, workers=readers)
         if ranks > 1:
             torch.distributed.barrier()  # each process has encoded its share
         return [LatentsCache(path, key, part) for part in (train, held_out or train)]
