@@ -55,7 +55,7 @@ def _pack(key: str, value: Tensor, rows: bool) -> dict[str, Tensor]:
     if not value.is_floating_point():
         return {key: value}
     if not (rows and value.ndim == 2 and value.numel() > 4096):
-        return {key: (value.half() if value.ndim > 1 else value.float()).contiguous()}
+        return {key: value.float().contiguous()}
     scale = value.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
     return {key: (value / scale).round().to(torch.int8), key + "#scale": scale.float()}
 

@@ -151,6 +151,7 @@ class StageConfig:
     flip_share: float = 0.5  # stage distill: share of iterations with a change of keys by each scored window
     jitter: float = 0.1  # stages rollout and distill: share by which levels of the ladder fall, at most
     frames: int = 40_000  # stage autoencoder: frames kept in memory
+    crop: float = 1.0  # stage autoencoder: share of a frame's sides that is looked at
 
 
 @dataclass

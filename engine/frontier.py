@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .autoencoder import Autoencoder
+from .model.autoencoder import Autoencoder
 from .config import DenoiserConfig, TrainConfig
 from .denoiser import Denoiser
 from .device import AUTOCAST, autocast, pick_device, pick_precision

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .autoencoder import Autoencoder, decode_clip
+from .model.autoencoder import Autoencoder, decode_clip
 from .checkpoint import Checkpoint, save_checkpoint, weights_digest
 from .config import DenoiserConfig, ModelConfig, TrainConfig, UserError
 from .dataset import Batches, Segments, load_frames, split
@@ -59,7 +59,20 @@ class AutoencoderStage:
         """
         random = torch.Generator().manual_seed(self.seed + step)
         picked = torch.randint(len(self.frames), (self.size,), generator=random)
-        return self.frames[picked].to(self.device, non_blocking=True)
+        return self._cropped(self.frames[picked], random).to(self.device, non_blocking=True)
+
+    def _cropped(self, frames: Tensor, random: torch.Generator) -> Tensor:
+        """Parts of frames (n, 3, h, w), a `crop` of each side, somewhere in each frame: small things are all
+        that convolutions see, and many small parts teach more than a few whole frames.
+        """
+        share, (rows, columns) = self.config.pace().crop, frames.shape[2:]
+        height, width = (max(16, round(side * share / 16) * 16) for side in (rows, columns))
+        if (height, width) == (rows, columns):
+            return frames
+        top = torch.randint(rows - height + 1, (len(frames),), generator=random)
+        left = torch.randint(columns - width + 1, (len(frames),), generator=random)
+        places = zip(frames, top.tolist(), left.tolist(), strict=True)
+        return torch.stack([x[:, y : y + height, z : z + width] for x, y, z in places])
 
     @torch.no_grad()
     def reconstruct(self, module: Autoencoder) -> tuple[Tensor, Tensor]:

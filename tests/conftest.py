@@ -50,7 +50,7 @@ def doom_config() -> WorldConfig:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of doom_gathering: tiny networks that learned nothing, with starts a and b beside it."""
-    from engine.autoencoder import Autoencoder
+    from engine.model.autoencoder import Autoencoder
     from engine.checkpoint import save_checkpoint
     from engine.config import AutoencoderConfig, DenoiserConfig, ModelConfig
     from engine.denoiser import Denoiser

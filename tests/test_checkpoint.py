@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import engine.checkpoint
-from engine.autoencoder import Autoencoder
+from engine.model.autoencoder import Autoencoder
 from engine.checkpoint import Checkpoint, save_checkpoint, weights_digest
 from engine.config import AutoencoderConfig, DenoiserConfig, ModelConfig, UserError, WorldConfig
 from engine.denoiser import Denoiser

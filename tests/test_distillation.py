@@ -21,7 +21,7 @@ from torch import Tensor
 
 import train
 from engine import distillation, matching
-from engine.autoencoder import Autoencoder
+from engine.model.autoencoder import Autoencoder
 from engine.checkpoint import Checkpoint, save_checkpoint
 from engine.config import DenoiserConfig, StageConfig, TrainConfig, UserError, load_config
 from engine.denoiser import Denoiser

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.autoencoder import Autoencoder
+from engine.model.autoencoder import Autoencoder
 from engine.config import AutoencoderConfig
 from engine.motion import FLOW_UNIT, LOG_DOUBT, Bounded, Motion
 

@@ -20,7 +20,7 @@ import torch
 
 import train
 from engine import losses
-from engine.autoencoder import Autoencoder
+from engine.model.autoencoder import Autoencoder
 from engine.checkpoint import Checkpoint
 from engine.config import TrainConfig, load_config
 from engine.denoiser import Denoiser, weighted_error

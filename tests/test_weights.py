@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.autoencoder import Autoencoder
+from engine.model.autoencoder import Autoencoder
 from engine.config import AutoencoderConfig
 from engine.weights import Float8Linear, PackedConv, PackedLinear, cast_weights, pack_weights
 

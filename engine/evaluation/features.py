@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..autoencoder import to_float
+from ..model.autoencoder import to_float
 from ..device import autocast
 from ..session import Player
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..autoencoder import to_bytes
+from ..model.autoencoder import to_bytes
 from ..denoiser import Denoiser
 from ..device import autocast
 from ..session import Player

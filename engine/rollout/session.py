@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .autoencoder import Autoencoder, to_bytes
+from .model.autoencoder import Autoencoder, to_bytes
 from .checkpoint import Checkpoint
 from .config import UserError, WorldConfig
 from .denoiser import Denoiser

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .motion import Guess
+
 
 BLIND = 0.3  # share of frames that are judged without the first guess at them
 SLIP = 0.1  # standard deviation of the disturbance under which judgements must not change
