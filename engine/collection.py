@@ -148,7 +148,10 @@ def play(job: Job) -> int:
         try:
             keys = dict(zip(world.action_space.names, map(list, world.action_space.bindings), strict=True))
             described = replace(job.world, keys=keys)  # a gym world chooses its keys itself
-            with Recorder(draft, described, "true", job.seed, lossless=job.lossless) as recorder:
+            kinds = world.state_kinds
+            with Recorder(
+                draft, described, "true", job.seed, lossless=job.lossless, state_kinds=kinds
+            ) as recorder:
                 episodes = _play_into(recorder, world, job)
         finally:
             world.close()
@@ -161,7 +164,7 @@ def play(job: Job) -> int:
 
 def _play_into(recorder: Recorder, world, job: Job) -> int:
     rng = np.random.default_rng((job.seed, job.number))
-    policy = PolicyMixture(world.action_space, int(rng.integers(2**31)), job.world.fps)
+    policy = PolicyMixture(world.action_space, int(rng.integers(2**31)), job.world.fps, world.map_lines())
     nothing = np.zeros(len(world.action_space), np.float32)
     episodes = 0
     for count in range(1, job.frames + 1):

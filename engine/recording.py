@@ -22,7 +22,8 @@ from . import __version__
 from .config import UserError, WorldConfig
 from .video import CODEC, EXACT, QUALITY, VideoWriter, count_frames, read_frames
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had neither state kinds nor axes nor a parent, and is still read
+KINDS_OF_1 = {"x": "position", "y": "position", "angle": "angle", "health": "scalar", "ammo": "scalar"}
 HEADER, ACTIONS, FRAMES = "session.json", "actions.jsonl", "frames.mkv"
 
 
@@ -47,7 +48,12 @@ class Recorder:
         checkpoint: str = "",
         lossless: bool = False,
         names: tuple[str, ...] | None = None,
+        state_kinds: dict[str, str] | None = None,
+        parent: dict | None = None,
     ) -> None:
+        """`state_kinds`: what the frames' states hold → its kind, of worlds.base.STATE_KINDS. `parent`: where
+        a branched session came from, {"recording": digest or name, "frame": number}, or None.
+        """
         self.directory = Path(directory)
         self.names = tuple(world.keys) if names is None else tuple(names)
         self.frames_written = 0  # frames on their way to the disk, in step with actions.jsonl
@@ -66,7 +72,9 @@ class Recorder:
             "fps": world.fps,
             "height": world.height,
             "width": world.width,
+            "state_kinds": dict(state_kinds or {}),
             "source": source,
+            "parent": parent,
             "checkpoint": checkpoint,
             "seed": seed,
             "codec": {"name": CODEC, "lossless": lossless, **(EXACT if lossless else QUALITY)},
@@ -101,11 +109,13 @@ class Recorder:
         reset: bool = False,
         events: Sequence = (),
         state: dict | None = None,
+        axes: dict[str, float] | None = None,
         rng: int = 0,
         t_ns: int | None = None,
     ) -> None:
         """Appends a copy of the frame, uint8 (h, w, 3), that `action`, multi-hot (k,), caused.
 
+        `axes` are analogue inputs by name (sticks, the mouse), `state` what the world says of itself.
         `events` are JSON-able raw input events; `t_ns` nanoseconds since the start (None: the clock's).
         """
         if self._error or self._closed:
@@ -116,6 +126,7 @@ class Recorder:
             "frame": self._added,
             "t_ns": time.monotonic_ns() - self._start if t_ns is None else t_ns,
             "keys": [name for name, held in zip(self.names, action, strict=True) if held > 0.5],
+            "axes": {name: float(value) for name, value in (axes or {}).items()},
             "events": list(events),
             "reset": bool(reset),
             "rng": int(rng),
@@ -187,7 +198,8 @@ class Recording:
     """Reads one recording; a truncated one is cut to the frames of which both picture and line are there.
 
     `header` dict, `names` of the keys, `fps`, `actions` (n, k), `resets` (n,), `times` int64 (n,)
-    in nanoseconds, `states` list of dict or None, `events` list of lists. No recording there: UserError.
+    in nanoseconds, `states` list of dict or None, `state_kinds` dict of name → kind, `axes` list of dict,
+    `events` list of lists, `parent` dict or None. No recording there: UserError.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -211,6 +223,9 @@ class Recording:
         self.times = np.array([line["t_ns"] for line in lines], np.int64)
         self.events = [line["events"] for line in lines]
         self.states = [line.get("state") for line in lines]
+        self.axes = [line.get("axes", {}) for line in lines]
+        self.parent: dict | None = self.header.get("parent")
+        self.state_kinds: dict[str, str] = self.header.get("state_kinds") or self._known_kinds()
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -243,6 +258,11 @@ class Recording:
                 raise UserError(f"{self.directory / FRAMES} is damaged before frame {number}.")
             yield picture.to_ndarray(format="rgb24")
 
+    def _known_kinds(self) -> dict[str, str]:
+        """Schema 1 did not tell the kinds of the few things that states held then."""
+        first = next((state for state in self.states if state), {})
+        return {name: KINDS_OF_1[name] for name in first if name in KINDS_OF_1}
+
     def _read_header(self) -> dict:
         path = self.directory / HEADER
         try:
@@ -256,8 +276,8 @@ class Recording:
         needed = {"schema", "names", "fps", "height", "width"}
         if not isinstance(header, dict) or not needed <= header.keys():
             raise UserError(f"{path} was not written by Rollplay.")
-        if header["schema"] != SCHEMA:
-            raise UserError(f"{path} has schema {header['schema']}, but this version reads {SCHEMA}.")
+        if header["schema"] not in (1, SCHEMA):
+            raise UserError(f"{path} has schema {header['schema']}, but this version reads 1 and {SCHEMA}.")
         return header
 
     def _read_lines(self) -> list[dict]:

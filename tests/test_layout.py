@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     "engine/__init__.py  engine/config.py",
     "engine/worlds/base.py  engine/device.py  engine/picture.py  engine/optim.py  engine/sampler.py",
-    "engine/film.py  engine/pace.py  engine/video.py",
+    "engine/film.py  engine/pace.py  engine/video.py  engine/sight.py",
     "kernels/reference.py  kernels/norm.py  kernels/rope_triton.py",
-    "kernels/attention.py  kernels/rope.py",
+    "kernels/attention.py  kernels/rope.py  engine/explorer.py",
     "kernels/libraries.py",
     "kernels/dispatch.py",
     "kernels/__init__.py  engine/worlds/doom.py  engine/worlds/gym.py  engine/policies.py",

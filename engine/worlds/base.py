@@ -8,6 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
+# position: a coordinate on a fixed map · angle: degrees, 0 to 360 · velocity: of a position, along the axes
+# of the map, in its units per step of the simulator (not per frame) · scalar: anything else
+STATE_KINDS = ("position", "angle", "velocity", "scalar")
+
 
 @dataclass(frozen=True)
 class ActionSpace:
@@ -44,6 +48,7 @@ class World(Protocol):
     action_space: ActionSpace
     fps: float
     done: bool  # the episode ended with the last frame; reset before the next step
+    state_kinds: dict[str, str]  # what `state` tells → its kind, one of STATE_KINDS; empty: it tells nothing
 
     def reset(self, seed: int) -> np.ndarray:
         """Starts an episode → first frame, uint8 (h, w, 3)."""
@@ -54,7 +59,11 @@ class World(Protocol):
         ...
 
     def state(self) -> dict[str, float]:
-        """True state where the simulator tells it: x, y, angle (degrees), health, ammo."""
+        """True state at the last frame, with the names of `state_kinds`."""
+        ...
+
+    def map_lines(self) -> np.ndarray:
+        """The walls of the map, in the units of the positions: (m, 4), x1 y1 x2 y2; (0, 4) without a map."""
         ...
 
     def close(self) -> None: ...

@@ -44,6 +44,7 @@ class GymWorld:
         if not (isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.shape[2] == 3):
             raise UserError(f"The environment {config.id!r} does not render RGB (render_mode rgb_array).")
         self.config = config
+        self.state_kinds: dict[str, str] = {}
         self.fps = config.fps
         self.done = True
         self._frames = 0
@@ -77,6 +78,10 @@ class GymWorld:
     def state(self) -> dict[str, float]:
         """Empty: environments have no common words for their state."""
         return {}
+
+    def map_lines(self) -> np.ndarray:
+        """Empty (0, 4): no map is known."""
+        return np.zeros((0, 4))
 
     def close(self) -> None:
         """Ends the environment."""
