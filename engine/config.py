@@ -68,22 +68,18 @@ class DenoiserConfig:
     """The diffusion transformer over frame tokens and the geometry of its rolling window."""
 
     width: int = 256
-    layers: int = 6
+    layers: int = 4
     head_dim: int = 64
     mlp_ratio: int = 4
     patch: int = 4  # latents per token side
-    fine: int = 96  # channels of the convolutions around the tokens
-    stem: int = 2  # convolution layers before the tokens
-    head: int = 4  # convolution layers behind them
-    motion: int = 64  # channels of the network that moves the last picture
-    motion_layers: int = 4
-    momentum: int = 4  # finished frames whose actions it knows
-    spread: float = 0.5  # usual standard deviation of what the moved picture misses, latents having 1
-    window: int = 4  # frames in flight
-    recent: int = 8  # finished frames remembered
-    sink: int = 1  # first frames remembered for ever; 0: none
-    commit_position: int = 0  # window positions up to here show their own, final action
-    ladder: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 1.0])  # oldest to newest
+    conv_width: int = 64  # channels of the convolutions around the tokens
+    conv_in_layers: int = 2
+    conv_out_layers: int = 6
+    action_history: int = 16  # frames whose keys a frame knows, its own included
+    window_frames: int = 3  # in flight
+    context_frames: int = 8  # finished ones remembered
+    sink_frames: int = 1  # first ones remembered for ever; 0: none
+    ladder: list[float] = field(default_factory=lambda: [0.5, 0.8, 1.0])  # oldest to newest
     correction: float = (
         0.9  # noise level to which the leaving frame is sent back after a key change; 0: never
     )
@@ -93,19 +89,13 @@ class DenoiserConfig:
             raise UserError(
                 f"model.width {self.width} must be a multiple of head_dim {self.head_dim}, that of 4."
             )
-        if (
-            len(self.ladder) != self.window
-            or sorted(self.ladder) != list(self.ladder)
-            or self.ladder[-1] != 1
-        ):
-            raise UserError(
-                f"The ladder needs {self.window} ascending levels that end at 1, not {self.ladder}."
-            )
-        if self.momentum < 2 or self.spread <= 0:
-            raise UserError("model.denoiser.momentum must be at least 2 and spread positive.")
-        if not 0 <= self.commit_position < self.window or self.sink < 0 or self.recent < 1:
-            said = "commit_position must lie in the window; recent must be at least 1"
-            raise UserError(f"{said} and sink not negative.")
+        ladder = list(self.ladder)
+        if len(ladder) != self.window_frames or sorted(ladder) != ladder or ladder[-1:] != [1]:
+            said = f"The ladder needs {self.window_frames} ascending levels that end at 1"
+            raise UserError(f"{said}, not {ladder}.")
+        if self.action_history < 1 or self.sink_frames < 0 or self.context_frames < 1:
+            said = "model.denoiser.action_history and context_frames must be at least 1"
+            raise UserError(f"{said} and sink_frames not negative.")
 
 
 @dataclass
@@ -114,6 +104,8 @@ class ModelConfig:
 
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    # what a world tells of itself: names, kinds, pictured (engine/model/state_spec.py); empty: nothing
+    state: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass

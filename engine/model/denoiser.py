@@ -32,7 +32,8 @@ class Denoiser(nn.Module):
         self, config: DenoiserConfig, keys: int, features: int, channels: int, rows: int, columns: int
     ):
         super().__init__()
-        self.config, self.keys, self.shape = config, keys, (channels, rows, columns)
+        self.config, self.keys, self.features = config, keys, features
+        self.shape = (channels, rows, columns)
         self.condition = ConditionEncoder(
             keys, config.action_history, features, config.window_frames, config.width
         )

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .model.autoencoder import Autoencoder, to_bytes
-from .checkpoint import Checkpoint
-from .config import UserError, WorldConfig
-from .denoiser import Denoiser
-from .device import AUTOCAST, autocast, pick_device, pick_precision
-from .graph import StepGraph
+from ..checkpoint import Checkpoint
+from ..config import UserError, WorldConfig
+from ..device import AUTOCAST, autocast, pick_device, pick_precision
+from ..model.autoencoder import Autoencoder
+from ..model.networks import load_denoiser, load_states
+from ..worlds.base import ActionSpace
+from .cuda_graph import StepGraph
+from .inference_weights import cast_weights, pack_weights
 from .rollout import Rollout
-from .weights import cast_weights, pack_weights
-from .worlds.base import ActionSpace
 
 
 class Player:

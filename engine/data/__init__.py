@@ -1,0 +1,1 @@
+"""Recordings, and what training reads of them."""
