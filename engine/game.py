@@ -63,8 +63,8 @@ class Dream:
     def __init__(self, config: PlayConfig) -> None:
         """Loads the checkpoint and the first start. Raises UserError where either is not to be had."""
         # these take torch along, which a window need not wait for
-        from .layers import choose_kernels
-        from .session import Player, Session
+        from .model.layers import choose_kernels
+        from .rollout.session import Player, Session
 
         path = Path(config.checkpoint)
         if not path.is_absolute() and not path.exists() and (ROOT / path).exists():

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .config import PRECISIONS, TrainConfig, UserError
-from .session import Player, Session
+from .rollout.session import Player, Session
 from .starts import Start, find_starts, load_start
 
 FRAMES = 16  # that are compared, from each start; the timed ones go on behind

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..model.autoencoder import to_float
 from ..device import autocast
-from ..session import Player
+from ..rollout.session import Player
 
 COMPONENTS = 32  # principal components of true frames; more would make a few seconds' estimate noisy
 BATCH = 64  # pictures that are encoded at once

@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..model.autoencoder import to_bytes
-from ..denoiser import Denoiser
+from ..model.denoiser import Denoiser
 from ..device import autocast
-from ..session import Player
+from ..rollout.session import Player
 
 BATCH = 32  # games that are played at once
 

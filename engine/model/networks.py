@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from ..config import ModelConfig, WorldConfig
 from .autoencoder import Autoencoder
 from .checkpoint import Checkpoint
@@ -10,14 +12,21 @@ from .state import StateModel
 from .state_spec import StateSpec, features_width
 
 
+def spec_of(model: ModelConfig) -> StateSpec | None:
+    """What a world tells of itself; None where that is nothing."""
+    return StateSpec.from_dict(asdict(model.state)) if model.state.names else None
+
+
 def make_states(model: ModelConfig, world: WorldConfig) -> StateModel | None:
     """The predictor of a world's state with fresh weights; None for a world that tells none."""
-    return StateModel(StateSpec.from_dict(model.state), len(world.keys)) if model.state else None
+    spec = spec_of(model)
+    return StateModel(spec, len(world.keys)) if spec else None
 
 
 def make_denoiser(model: ModelConfig, world: WorldConfig) -> Denoiser:
     """The denoiser with fresh weights."""
-    features = features_width(StateSpec.from_dict(model.state)) if model.state else 0
+    spec = spec_of(model)
+    features = features_width(spec) if spec else 0
     return Denoiser(model.denoiser, len(world.keys), features, *model.autoencoder.latent_shape(world))
 
 
@@ -28,7 +37,7 @@ def load_autoencoder(checkpoint: Checkpoint) -> Autoencoder:
 
 def load_states(checkpoint: Checkpoint) -> StateModel | None:
     """The state's predictor of a checkpoint with its weights; None where its world tells no state."""
-    if not checkpoint.model.state:
+    if spec_of(checkpoint.model) is None:
         return None
     return checkpoint.build("states", lambda: make_states(checkpoint.model, checkpoint.world))
 

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .state_spec import StateScales, StateSpec, difference, heading, octaves, pick, turned
+from .state_spec import OCTAVES, StateScales, StateSpec, pick, turned, waves
 
 PERIODS = range(3, 21)  # frames; what swings with a fixed period (a walker's bob) follows one of these clocks
 STILL = 0.02  # changes far below this share of a large one become nothing, so that standing is standing
 EDGE = 4.0  # large steps from the edge of the known map within which the walls' part is told of it
+UNTOUCHED = 2.0  # by which a wall is unlikely to matter at first
 
 
 class StateCarry(NamedTuple):
@@ -29,38 +30,42 @@ class StateCarry(NamedTuple):
 
 
 class StateModel(nn.Module):
-    """Keys → next state. Pictured scalars are left as they are: whoever reads pictures writes them in."""
+    """Keys → next state. Pictured scalars are left as they are: whoever reads pictures writes them in.
+
+    Inside, a state is (b, M) without the pictured scalars and in normalised units: positions, angles (in
+    half turns, not wrapped), scalars, velocities. `hidden` is memory, clocks, and the last step and turn.
+    """
 
     def __init__(self, spec: StateSpec, keys: int, width: int = 64, wall_width: int = 128) -> None:
         super().__init__()
         self.spec, self.keys, self.width = spec, keys, width
         self.scales = StateScales(spec)
-        self.position, self.angle = spec.indices("position"), spec.indices("angle")
-        self.velocity, self.scalar = spec.indices("velocity"), spec.indices("scalar")
-        # places of a predicted state's numbers as `step` lists them
-        self.order = self.position + self.angle + self.velocity + self.scalar + spec.pictured_indices
-        self.back = [self.order.index(i) for i in range(len(spec))]
-        moving = len(spec) - len(spec.pictured)
-        told = keys + len(self.velocity) + len(self.scalar) + moving
-        clocks = len(PERIODS)
-        self.memory = nn.GRUCell(told, width)
-        self.clock_gate = nn.Linear(width, clocks)
-        self.clock_input = nn.Linear(told + width, 2 * clocks)
-        self.clock_start = nn.Parameter(0.1 * torch.randn(2 * clocks))
-        known = told + width + 2 * clocks
-        self.free = nn.Linear(known, moving)  # much of a free body's motion is linear
-        self.free_rest = _mlp(known, 2 * width, moving)
-        near = len(self.position) * (2 * (2 * 7 + 2) + 1) + len(self.velocity)
-        self.changes = len(self.position) ** 2 + len(self.position)
-        self.changes_velocity = len(self.velocity) ** 2 + len(self.velocity)
-        self.walls = _mlp(near, wall_width, self.changes + self.changes_velocity + 1, layers=3)
-        nn.init.constant_(self.clock_gate.bias, -4.0)
-        turn = 2 * math.pi / torch.tensor(list(PERIODS))
+        kinds = ("position", "angle", "scalar", "velocity")
+        self.positions, self.angles, self.scalars, self.velocities = (len(spec.indices(kind)) for kind in kinds)
+        self.order = [i for kind in kinds for i in spec.indices(kind)]
+        every = self.order + spec.pictured_indices
+        self.back = [every.index(i) for i in range(len(spec))]
+        self.added = len(self.order) - self.velocities  # numbers that a frame adds to; velocities are set
+        self.moved = self.positions + self.angles
+        told = keys + self.velocities + self.scalars + self.moved
+        self.kept = width + 2 * len(PERIODS)  # memory and clocks
+        self.remember = nn.Linear(told + self.kept, 2 * width + 3 * len(PERIODS))
+        self.clock_start = nn.Parameter(0.1 * torch.randn(2 * len(PERIODS)))
+        self.free = nn.Linear(told + self.kept, len(self.order))  # a free body's motion is nearly linear
+        self.free_rest = _mlp(told + self.kept, 2 * width, len(self.order), layers=2)
+        near = 2 * self.positions * (2 * OCTAVES + 2) + self.positions + self.velocities
+        self.bends = [n * n + n for n in (self.positions, self.velocities)]
+        self.walls = _mlp(near, wall_width, sum(self.bends) + 1, layers=3)
+        for name in ("low", "high", "unit"):  # range of the data and large steps, as inner numbers
+            self.register_buffer(name, torch.ones(len(self.order)))
+        turn = 2 * math.pi / torch.tensor(list(PERIODS)).repeat(2)
         self.register_buffer("clock_turn", torch.stack([turn.cos(), turn.sin()]), persistent=False)
+        waves_of_map = 2.0 ** torch.arange(OCTAVES) * (math.pi / 2)
+        self.register_buffer("frequencies", waves_of_map, persistent=False)
 
     @property
     def hidden_width(self) -> int:
-        return self.width + 2 * len(PERIODS) + len(self.order) - len(self.spec.pictured)
+        return self.kept + self.moved
 
     def empty_carry(self, batch: int, device: torch.device) -> StateCarry:
         """Room for the carry of games side by side."""
@@ -69,94 +74,114 @@ class StateModel(nn.Module):
 
     def fit(self, states: Tensor, resets: Tensor) -> None:
         """Sets units and ranges from the data; see StateScales.fit."""
-        self.scales.fit(states, resets)
+        scales, n = self.scales, self.positions
+        scales.fit(states, resets)
+        self.low.copy_(self._inner(scales.low))
+        self.high.copy_(self._inner(scales.high))
+        self.low[n : self.moved], self.high[n : self.moved] = -math.inf, math.inf  # angles go round
+        self.unit.copy_(pick(scales.step / scales.scale, self.order))
+        self.unit[self.added :] = 1.0  # velocities are set, not added to
 
     def begin(self, states: Tensor, actions: Tensor) -> StateCarry:
         """Recorded states (b, t, S) and the actions (b, t, k) that caused them, t >= 1 → carry."""
-        hidden = states.new_zeros(len(states), self.hidden_width)
-        hidden = hidden + F.pad(self.clock_start, (self.width, hidden.shape[1] - self.width - len(self.clock_start)))
-        previous = states[:, 0]
-        for state, action in zip(states.unbind(1), actions.unbind(1), strict=True):
-            told = self._told(hidden, previous, action)
-            memory, clock = self._remember(hidden, told)
-            change = pick(difference(self.spec, state, previous) / self.scales.step, self.order)
-            hidden = torch.cat([memory, clock, change[:, : self.free.out_features]], 1)
-            previous = state
-        return StateCarry(hidden, previous)
+        inner = self._inner(states)
+        hidden = F.pad(self.clock_start, (self.width, self.moved)).expand(len(states), -1)
+        previous = inner[:, 0]
+        for now, action in zip(inner.unbind(1), actions.unbind(1), strict=True):
+            told, cos, sin = self._told(hidden, previous, action)
+            hidden = torch.cat([self._remember(hidden, told), self._moved(previous, now, cos, sin)], 1)
+            previous = now
+        return StateCarry(hidden, states[:, -1])
 
     def step(self, carry: StateCarry, action: Tensor) -> StateCarry:
         """Carry and the action (b, k) that causes the next frame → the next frame's carry."""
-        hidden, state = carry
-        told = self._told(hidden, state, action)
-        memory, clock = self._remember(hidden, told)
-        known = torch.cat([told, memory, clock], 1)
-        sizes = [len(self.position), len(self.angle), len(self.velocity), len(self.scalar)]
-        step, turn, velocity, change = (self.free(known) + self.free_rest(known)).split(sizes, 1)
-        cos, sin = heading(self.spec, state)
-        step, velocity = turned(step, cos, sin), turned(velocity, cos, sin)
-        if self.position:
-            step, velocity = self._against_walls(state, step, velocity)
-        scales = self.scales
-        place = pick(state, self.position) + _still(step) * pick(scales.step, self.position)
-        angle = (pick(state, self.angle) + _still(turn) * pick(scales.step, self.angle)) % 360
-        velocity = _still(velocity) * pick(scales.scale, self.velocity)
-        scalar = pick(state, self.scalar) + _still(change) * pick(scales.step, self.scalar)
-        parts = [place, angle, velocity, scalar, pick(state, self.spec.pictured_indices)]
-        new = pick(torch.cat(parts, 1), self.back)
-        new = torch.minimum(torch.maximum(new, scales.low), scales.high)
-        moved = pick(difference(self.spec, new, state) / scales.step, self.order)[:, : self.free.out_features]
-        return StateCarry(torch.cat([memory, clock, moved], 1), new)
+        hidden, inner = self._advance(carry.hidden, self._inner(carry.state), action)
+        return StateCarry(hidden, self._outer(inner, carry.state))
 
     def unroll(self, carry: StateCarry, actions: Tensor) -> Tensor:
         """Carry, actions (b, t, k) → states (b, t, S)."""
-        states = []
+        hidden, inner, rows = carry.hidden, self._inner(carry.state), []
         for action in actions.unbind(1):
-            carry = self.step(carry, action)
-            states.append(carry.state)
-        return torch.stack(states, 1)
+            hidden, inner = self._advance(hidden, inner, action)
+            rows.append(inner)
+        return self._outer(torch.stack(rows, 1), carry.state[:, None].expand(-1, len(rows), -1))
 
-    def _told(self, hidden: Tensor, state: Tensor, action: Tensor) -> Tensor:
-        """What memory and free motion know: keys, velocity and last change in the body's axes, scalars."""
-        cos, sin = heading(self.spec, state)
-        plain = self.scales.normalise(state)
-        changed = hidden[:, hidden.shape[1] - self.free.out_features :]
-        n, a, v = len(self.position), len(self.angle), len(self.velocity)
-        parts = [action, turned(pick(plain, self.velocity), cos, -sin), pick(plain, self.scalar)]
-        parts += [turned(changed[:, :n], cos, -sin), changed[:, n : n + a]]
-        parts += [turned(changed[:, n + a : n + a + v], cos, -sin), changed[:, n + a + v :]]
-        return torch.cat(parts, 1)
+    def _inner(self, state: Tensor) -> Tensor:
+        """(..., S) → (..., M)."""
+        return pick(self.scales.normalise(state), self.order)
 
-    def _remember(self, hidden: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden (b, H), told → memory (b, width) and clocks (b, 2 c), one frame on."""
-        clocks = len(PERIODS)
-        memory = self.memory(told, hidden[:, : self.width])
-        cos, sin = self.clock_turn
-        x, y = hidden[:, self.width : self.width + 2 * clocks].chunk(2, 1)
-        on = torch.cat([x * cos - y * sin, x * sin + y * cos], 1)
-        gate = self.clock_gate(memory).sigmoid().repeat(1, 2)
-        return memory, on + gate * (self.clock_input(torch.cat([told, memory], 1)) - on)
+    def _outer(self, inner: Tensor, last: Tensor) -> Tensor:
+        """(..., M) and a state (..., S) whose pictured scalars stay → (..., S)."""
+        scales, n, a = self.scales, self.positions, self.angles
+        state = inner * pick(scales.scale, self.order) + pick(scales.offset, self.order)
+        wrapped = state[..., n : n + a] % 360
+        parts = [state[..., :n], wrapped, state[..., n + a :], pick(last, self.spec.pictured_indices)]
+        return pick(torch.cat(parts, -1), self.back)
 
-    def _against_walls(self, state: Tensor, step: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
-        """Step and velocity in the open (b, 2) in large steps and scales, map axes → what walls leave."""
-        scales, places = self.scales, self.position
-        here = pick(state, places)
-        there = here + step * pick(scales.step, places)
-        parts = [step, velocity]
-        for place in (here, there):
-            inside = torch.stack([place - pick(scales.low, places), pick(scales.high, places) - place], 1)
-            inside = (inside / pick(scales.step, places)).clamp(-EDGE, EDGE).flatten(1) / 2
-            parts += [inside, octaves((place - pick(scales.offset, places)) / pick(scales.scale, places))]
-        out = self.walls(torch.cat(parts, 1))
-        touch = torch.sigmoid(out[:, -1:] - 2)
-        change, change_velocity, _ = out.split([self.changes, self.changes_velocity, 1], 1)
-        return step + touch * _bent(change, step), velocity + touch * _bent(change_velocity, velocity)
+    def _advance(self, hidden: Tensor, inner: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """One frame: hidden (b, H), inner (b, M), action (b, k) → the next hidden and inner."""
+        told, cos, sin = self._told(hidden, inner, action)
+        kept = self._remember(hidden, told)
+        known = torch.cat([told, kept], 1)
+        out = self.free(known) + self.free_rest(known)
+        n = self.positions
+        step, velocity = turned(out[:, :n], cos, sin), turned(out[:, self.added :], cos, sin)
+        if n:
+            step, velocity = self._against_walls(inner[:, :n], step, velocity)
+        change = _still(torch.cat([step, out[:, n : self.added], velocity], 1)) * self.unit
+        new = torch.cat([inner[:, : self.added] + change[:, : self.added], change[:, self.added :]], 1)
+        new = torch.minimum(torch.maximum(new, self.low), self.high)  # nothing runs away
+        return torch.cat([kept, self._moved(inner, new, cos, sin)], 1), new
+
+    def _told(self, hidden: Tensor, inner: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What memory and free motion know (b, ..): keys, velocity in the body's axes, scalars, last step;
+        and cos and sin (b,) of the heading.
+        """
+        n, a = self.positions, self.angles
+        angle = inner[:, n] * math.pi if a else torch.zeros_like(inner[:, 0])
+        cos, sin = angle.cos(), angle.sin()
+        velocity = turned(inner[:, self.added :], cos, -sin)
+        parts = [action, velocity, inner[:, n + a : self.added], hidden[:, self.kept :]]
+        return torch.cat(parts, 1), cos, sin
+
+    def _moved(self, inner: Tensor, new: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Step in the body's axes and turn (b, moved) from one inner state to the next, in large steps."""
+        change = (new - inner)[:, : self.moved]
+        n = self.positions
+        turn = (change[:, n:] + 1) % 2 - 1
+        return torch.cat([turned(change[:, :n], cos, -sin), turn], 1) / self.unit[: self.moved]
+
+    def _remember(self, hidden: Tensor, told: Tensor) -> Tensor:
+        """Hidden (b, H), told → memory and clocks (b, kept), one frame on."""
+        width, count = self.width, len(PERIODS)
+        memory, clock = hidden[:, :width], hidden[:, width : self.kept]
+        out = self.remember(torch.cat([told, hidden[:, : self.kept]], 1))
+        gate, fresh, clock_gate, clock_fresh = out.split([width, width, count, 2 * count], 1)
+        memory = memory + gate.sigmoid() * (fresh.tanh() - memory)
+        x, y = clock.chunk(2, 1)
+        clock = clock * self.clock_turn[0] + torch.cat([-y, x], 1) * self.clock_turn[1]
+        clock = clock + (clock_gate - 4).sigmoid().repeat(1, 2) * (clock_fresh - clock)
+        return torch.cat([memory, clock], 1)
+
+    def _against_walls(self, here: Tensor, step: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised position (b, n), step and velocity in the open along the map's axes, in large steps and
+        scales → what walls leave of them.
+        """
+        n = self.positions
+        low, high, unit = self.low[:n], self.high[:n], self.unit[:n]
+        both = torch.stack([here, here + step * unit], 1)  # (b, 2, n)
+        inside = (torch.cat([both - low, high - both], 2) / unit.repeat(2)).clamp(-EDGE, EDGE) / 2
+        near = torch.cat([inside, waves(both, self.frequencies)], 2).flatten(1)
+        out = self.walls(torch.cat([near, step, velocity], 1))
+        bend, bend_velocity, touch = out.split([*self.bends, 1], 1)
+        touch = torch.sigmoid(touch - UNTOUCHED)
+        return step + touch * _bent(bend, step), velocity + touch * _bent(bend_velocity, velocity)
 
 
-def _bent(change: Tensor, vector: Tensor) -> Tensor:
-    """A learned matrix (b, n n) times vector (b, n) plus a learned offset (b, n), all in `change`."""
+def _bent(bend: Tensor, vector: Tensor) -> Tensor:
+    """A matrix (b, n n) times vector (b, n) plus an offset (b, n); `bend` holds both."""
     n = vector.shape[1]
-    matrix, offset = change.split([n * n, n], 1)
-    return (matrix.unflatten(1, (n, n)) * vector[:, None]).sum(2) + offset
+    return (bend[:, : n * n].unflatten(1, (n, n)) * vector[:, None]).sum(2) + bend[:, n * n :]
 
 
 def _still(x: Tensor) -> Tensor:
@@ -165,7 +190,8 @@ def _still(x: Tensor) -> Tensor:
     return x * square / (square + STILL**2)
 
 
-def _mlp(inputs: int, width: int, outputs: int, layers: int = 2) -> nn.Sequential:
+def _mlp(inputs: int, width: int, outputs: int, layers: int) -> nn.Sequential:
+    """A perceptron that says nothing before it is trained."""
     sizes = [inputs] + [width] * layers
     parts = [p for a, b in zip(sizes, sizes[1:], strict=False) for p in (nn.Linear(a, b), nn.SiLU())]
     last = nn.Linear(width, outputs)

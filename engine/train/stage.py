@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TRAINED, TrainConfig, UserError
-from ..data.latents import LatentsCache, cache_place, drop_old
+from ..data.cache import cache_place, drop_old
+from ..data.latents import LatentsCache
 from ..data.segments import Batches, Clip, Segments
 from ..dataset import split
 from ..device import autocast
@@ -62,7 +63,7 @@ class LatentsStage(ABC):
 
     def segments(self, cache: LatentsCache, length: int, near: torch.device | None = None) -> Segments:
         """Runs of so many frames, with the keys of a frame's history and the states that the model knows."""
-        states = self.model.state.get("names", [])
+        states = self.model.state.names
         before = self.model.denoiser.action_history - 1
         return Segments(cache, length, self.names, states, before, near)
 
