@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 POLICIES = ("keyboard", "scripted", "random", "idle", "spin", "walls")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
 KERNELS = ("auto", "reference", "triton")
-TRAINED = ("autoencoder", "motion", "denoiser", "rollout", "distill")
-STAGES = ("collect", *TRAINED, "evaluate", "ablate", "frontier", "precision")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a stage of training starts from: the stages whose checkpoints it reads, as far as they are there,
+    and the parts of ModelConfig that it makes; it takes the others as they were made.
+    """
+
+    reads: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+
+
+TRAINED = {  # in their order
+    "autoencoder": Trained(makes=("autoencoder",)),
+    "motion": Trained(reads=("autoencoder",), makes=("denoiser",)),
+    "denoiser": Trained(reads=("motion",), makes=("denoiser",)),
+    "rollout": Trained(reads=("denoiser",)),
+    "distill": Trained(reads=("denoiser", "rollout")),
+}
+STAGES = ("all", "collect", *TRAINED, "pack", "evaluate", "ablate", "frontier", "precision")
 
 
 class UserError(Exception):
@@ -32,9 +50,8 @@ class WorldConfig:
     tics: int = 2  # simulator steps per frame
     fps: float = 17.5  # frames a second that are real time
     episode_frames: int = 1050  # an episode ends here at the latest
-    keys: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # action name → scancode names (SDL), in action order
+    # action name → scancode names (SDL), in action order
+    keys: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in ("doom", "gym"):
@@ -52,9 +69,8 @@ class AutoencoderConfig:
     """Frames ↔ latents, each frame alone. Every width halves the resolution: three make a factor of 8."""
 
     channels: int = 8  # of the latents
-    widths: list[int] = field(
-        default_factory=lambda: [32, 64, 128]
-    )  # from half resolution to that of the latents
+    # from half resolution to that of the latents
+    widths: list[int] = field(default_factory=lambda: [32, 64, 128])
     depth: int = 2  # residual layers at the coarsest level
 
     def latent_shape(self, world: WorldConfig) -> tuple[int, int, int]:
@@ -84,20 +100,16 @@ class DenoiserConfig:
     sink: int = 1  # first frames remembered for ever; 0: none
     commit_position: int = 0  # window positions up to here show their own, final action
     ladder: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 1.0])  # oldest to newest
-    correction: float = (
-        0.9  # noise level to which the leaving frame is sent back after a key change; 0: never
-    )
+    # noise level to which the leaving frame is sent back after a key change; 0: never
+    correction: float = 0.9
 
     def __post_init__(self) -> None:
         if self.head_dim < 4 or self.width % self.head_dim or self.head_dim % 4:
             raise UserError(
                 f"model.width {self.width} must be a multiple of head_dim {self.head_dim}, that of 4."
             )
-        if (
-            len(self.ladder) != self.window
-            or sorted(self.ladder) != list(self.ladder)
-            or self.ladder[-1] != 1
-        ):
+        ladder = list(self.ladder)
+        if len(ladder) != self.window or sorted(ladder) != ladder or ladder[-1] != 1:
             raise UserError(
                 f"The ladder needs {self.window} ascending levels that end at 1, not {self.ladder}."
             )
@@ -123,6 +135,7 @@ class StageConfig:
     steps: int = 100_000
     max_minutes: float = 30.0
     batch: int = 32  # per process
+    accumulate: int = 1  # batches whose gradients are summed up before each step of the optimiser
     learning_rate: float = 1e-3
     warmup: int = 200  # steps
     decay_share: float = 0.3  # of the run, at its end, over which the learning rate falls to zero
@@ -141,9 +154,8 @@ class StageConfig:
     matching: float = 1.0  # stage distill: weight of the distribution's gradient
     regression: float = 0.1  # stage distill: weight of the true frames; more of it obeys less
     guidance: float = 0.5  # stage distill: how far the teacher is pushed away from what it says without keys
-    alone_share: float = (
-        0.5  # stages rollout and distill: share of iterations with leaving frames denoised alone
-    )
+    # stages rollout and distill: share of iterations with leaving frames denoised alone
+    alone_share: float = 0.5
     far_share: float = 0.25  # stage distill: share of iterations in long games, which go on each time for
     far: int = 200  # up to so many frames before they are scored,
     longest: int = 10_500  # and are begun anew when they are so many frames old
@@ -151,6 +163,11 @@ class StageConfig:
     flip_share: float = 0.5  # stage distill: share of iterations with a change of keys by each scored window
     jitter: float = 0.1  # stages rollout and distill: share by which levels of the ladder fall, at most
     frames: int = 40_000  # stage autoencoder: frames kept in memory
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.accumulate) < 1 or not 0 <= self.max_minutes < float("inf"):
+            said = "steps, batch and accumulate of a stage must be at least 1"
+            raise UserError(f"{said}, and max_minutes not negative.")
 
 
 @dataclass
@@ -174,6 +191,7 @@ class TrainConfig:
     frames: int = 200_000  # collect: how many; evaluate: frames per game
     workers: int = 0  # collect: processes; 0 takes one per core
     lossless: bool = False  # collect: store pixels exactly
+    again: bool = False  # train anew what was made from something else than what is there now; pack: replace
     seed: int = 0
     device: str = "auto"
     threads: int = 0  # torch threads; 0 leaves torch's default
@@ -187,20 +205,22 @@ class TrainConfig:
     save_minutes: float = 3.0
     picture_minutes: float = 5.0
     tensorboard: bool = False
+    given: list[str] = field(default_factory=list)  # load_config's: the options of the command line, by name
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise UserError(f"There is no stage {self.stage!r}; choose one of {', '.join(STAGES)}.")
         _check_arithmetic(self.precision, self.kernels)
-        if self.precision in ("fp16", "fp8") and self.stage in ("collect", *TRAINED):
+        if self.precision in ("fp16", "fp8") and self.stage in ("all", "collect", *TRAINED):
             raise UserError(f"precision={self.precision} is for play and evaluation; train in bf16.")
 
     def pace(self) -> StageConfig:
         """The stage's own pace with the options given on the command line laid over it."""
-        pace = StageConfig(**asdict(self.stages.get(self.stage, StageConfig())))
-        pace.max_minutes = self.max_minutes or pace.max_minutes
-        pace.steps = self.steps or pace.steps
-        return pace
+        pace = self.stages.get(self.stage, StageConfig())
+        minutes = self.max_minutes or pace.max_minutes
+        if not minutes:
+            raise UserError(f"preset={self.preset} has no stage {self.stage}; give it max_minutes=M.")
+        return replace(pace, max_minutes=minutes, steps=self.steps or pace.steps)
 
 
 @dataclass
@@ -208,15 +228,13 @@ class PlayConfig:
     """`play.py`'s options."""
 
     checkpoint: str = "assets/doom_gathering.safetensors"
-    world: WorldConfig = field(
-        default_factory=WorldConfig
-    )  # game=true only; a dream's world is in its checkpoint
+    # game=true only; a dream's world is in its checkpoint
+    world: WorldConfig = field(default_factory=WorldConfig)
     game: str = "dream"  # dream: the network · true: the simulator
     display: str = "auto"  # auto · window · headless
     policy: str = "keyboard"  # keyboard · scripted · random · idle · spin · walls · directory of a recording
-    start: str = (
-        ""  # where a dream starts: a shipped start's name, DIR or DIR:FRAME of a recording, a picture
-    )
+    # where a dream starts: a shipped start's name, DIR or DIR:FRAME of a recording, a picture
+    start: str = ""
     frames: int = 0  # stop after so many; 0: when the player leaves
     seed: int = 0
     record: str = ""  # directory of the one session to write
@@ -268,7 +286,10 @@ def load_config(program: str, schema: type, overrides: list[str]) -> Any:
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             config = compose(program, overrides=overrides)
-        return OmegaConf.to_object(config)
+        made = OmegaConf.to_object(config)
+        if hasattr(made, "given"):
+            made.given = [text.partition("=")[0].lstrip("+~") for text in overrides]
+        return made
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
         if isinstance(cause, UserError):

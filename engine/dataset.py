@@ -13,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 from .config import UserError
-from .latents import LatentsCache, stable_hash
+from .data.cache import stable_hash
+from .data.latents import LatentsCache
 from .recording import Recording
 
 

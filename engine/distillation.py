@@ -62,7 +62,7 @@ class DistillLoss(nn.Module):
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         # processes choose alike, as they wait for one another; by what is saved with the weights
-        turn, choice = int(self.turns), random.Random(int(self.turns))
+        turn, choice = int(self.turns) // self.pace.accumulate, random.Random(int(self.turns))
         self.turns += 1
         learns = turn % (self.pace.critic_turns + 1) == self.pace.critic_turns
         clips, errors = self.play(*batch, choice, learns)

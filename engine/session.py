@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from .autoencoder import Autoencoder, to_bytes
-from .checkpoint import Checkpoint
 from .config import UserError, WorldConfig
 from .denoiser import Denoiser
 from .device import AUTOCAST, autocast, pick_device, pick_precision
 from .graph import StepGraph
+from .model.checkpoint import Checkpoint
 from .rollout import Rollout
 from .weights import cast_weights, pack_weights
 from .worlds.base import ActionSpace
@@ -33,10 +33,9 @@ class Player:
         self.device = pick_device(device)
         self.precision = pick_precision(precision, self.device)
         self.dtype = AUTOCAST[self.precision]
-        self.autoencoder = Autoencoder(self.checkpoint.model.autoencoder)
-        self.checkpoint.load_into("autoencoder", self.autoencoder)
-        self.denoiser = make_denoiser(self.checkpoint, self.autoencoder)
-        self.checkpoint.load_into("denoiser", self.denoiser)
+        build, size = self.checkpoint.build, self.checkpoint.model.autoencoder
+        self.autoencoder = build("autoencoder", lambda: Autoencoder(size))
+        self.denoiser = build("denoiser", lambda: make_denoiser(self.checkpoint, self.autoencoder))
         for module in (self.autoencoder, self.denoiser):
             self.ready(module)
 

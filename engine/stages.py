@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import os
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, decode_clip
-from .checkpoint import Checkpoint, save_checkpoint, weights_digest
 from .config import DenoiserConfig, ModelConfig, TrainConfig, UserError
+from .data.cache import cache_place, drop_old
+from .data.latents import LatentsCache
 from .dataset import Batches, Segments, load_frames, split
 from .denoiser import Denoiser, make_motion
 from .device import autocast
 from .distillation import DistillLoss, shortened
-from .latents import LatentsCache
 from .losses import MotionLoss, PlainLoss, RolloutLoss, compute_dtype
+from .model.checkpoint import Checkpoint, kept, save_checkpoint, weights_digest
 from .picture import grid
 from .recording import find_recordings
 from .rollout import Rollout
@@ -80,16 +80,8 @@ class AutoencoderStage:
         error = (true.float() - made.float()).square().mean((1, 2, 3))
         scores = {"psnr_held_out": round((10 * torch.log10(255**2 / error)).mean().item(), 2)}
         config = self.config
-        save_checkpoint(
-            path,
-            {"autoencoder": module},
-            config.model,
-            config.world,
-            seed=config.seed,
-            licence=LICENCE,
-            scores=scores,
-            **about,
-        )
+        about = {"seed": config.seed, "licence": LICENCE, "scores": scores} | about
+        save_checkpoint(path, {"autoencoder": module}, config.model, config.world, **about)
 
 
 class LatentsStage(ABC):
@@ -106,17 +98,17 @@ class LatentsStage(ABC):
         own = config.stage in ("rollout", "distill")  # history, so all networks are there
         self.before = Checkpoint(config.weights if config.weights and own else before)
         if list(self.before.world.keys) != list(config.world.keys):
-            said = f"{self.before.path} was trained for {self.before.world.name}"
-            said = f"{said}, whose keys {config.world.name} has not"
+            said = f"{self.before.path} was trained for {self.before.world.name}, whose keys differ"
             raise UserError(f"{said}; give another out=DIR, or world={self.before.world.name}.")
         made, denoiser = self.before.model, config.model.denoiser
         if own:  # how the weights that are there are used may change
-            window = denoiser.window if config.stage == "distill" else made.denoiser.window
-            changes = {"window": window, "ladder": denoiser.ladder, "correction": denoiser.correction}
-            denoiser = replace(made.denoiser, **changes)
+            free = ("ladder", "correction", *(["window"] if config.stage == "distill" else []))
+            denoiser = kept(made.denoiser, denoiser, config.given, "model.denoiser", free)
         self.model = ModelConfig(made.autoencoder, denoiser)
-        self.autoencoder = Autoencoder(self.model.autoencoder).to(device).eval().requires_grad_(False)
-        self.before.load_into("autoencoder", self.autoencoder)
+        build, size = self.before.build, self.model.autoencoder
+        self.autoencoder = (
+            build("autoencoder", lambda: Autoencoder(size)).to(device).eval().requires_grad_(False)
+        )
         self.caches = self._open_caches(rank, ranks)
         length, tail = self.segment()
         near = device if device.type == "cuda" else None
@@ -130,8 +122,11 @@ class LatentsStage(ABC):
     def _open_caches(self, rank: int, ranks: int) -> list[LatentsCache]:
         """Latents of the recordings to train on and of those held out; what is missing is encoded first."""
         train, held_out = split(find_recordings(self.config.data))
-        key = weights_digest(self.autoencoder)
-        path = Path(self.config.data) / f"latents-{key}"
+        # decoders may differ: latents are the encoder's
+        key = weights_digest(self.autoencoder, without=("decoder",))
+        path = cache_place(self.config.data, self.config.out, key, train + held_out)
+        if rank == 0:
+            drop_old(path, self.config.data, self.config.out, train + held_out)
         if mine := (train + held_out)[rank::ranks]:
             # a CPU has its hands full encoding
             readers = (os.cpu_count() or 0) if self.device.type == "cuda" else 0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .config import StageConfig
+from ..config import StageConfig
 
 
 class Optimiser:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,21 +12,19 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from .config import UserError
-from .recording import ACTIONS, Recording
+from ..config import UserError
+from ..recording import Recording
+from .cache import content_of, entry_of, is_current, load_entry, stamp_of
 
-
-def stable_hash(text: str) -> int:
-    """64 bits of a text, the same in every process."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class LatentsCache:
     """Float16 latents, actions and resets of many recordings in the directory `path`, memory-mapped.
 
-    `key` identifies the autoencoder that made them. Lists with an item per recording: `latents` (n, c, h, w),
+    `key` identifies the encoder that made them. Lists with an item per recording: `latents` (n, c, h, w),
     `actions` (n, k), `resets` (n,), `names`, `directories`. `recordings` limits it to those; one that is
-    missing or was made by another autoencoder raises UserError.
+    missing, damaged or of another encoder raises UserError.
     """
 
     def __init__(self, path: str | Path, key: str, recordings: Sequence[Path] | None = None) -> None:
@@ -34,7 +32,7 @@ class LatentsCache:
         if recordings is None:
             files = sorted(self.path.glob("*.npz"))
         else:
-            files = [_entry(self.path, recording) for recording in recordings]
+            files = [entry_of(self.path, recording) for recording in recordings]
         if not files:
             raise UserError(f"There is no latents cache in {self.path}; build it from recordings first.")
         self.latents: list[np.ndarray] = []
@@ -43,8 +41,8 @@ class LatentsCache:
         self.names: list[tuple[str, ...]] = []
         self.directories: list[str] = []
         for file in files:
-            found = _load_entry(file)
-            if found is None or str(found["key"]) != key:
+            found = load_entry(file, key)
+            if found is None:
                 raise UserError(
                     f"The latents cache {file} does not belong to this autoencoder; build it again."
                 )
@@ -72,41 +70,22 @@ class LatentsCache:
         batch: int = 256,
         workers: int = 0,
     ) -> LatentsCache:
-        """Encodes the recordings that are not there yet; `encode`: uint8 (n, 3, h, w) → (n, c, h', w').
-        `workers`: processes that decode them, where encoding is not what takes long; 0: this one.
+        """Encodes the recordings that are not there yet or whose content has changed; `encode`: uint8 (n, 3,
+        h, w) → (n, c, h', w'). `workers`: processes that decode them, where encoding is not what takes long;
+        0: this one.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         files = {}
         for directory in recordings:
-            file = _entry(path, directory)
-            found = _load_entry(file)
-            if found is None or str(found["key"]) != key or found["stamp"] != _stamp(directory):
+            file = entry_of(path, directory)
+            if not is_current(file, directory, key):
                 file.unlink(missing_ok=True)
                 files[str(directory)] = file
         with tqdm(total=len(files), desc="latents", unit="recording", disable=None) as progress:
             for _ in _encode(files, encode, key, batch, workers):
                 progress.update()
         return cls(path, key, recordings)
-
-
-def _entry(path: Path, directory: str | Path) -> Path:
-    """The name has the whole path's hash, since recordings of two collections may have the same name."""
-    directory = Path(directory).resolve()
-    return path / f"{directory.name}-{stable_hash(str(directory)):016x}.npz"
-
-
-def _stamp(directory: str | Path) -> int:
-    """Tells a recording from its older, shorter self."""
-    file = Path(directory) / ACTIONS
-    return file.stat().st_size if file.exists() else 0
-
-
-def _load_entry(file: Path) -> dict[str, np.ndarray] | None:
-    if not (file.exists() and file.with_suffix(".npy").exists()):
-        return None
-    with np.load(file) as found:
-        return {name: found[name] for name in found.files}
 
 
 class Frames(IterableDataset):
@@ -122,11 +101,12 @@ class Frames(IterableDataset):
         worker = get_worker_info()
         mine = self.directories[worker.id :: worker.num_workers] if worker else self.directories
         for directory in mine:
-            stamp, recording = _stamp(directory), Recording(directory)
+            stamp, content, recording = stamp_of(directory), content_of(directory), Recording(directory)
             if not len(recording):
                 raise UserError(f"{directory} holds no frame; delete it.")
             about = {
                 "stamp": stamp,
+                "content": content,
                 "directory": directory,
                 "names": np.array(recording.names, dtype=np.str_),
             }
@@ -136,6 +116,37 @@ class Frames(IterableDataset):
                 count = min(self.batch, len(recording) - start)
                 part = np.stack([next(frames) for _ in range(count)])
                 yield directory, start, len(recording), torch.from_numpy(part), None if start else about
+
+
+class Latents:
+    """The .npy of one recording's latents while it is written, part after part. Its space is taken at once: a
+    full disk is an error here, where a mapped file would end the program.
+    """
+
+    def __init__(self, file: Path, shape: tuple[int, ...]):
+        self.partial, self.file = file.with_suffix(".npy.tmp"), file.with_suffix(".npy")
+        self.out = open(self.partial, "wb")  # noqa: SIM115
+        head = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(self.out, head | {"shape": shape})
+        self.out.flush()
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self.out.fileno(), self.out.tell(), 2 * int(np.prod(shape)))
+            except OSError as error:
+                if error.errno in FULL:  # otherwise this file system cannot reserve, and writing will tell
+                    raise
+
+    def write(self, part: np.ndarray) -> None:
+        """The next frames' latents, float16 (n, c, h, w)."""
+        self.out.write(np.ascontiguousarray(part).data)
+
+    def finish(self) -> None:
+        self.out.close()
+        os.replace(self.partial, self.file)
+
+    def drop(self) -> None:
+        self.out.close()
+        self.partial.unlink(missing_ok=True)
 
 
 def _as_it_is(item):
@@ -149,24 +160,37 @@ def _encode(files: dict[str, Path], encode: Callable, key: str, batch: int, work
     workers = min(workers, len(files))
     # a batch of frames is handed on as it is, and not one of several of these
     how = {"batch_size": None, "collate_fn": _as_it_is, "num_workers": workers}
-    begun: dict[str, tuple[np.ndarray, dict]] = {}
-    for directory, start, total, frames, about in DataLoader(Frames(list(files), batch), **how):
-        with torch.inference_mode():
-            part = encode(frames.permute(0, 3, 1, 2)).to("cpu", torch.float16).numpy()
-        if not np.isfinite(part).all():
-            raise UserError(f"The autoencoder's latents of {directory} are not finite; train it again.")
-        file = files[directory]
-        if about:
-            shape, partial = (total, *part.shape[1:]), file.with_suffix(".npy.tmp")
-            latents = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
-            begun[directory] = latents, about
-        latents, about = begun[directory]
-        latents[start : start + len(part)] = part
-        if start + len(part) == total:
-            latents.flush()
-            os.replace(file.with_suffix(".npy.tmp"), file.with_suffix(".npy"))
-            with open(file.with_suffix(".npz.tmp"), "wb") as out:
-                np.savez(out, key=key, **about)
-            os.replace(file.with_suffix(".npz.tmp"), file)
-            del begun[directory]
-            yield file
+    begun: dict[str, tuple[Latents, dict]] = {}
+    try:
+        for directory, start, total, frames, about in DataLoader(Frames(list(files), batch), **how):
+            with torch.inference_mode():
+                part = encode(frames.permute(0, 3, 1, 2)).to("cpu", torch.float16).numpy()
+            if not np.isfinite(part).all():
+                raise UserError(f"The autoencoder's latents of {directory} are not finite; train it again.")
+            file = files[directory]
+            if about:
+                begun[directory] = Latents(file, (total, *part.shape[1:])), about
+            latents, about = begun[directory]
+            latents.write(part)
+            if start + len(part) == total:
+                latents.finish()
+                _write_about(file, about | {"key": key})
+                del begun[directory]
+                yield file
+    except OSError as error:
+        said = f"Latents could not be written beside {file}" if begun else "Latents could not be made"
+        raise UserError(f"{said} ({error.strerror or error}); free some space and run again.") from error
+    finally:
+        for latents, _ in begun.values():
+            latents.drop()
+
+
+def _write_about(file: Path, about: dict) -> None:
+    partial = file.with_suffix(".npz.tmp")
+    try:
+        with open(partial, "wb") as out:
+            np.savez(out, **about)
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
