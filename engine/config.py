@@ -167,6 +167,11 @@ class StageConfig:
             said = "steps, batch and accumulate of a stage must be at least 1"
             raise UserError(f"{said}, and max_minutes not negative.")
 
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.accumulate) < 1 or not 0 <= self.max_minutes < float("inf"):
+            said = "steps, batch and accumulate of a stage must be at least 1"
+            raise UserError(f"{said}, and max_minutes not negative.")
+
 
 @dataclass
 class TrainConfig:

@@ -50,10 +50,10 @@ def doom_config() -> WorldConfig:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of doom_gathering: tiny networks that learned nothing, with starts a and b beside it."""
-    from engine.model.autoencoder import Autoencoder
-    from engine.checkpoint import save_checkpoint
+    from engine.autoencoder import Autoencoder
     from engine.config import AutoencoderConfig, DenoiserConfig, ModelConfig
     from engine.denoiser import Denoiser
+    from engine.model.checkpoint import save_checkpoint
     from engine.recording import Recorder, Recording
     from engine.starts import cut_start
 

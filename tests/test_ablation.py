@@ -180,7 +180,7 @@ def measured(monkeypatch) -> list[str]:
 @pytest.fixture
 def options(tiny_checkpoint, tmp_path):
     """`train.py`'s options, for a short recording."""
-    from engine.checkpoint import Checkpoint
+    from engine.model.checkpoint import Checkpoint
 
     world = Checkpoint(tiny_checkpoint).world
     with Recorder(tmp_path / "data" / "a", world, "true", 0, lossless=True) as recorder:

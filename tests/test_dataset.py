@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from engine.config import UserError, WorldConfig
+from engine.data.latents import LatentsCache
 from engine.dataset import Batches, Segments, load_frames, split
-from engine.latents import LatentsCache
 from engine.recording import Recorder
 
 NAMES = ("left", "right", "jump")

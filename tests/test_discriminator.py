@@ -8,7 +8,7 @@ from torch import nn
 from engine.config import StageConfig
 from engine.discriminator import Discriminator
 from engine.motion import Guess
-from engine.optim import Optimiser
+from engine.train.optim import Optimiser
 
 
 def pair(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:

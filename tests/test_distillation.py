@@ -21,18 +21,18 @@ from torch import Tensor
 
 import train
 from engine import distillation, matching
-from engine.model.autoencoder import Autoencoder
-from engine.checkpoint import Checkpoint, save_checkpoint
+from engine.autoencoder import Autoencoder
 from engine.config import DenoiserConfig, StageConfig, TrainConfig, UserError, load_config
 from engine.denoiser import Denoiser
 from engine.distillation import DistillLoss, endless, shortened
 from engine.kv_cache import KVCache
 from engine.matching import Clip, critic_loss, matching_loss
+from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.motion import Guess
-from engine.optim import Optimiser, learning_rate, moving_average
 from engine.recording import Recorder
 from engine.rollout import Rollout
 from engine.session import Player
+from engine.train.optim import Optimiser, learning_rate, moving_average
 
 KEYS, SHAPE = 2, (2, 4, 6)
 SMALL = {"width": 48, "layers": 2, "head_dim": 24, "patch": 2, "sink": 1, "fine": 16, "stem": 1, "head": 1}

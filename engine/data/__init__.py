@@ -1,1 +1,1 @@
-"""Recordings, and what training reads of them."""
+"""What is trained on: recordings, latents, segments."""

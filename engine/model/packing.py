@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig, UserError
-from .model.checkpoint import EXTRAS, SCALE, Checkpoint, write_tensors
+from .checkpoint import EXTRAS, SCALE, Checkpoint, write_tensors
 
 SMALLEST = 4096  # elements of a tensor that is worth a scale for each of its rows
 HALF = ("autoencoder",)  # networks that make pixels: 16 bits, as the eye sees what rounding does there
