@@ -27,7 +27,7 @@ TRAINED = {  # in their order
     "rollout": Trained(reads=("denoiser",)),
     "decoder": Trained(reads=("rollout",)),
 }
-STAGES = ("all", "collect", *TRAINED, "pack", "evaluate", "ablate", "frontier", "precision")
+STAGES = ("all", "collect", *TRAINED, "pack", "evaluate", "ablate", "precision")
 
 
 class UserError(Exception):

@@ -39,7 +39,7 @@ class TrueGame:
     def choose_next(self) -> None:
         """Nothing: the next seed is the next start."""
 
-    def prepare(self) -> None:
+    def speculate(self) -> None:
         """Nothing: a simulator is quick."""
 
     def step(self, action: np.ndarray) -> np.ndarray:
@@ -89,7 +89,7 @@ class Dream:
                 loaded = load_start(self.start, self.action_space, self._shipped, self._frames)
             self._loaded = {self.start: loaded}
         chosen = self._loaded[self.start]
-        return self._session.reset(seed, chosen.frames, chosen.actions)
+        return self._session.reset(seed, chosen.frames, chosen.actions, chosen.states)
 
     def choose_next(self) -> None:
         """Chooses the next shipped start for the coming resets."""
@@ -97,17 +97,17 @@ class Dream:
         if names:
             self.start = names[(names.index(self.start) + 1) % len(names) if self.start in names else 0]
 
-    def prepare(self) -> None:
+    def speculate(self) -> None:
         """Does what can be done before it is known which keys are held next."""
-        self._session.prepare()
+        self._session.speculate()
 
     def step(self, action: np.ndarray) -> np.ndarray:
         """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
         return self._session.step(action)
 
     def state(self) -> dict[str, float]:
-        """Nothing: a network knows no true state."""
-        return {}
+        """What the network believes of its world at the last frame; empty where it knows nothing."""
+        return self._session.state()
 
     def close(self) -> None:
         """Nothing is held open."""

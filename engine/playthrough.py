@@ -86,10 +86,10 @@ class Playthrough:
         self._keep(events, reset=False)
         self.timings.add(start)
 
-    def prepare(self) -> None:
+    def speculate(self) -> None:
         """Does what can be done of the next step before it is known which keys it is for."""
         start = time.perf_counter()
-        self.game.prepare()
+        self.game.speculate()
         self._ahead += time.perf_counter() - start
 
     def reset(self, seed: int | None = None, start: str = "", events: Sequence = ()) -> None:

@@ -25,11 +25,14 @@ SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "starts"
 
 @dataclass(frozen=True)
 class Start:
-    """True frames, uint8 (t, h, w, 3), and the actions that caused them (t, k); the game follows the last."""
+    """True frames, uint8 (t, h, w, 3), the actions that caused them (t, k), and what the world told of itself at
+    each, None where that is not known; the game follows the last.
+    """
 
     name: str
     frames: np.ndarray
     actions: np.ndarray
+    states: list[dict[str, float] | None] | None = None
 
 
 def find_starts(world: str, checkpoint: str | Path) -> list[Path]:
@@ -78,12 +81,14 @@ def true_start(world: WorldConfig, seed: int, frames: int) -> Start:
     try:
         policy = make_policy("scripted", game.action_space, seed)
         seen, held = [game.reset(seed)], [np.zeros(len(game.action_space), np.float32)]
+        states = [game.state()]
         while len(seen) < frames and not game.done:
             held.append(policy(game.state(), game.action_space))
             seen.append(game.step(held[-1]))
+            states.append(game.state())
     finally:
         game.close()
-    return Start("true game", np.stack(seen), np.stack(held))
+    return Start("true game", np.stack(seen), np.stack(held), states)
 
 
 def cut_start(recording: Recording, frame: int, directory: str | Path, frames: int = FRAMES) -> Path:
@@ -128,7 +133,7 @@ def _cut(recording: Recording, last: int, space: ActionSpace, frames: int, name:
     episode = max(start for start, _ in recording.episodes() if start <= last)
     first = max(episode, last - frames + 1)
     actions = known_actions(recording, first, last + 1, space)
-    return Start(name, recording.frames(first, last + 1), actions)
+    return Start(name, recording.frames(first, last + 1), actions, recording.states[first : last + 1])
 
 
 def described(world: WorldConfig, space: ActionSpace) -> WorldConfig:

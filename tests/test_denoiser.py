@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import engine.denoiser
 import pytest
 import torch
-from torch import Tensor
-
-import engine.denoiser
-from engine.config import DenoiserConfig
 from engine.denoiser import Denoiser, weighted_error
 from engine.kv_cache import Context, Written
 from engine.motion import Guess
-from engine.rollout import Rollout
 from engine.sampler import scalings
+from torch import Tensor
+
+from engine.config import DenoiserConfig
+from engine.rollout import Rollout
 
 SHAPE = (2, 4, 6)
 SMALL = {"width": 48, "layers": 2, "head_dim": 24, "patch": 2, "sink": 1, "fine": 16, "stem": 1, "head": 1}

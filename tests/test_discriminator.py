@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from engine.discriminator import Discriminator
+from engine.motion import Guess
 from torch import nn
 
 from engine.config import StageConfig
-from engine.discriminator import Discriminator
-from engine.motion import Guess
 from engine.train.optim import Optimiser
 
 

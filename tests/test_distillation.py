@@ -17,21 +17,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-import train
-from engine import distillation, matching
 from engine.autoencoder import Autoencoder
-from engine.config import DenoiserConfig, StageConfig, TrainConfig, UserError, load_config
 from engine.denoiser import Denoiser
 from engine.distillation import DistillLoss, endless, shortened
 from engine.kv_cache import KVCache
 from engine.matching import Clip, critic_loss, matching_loss
-from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.motion import Guess
+from engine.session import Player
+from torch import Tensor
+
+import train
+from engine import distillation, matching
+from engine.config import DenoiserConfig, StageConfig, TrainConfig, UserError, load_config
+from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.recording import Recorder
 from engine.rollout import Rollout
-from engine.session import Player
 from engine.train.optim import Optimiser, learning_rate, moving_average
 
 KEYS, SHAPE = 2, (2, 4, 6)

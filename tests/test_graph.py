@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine.session import Player, Session
+from engine.window import bind
 from test_rollout import SHAPE, close, context, game, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.rollout import Rollout
-from engine.session import Player, Session
-from engine.window import bind
 
 READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.masked_select")  # wait for a device
 

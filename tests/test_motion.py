@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine.motion import FLOW_UNIT, LOG_DOUBT, Bounded, Motion
 from torch import Tensor
 
-from engine.model.autoencoder import Autoencoder
 from engine.config import AutoencoderConfig
-from engine.motion import FLOW_UNIT, LOG_DOUBT, Bounded, Motion
+from engine.model.autoencoder import Autoencoder
 
 KEYS, CHANNELS, AHEAD, MOMENTUM = 2, 2, 3, 2
 ROWS, COLUMNS = 6, 12

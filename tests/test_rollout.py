@@ -8,16 +8,16 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from engine.denoiser import Denoiser
 from engine.kernels import qknorm_rope
+from engine.kv_cache import Context, Written
+from engine.sampler import add_noise, counter_noise, ramp, scalings
+from engine.window import bind
 from torch import Tensor
 
 import engine.rollout
 from engine.config import DenoiserConfig
-from engine.denoiser import Denoiser
-from engine.kv_cache import Context, Written
 from engine.rollout import Rollout
-from engine.sampler import add_noise, counter_noise, ramp, scalings
-from engine.window import bind
 
 KEYS, SHAPE = 3, (2, 4, 6)  # channels, rows, columns: 6 tokens and the action's
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
 from engine.sampler import add_noise, counter_noise, jittered, ramp, scalings, training_sigma
+from torch import Tensor
 
 SHAPE = (3, 5, 7)  # odd on purpose: 105 numbers
 LADDER = torch.tensor([0.4, 0.7, 0.9, 1.0])

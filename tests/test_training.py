@@ -17,20 +17,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from engine.autoencoder import Autoencoder
+from engine.denoiser import Denoiser, weighted_error
+from engine.session import Player, Session, make_denoiser
+from engine.stages import make_stage
+from engine.window import bind
 
 import train
 from engine import losses
-from engine.autoencoder import Autoencoder
 from engine.config import TrainConfig, load_config
-from engine.denoiser import Denoiser, weighted_error
 from engine.model.checkpoint import Checkpoint
 from engine.picture import load_picture
 from engine.recording import Recorder
 from engine.rollout import Rollout
-from engine.session import Player, Session, make_denoiser
-from engine.stages import make_stage
 from engine.train.optim import Optimiser, learning_rate, moving_average
-from engine.window import bind
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("autoencoder", "motion", "denoiser", "rollout")

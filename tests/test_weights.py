@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from engine.weights import Float8Linear, PackedConv, PackedLinear, cast_weights, pack_weights
 from torch import nn
 
-from engine.model.autoencoder import Autoencoder
 from engine.config import AutoencoderConfig
-from engine.weights import Float8Linear, PackedConv, PackedLinear, cast_weights, pack_weights
+from engine.model.autoencoder import Autoencoder
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
 from engine.window import RollingWindow, bind
+from torch import Tensor
 
 WINDOW, KEYS, SHAPE = 4, 3, (2, 3, 4)
 

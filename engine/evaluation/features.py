@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.autoencoder import to_float
 from ..device import autocast
+from ..model.autoencoder import to_float
 from ..rollout.session import Player
 
 COMPONENTS = 32  # principal components of true frames; more would make a few seconds' estimate noisy

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..device import autocast
 from ..model.autoencoder import to_bytes
 from ..model.denoiser import Denoiser
-from ..device import autocast
 from ..rollout.session import Player
 
 BATCH = 32  # games that are played at once

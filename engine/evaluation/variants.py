@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..config import DenoiserConfig
-from ..model.denoiser import Denoiser
 from ..distillation import shortened
 from ..kv_cache import KVCache
+from ..model.denoiser import Denoiser
 from ..rollout.rollout import Rollout
-from ..sampler import add_noise, counter_noise
 from ..rollout.session import Player, make_denoiser
+from ..sampler import add_noise, counter_noise
 
 REFRESH = 88  # frames between two sinks, five seconds
 

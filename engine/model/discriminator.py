@@ -18,7 +18,12 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        sizes = [(6, width, 4, 2), (width, 2 * width, 4, 2), (2 * width, 4 * width, 3, 1), (4 * width, 1, 3, 1)]
+        sizes = [
+            (6, width, 4, 2),
+            (width, 2 * width, 4, 2),
+            (2 * width, 4 * width, 3, 1),
+            (4 * width, 1, 3, 1),
+        ]
         self.layers = nn.ModuleList(spectral_norm(nn.Conv2d(a, b, k, s, 1)) for a, b, k, s in sizes)
 
     def forward(self, pictures: Tensor, blurred: Tensor) -> tuple[Tensor, list[Tensor]]:

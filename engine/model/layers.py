@@ -95,7 +95,12 @@ class Attention(nn.Module):
         self.k_weight = nn.Parameter(torch.ones(head_dim))
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], memory: AttentionContext, layer: int, mask: Tensor | None
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        memory: AttentionContext,
+        layer: int,
+        mask: Tensor | None,
     ) -> Tensor:
         """x (b, n, d), angles (n, head_dim / 2) twice, mask (n, m) added to the scores → (b, n, d)."""
         qkv, weights, room = self.qkv(x), (self.q_weight, self.k_weight), memory.room(layer)

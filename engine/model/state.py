@@ -41,7 +41,9 @@ class StateModel(nn.Module):
         self.spec, self.keys, self.width = spec, keys, width
         self.scales = StateScales(spec)
         kinds = ("position", "angle", "scalar", "velocity")
-        self.positions, self.angles, self.scalars, self.velocities = (len(spec.indices(kind)) for kind in kinds)
+        self.positions, self.angles, self.scalars, self.velocities = (
+            len(spec.indices(kind)) for kind in kinds
+        )
         self.order = [i for kind in kinds for i in spec.indices(kind)]
         every = self.order + spec.pictured_indices
         self.back = [every.index(i) for i in range(len(spec))]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model.condition import action_windows
 from ..model.denoiser import Denoiser, Finished
 from ..model.kv_cache import KVRecorder
 from ..model.noise import add_noise, counter_noise, ramp
-from ..model.state import StateCarry, StateModel
+from ..model.state import StateModel
 from ..model.state_spec import state_features
 from .window import RollingWindow
 
@@ -51,7 +50,9 @@ class Rollout:
         self.one = torch.ones(batch, 1, device=device)
         self.level = torch.zeros(c.window_frames, dtype=torch.int64, device=device)
         self.seed = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.actions = torch.zeros(batch, c.action_history, denoiser.keys, device=device)  # of the last frames
+        self.actions = torch.zeros(
+            batch, c.action_history, denoiser.keys, device=device
+        )  # of the last frames
         self.frames_since_change = torch.zeros(batch, dtype=torch.int64, device=device)
         self.last = torch.zeros(batch, 2, *denoiser.shape, device=device)  # the last two finished frames
         self.condition = torch.zeros(batch, 1, c.width, device=device)  # of the last one
@@ -189,9 +190,7 @@ class Rollout:
             self._commit_alone()
         self.cache.plan_pass(noisy.shape[1], self.pending)
         pending = self._pending() if self.pending else None
-        made = self.denoiser(
-            noisy, sigma, self.last[:, 1:], condition, self.cache.frame, self.cache, pending
-        )
+        made = self.denoiser(noisy, sigma, self.last[:, 1:], condition, self.cache.frame, self.cache, pending)
         self.pending = False
         return made
 

@@ -13,7 +13,6 @@ from torch.nn import Module
 
 from ..config import UserError, WorldConfig
 from ..device import AUTOCAST, autocast, pick_device, pick_precision
-from ..model.autoencoder import Autoencoder
 from ..model.checkpoint import Checkpoint
 from ..model.networks import load_autoencoder, load_denoiser, load_states
 from ..worlds.base import ActionSpace

@@ -153,7 +153,9 @@ class DecoderStage(DenoiserStage):
         autoencoder = self.frozen(self.drawn(module))
         with autocast(self.device, self.dtype):
             read = [autoencoder.encode(x) for x in true]
-            pictures = {name: [autoencoder.paint(z) for z in x] for name, x in (("read", read), ("own", made))}
+            pictures = {
+                name: [autoencoder.paint(z) for z in x] for name, x in (("read", read), ("own", made))
+            }
         return {"true": to_float(true), **{name: torch.stack(x) for name, x in pictures.items()}}
 
     @torch.no_grad()

@@ -14,12 +14,12 @@ from ..config import PRECISIONS, TrainConfig, UserError
 from ..device import AUTOCAST, autocast, pick_device, pick_precision
 from ..model.checkpoint import read_about
 from ..picture import save_picture
-from .stages import make_stage
 from . import optim
 from .metrics import Metrics
 from .parallel import Ranks
 from .provenance import checkpoint_of
 from .resume import UNREADABLE, Standing, read_state, state_file, unfit, write_state
+from .stages import make_stage
 from .stop import Stop, Stopped, paused, say_paused
 
 PATIENCE = 100  # steps in a row whose gradients may not be finite

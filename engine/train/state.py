@@ -22,7 +22,6 @@ from ..picture import grid
 from ..recording import Recording, find_recordings
 from .stage import LICENCE
 
-
 PICTURED = ("health", "ammo")  # what keys do not decide
 WARM = 16  # at most so many recorded frames before those that are predicted
 RESET_SHARE = 0.15  # of games that begin where an episode does
@@ -198,7 +197,10 @@ class StateStage:
         true, made = self.unrolled(module, 64)
         spec = module.model.spec
         error = difference(spec, made, true)
-        sizes = {"angle": pick(error, spec.indices("angle")), "position": pick(error, spec.indices("position"))}
+        sizes = {
+            "angle": pick(error, spec.indices("angle")),
+            "position": pick(error, spec.indices("position")),
+        }
         scores = {}
         for name, values in sizes.items():
             for frame in (8, 64) if values.shape[-1] else ():
@@ -213,7 +215,9 @@ class StateStage:
         places = module.model.spec.indices("position")
         picture = np.zeros((256, 256, 3), np.uint8)
         if len(places) >= 2:
-            low, high = (x[places[:2]].cpu().numpy() for x in (module.model.scales.low, module.model.scales.high))
+            low, high = (
+                x[places[:2]].cpu().numpy() for x in (module.model.scales.low, module.model.scales.high)
+            )
             for states, colour in ((true, (220, 220, 220)), (made, (255, 60, 60))):
                 at = (states[:64, :, places[:2]] - low) / np.maximum(high - low, 1e-6) * 255
                 column, row = np.nan_to_num(at).reshape(-1, 2).clip(0, 255).astype(int).T
