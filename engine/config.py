@@ -116,7 +116,7 @@ class DenoiserConfig:
 
 @dataclass
 class StateConfig:
-    """What a world tells of itself, as recordings have it (model/state_spec.py); nothing where it is empty."""
+    """What a world tells of itself, as recordings have it (model/state_spec.py); empty: nothing."""
 
     names: list[str] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
@@ -161,11 +161,6 @@ class StageConfig:
     discriminator: int = 32  # stage decoder: channels of the discriminator
     adversarial: float = 1.0  # stage decoder: weight of what the discriminator says
     adversarial_warmup: int = 300  # stage decoder: steps over which that weight rises
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch, self.accumulate) < 1 or not 0 <= self.max_minutes < float("inf"):
-            said = "steps, batch and accumulate of a stage must be at least 1"
-            raise UserError(f"{said}, and max_minutes not negative.")
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.accumulate) < 1 or not 0 <= self.max_minutes < float("inf"):
