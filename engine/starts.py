@@ -104,11 +104,11 @@ def cut_start(recording: Recording, frame: int, directory: str | Path, frames: i
     if (directory / HEADER).is_file():
         shutil.rmtree(directory)
     header = recording.header
-    with Recorder(
-        directory, world, header["source"], header["seed"], header["checkpoint"], True, recording.names
-    ) as recorder:
+    about = header["source"], header["seed"], header["checkpoint"], True, recording.names
+    with Recorder(directory, world, *about, recording.state_kinds) as recorder:
         for number, (picture, action) in enumerate(zip(start.frames, start.actions, strict=True)):
-            recorder.add(picture, action, reset=number == 0, t_ns=round(number / world.fps * 1e9))
+            told = {"reset": number == 0, "state": start.states[number]}
+            recorder.add(picture, action, **told, t_ns=round(number / world.fps * 1e9))
     return directory
 
 
