@@ -66,6 +66,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], head: dict[str, Any]) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, beside, metadata={"rollplay": json.dumps(head | {"format": FORMAT})})
+        os.umask(mask := os.umask(0))
+        os.chmod(beside, 0o666 & ~mask)  # it comes readable for its owner alone
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         if path.parent.is_dir():

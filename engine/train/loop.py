@@ -98,14 +98,14 @@ class Training:
         """The stage's checkpoint and then what an exact continuation needs, which so never tells of a step
         that the checkpoint does not have; all processes at the same step.
         """
-        if self.ranks.first:
-            about = {"stage": self.config.stage, "origin": self.origin | {"precision": self.precision}}
-            about |= {"steps": self.step, "minutes": round(self.seconds / 60, 2), "device": str(self.device)}
-            self.stage.save(checkpoint_of(self.config, self.config.stage), self.average.module, about)
         if not self.ranks.same(list(self.module.parameters())):
             raise UserError(
                 f"At step {self.step} the processes have other weights; start again from the last save."
             )
+        if self.ranks.first:
+            about = {"stage": self.config.stage, "origin": self.origin | {"precision": self.precision}}
+            about |= {"steps": self.step, "minutes": round(self.seconds / 60, 2), "device": str(self.device)}
+            self.stage.save(checkpoint_of(self.config, self.config.stage), self.average.module, about)
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state: dict[str, Any] = {"step": self.step, "random": torch.get_rng_state(), "cuda_random": cuda}
         if self.ranks.first:
