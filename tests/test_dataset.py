@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import shutil
 import time
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from engine.config import UserError, WorldConfig
+from engine.data.cache import cache_place, drop_old
 from engine.data.latents import LatentsCache
 from engine.dataset import Batches, Segments, load_frames, split
 from engine.recording import Recorder
@@ -144,6 +148,133 @@ def test_a_recording_that_grew_is_encoded_again(tmp_path):
         file.unlink()
     record(tmp_path / "r", 0, episodes=(5, 6))
     assert len(LatentsCache.build([tmp_path / "r"], encode, tmp_path / "c", "k")) == 11
+
+
+def swap(one: Path, other: Path) -> None:
+    """Each takes the other's place, with all its times."""
+    beside = one.with_name("beside")
+    one.rename(beside)
+    other.rename(one)
+    beside.rename(other)
+
+
+@pytest.mark.parametrize("how", ["renamed", "copied", "in place"])
+def test_recordings_that_were_replaced_are_encoded_again(tmp_path, how):
+    """By others with as many frames and lines of the same length, however they got there."""
+    a, b = (record(tmp_path / name, 0, episodes=(9,)) for name in "ab")
+    for path, grey in ((a, 10), (b, 200)):
+        for name in ("actions.jsonl", "frames.mkv", "session.json"):
+            (path / name).unlink()
+        world = WorldConfig(name="test", height=32, width=32, keys={"left": []})
+        with Recorder(path, world, "true", 0, lossless=True) as recorder:
+            for i in range(9):
+                recorder.add(np.full((32, 32, 3), grey, np.uint8), [0], reset=i == 0, t_ns=i)
+    assert (a / "actions.jsonl").read_bytes() == (b / "actions.jsonl").read_bytes()
+    before = LatentsCache.build([a], encode, tmp_path / "c", "k")
+    assert (before.latents[0] == 10).all()
+    if how == "renamed":
+        swap(a, b)
+    elif how == "copied":
+        shutil.rmtree(a)
+        shutil.copytree(b, a)
+    else:
+        old = (a / "frames.mkv").stat()
+        (a / "frames.mkv").write_bytes((b / "frames.mkv").read_bytes())
+        os.utime(a / "frames.mkv", ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert (LatentsCache.build([a], encode, tmp_path / "c", "k").latents[0] == 200).all()
+
+
+def test_a_recording_that_was_only_touched_is_not_encoded_again(tmp_path):
+    directory = record(tmp_path / "r", 0)
+    LatentsCache.build([directory], encode, tmp_path / "c", "k")
+    for file in directory.iterdir():
+        os.utime(file, (1, 1))
+    LatentsCache.build([directory], None, tmp_path / "c", "k")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign"])
+def test_damaged_entries_are_encoded_again(recordings, tmp_path, suffix, damage):
+    LatentsCache.build(recordings, encode, tmp_path, "k")
+    file = sorted(tmp_path.glob(f"*{suffix}"))[0]
+    content = file.read_bytes()
+    changed = {"cut": content[: len(content) // 2], "empty": b"", "foreign": b"no array at all" * 10}[damage]
+    file.write_bytes(changed)
+    with pytest.raises(UserError, match="build it"):
+        LatentsCache(tmp_path, "k", recordings)
+    again = LatentsCache.build(recordings, encode, tmp_path, "k")
+    assert len(again) == 3 * sum(EPISODES) and file.read_bytes()[:6] == content[:6]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(recordings, tmp_path):
+    """The limit on a file's size stands for the disk's end: a mapped file would be a SIGBUS there."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="free some space"):
+            LatentsCache.build(recordings, encode, tmp_path / "c", "k", batch=16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "c").iterdir())
+    assert len(LatentsCache.build(recordings, encode, tmp_path / "c", "k")) == 3 * sum(EPISODES)
+
+
+def test_the_cache_lies_in_out_where_data_cannot_be_written(recordings, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    assert cache_place(data, out, "k", recordings) == data / "latents-k"
+    shutil.rmtree(data / "latents-k")
+    (data / "latents-k").write_text("no folder can be made here")
+    assert cache_place(data, out, "k", recordings) == out / "latents-k"
+    assert cache_place(tmp_path / "nowhere", out, "k", recordings) == out / "latents-k"
+
+
+def test_a_whole_cache_beside_read_only_recordings_is_used(recordings, tmp_path, monkeypatch):
+    data, out = tmp_path / "data", tmp_path / "out"
+    LatentsCache.build(recordings[:2], encode, data / "latents-k", "k")
+
+    def refuse(path, *given, **named) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    for name in ("mkdir", "touch"):
+        monkeypatch.setattr(Path, name, refuse)
+    assert cache_place(data, out, "k", recordings[:2]) == data / "latents-k"
+    assert cache_place(data, out, "k", recordings) == out / "latents-k", "one is missing"
+
+
+def test_caches_of_autoencoders_that_are_gone_are_removed(recordings, tmp_path, capsys):
+    data, mine, theirs = (tmp_path / name for name in ("data", "mine", "theirs"))
+    for folder in (data, mine, theirs):
+        folder.mkdir()
+
+    def use(key: str, out: Path, given: list[Path] = recordings) -> Path:
+        place = cache_place(data, out, key, given)
+        drop_old(place, data, out, given)
+        LatentsCache.build(given, encode, place, key)
+        return place
+
+    def there() -> list[str]:
+        return sorted(path.name for path in data.glob("latents-*"))
+
+    use("one", mine)
+    use("one", theirs)
+    use("two", mine)
+    assert there() == ["latents-one", "latents-two"], "another training has it still"
+    use("three", theirs)
+    assert there() == ["latents-three", "latents-two"] and "latents-one" in capsys.readouterr().err
+    shutil.rmtree(mine)
+    use("four", theirs)
+    assert there() == ["latents-four"], "nor is one needed of a training that is gone"
+    (data / "latents-mine").mkdir()
+    (data / "latents-mine" / "holiday.mp4").touch()
+    record(data / "latents-walk", 0)
+    place = use("five", theirs, recordings[:2])
+    assert there() == ["latents-five", "latents-mine", "latents-walk"], "only caches are removed"
+    assert len(list(place.glob("*.npz"))) == 2
+    use("five", theirs, recordings[1:])
+    assert len(list(place.glob("*.npz"))) == len(list(place.glob("*.npy"))) == 2, (
+        "of recordings that are gone"
+    )
 
 
 def test_no_cache_and_bad_latents_are_told(recordings, tmp_path):

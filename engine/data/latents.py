@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -126,15 +127,23 @@ class Latents:
     def __init__(self, file: Path, shape: tuple[int, ...]):
         self.partial, self.file = file.with_suffix(".npy.tmp"), file.with_suffix(".npy")
         self.out = open(self.partial, "wb")  # noqa: SIM115
+        try:
+            self._reserve(shape)
+        except OSError:
+            self.drop()
+            raise
+
+    def _reserve(self, shape: tuple[int, ...]) -> None:
         head = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False}
         np.lib.format.write_array_header_1_0(self.out, head | {"shape": shape})
         self.out.flush()
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(self.out.fileno(), self.out.tell(), 2 * int(np.prod(shape)))
-            except OSError as error:
-                if error.errno in FULL:  # otherwise this file system cannot reserve, and writing will tell
-                    raise
+        if not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(self.out.fileno(), self.out.tell(), 2 * int(np.prod(shape)))
+        except OSError as error:
+            if error.errno in FULL:  # otherwise this file system cannot reserve, and writing will tell
+                raise
 
     def write(self, part: np.ndarray) -> None:
         """The next frames' latents, float16 (n, c, h, w)."""
@@ -145,7 +154,8 @@ class Latents:
         os.replace(self.partial, self.file)
 
     def drop(self) -> None:
-        self.out.close()
+        with suppress(OSError):  # what is still to be written has no place either
+            self.out.close()
         self.partial.unlink(missing_ok=True)
 
 
