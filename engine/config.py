@@ -188,6 +188,7 @@ class TrainConfig:
     frames: int = 200_000  # collect: how many; evaluate: frames per game
     workers: int = 0  # collect: processes; 0 takes one per core
     lossless: bool = False  # collect: store pixels exactly
+    starts: list[str] = field(default_factory=list)  # pack: where games start, DIR:FRAME of recordings
     again: bool = False  # train anew what was made from something else than what is there now; pack: replace
     seed: int = 0
     device: str = "auto"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .config import PlayConfig, UserError, WorldConfig
-from .starts import Start, described, find_starts, load_start, true_start
+from .starts import Start, described, load_start, packed_starts, true_start
 from .worlds import make_world
 from .worlds.base import ActionSpace
 
@@ -73,11 +73,12 @@ class Dream:
         player = Player(path, config.device, config.precision)
         self._session = Session(player, config.graph)
         self._frames = self._session.rollout.start_frames
-        self._shipped = find_starts(player.world.name, path)
+        names = player.states.spec.names if player.states else ()
+        self._shipped = packed_starts(player.checkpoint.extras, names)
         self._loaded: dict[str, Start] = {}
         self.action_space, self.fps = self._session.action_space, self._session.fps
         self.world, self.checkpoint, self.digest = player.world, str(path), player.checkpoint.digest()
-        self.start = config.start or (self._shipped[0].name if self._shipped else "true game")
+        self.start = config.start or next(iter(self._shipped), "true game")
 
     def reset(self, seed: int, start: str = "") -> np.ndarray:
         """Starts anew from `start` (empty: the chosen one) → the start's last frame, uint8 (h, w, 3)."""
@@ -89,11 +90,11 @@ class Dream:
                 loaded = load_start(self.start, self.action_space, self._shipped, self._frames)
             self._loaded = {self.start: loaded}
         chosen = self._loaded[self.start]
-        return self._session.reset(seed, chosen.frames, chosen.actions, chosen.states)
+        return self._session.begin(seed, chosen)
 
     def choose_next(self) -> None:
         """Chooses the next shipped start for the coming resets."""
-        names = [path.name for path in self._shipped]
+        names = list(self._shipped)
         if names:
             self.start = names[(names.index(self.start) + 1) % len(names) if self.start in names else 0]
 

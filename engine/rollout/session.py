@@ -15,6 +15,7 @@ from ..config import UserError, WorldConfig
 from ..device import AUTOCAST, autocast, pick_device, pick_precision
 from ..model.checkpoint import Checkpoint
 from ..model.networks import load_autoencoder, load_denoiser, load_states
+from ..starts import Start
 from ..worlds.base import ActionSpace
 from .cuda_graph import StepGraph
 from .inference_weights import cast_weights, pack_weights
@@ -97,8 +98,8 @@ class Session:
         actions: np.ndarray | None = None,
         states: list[dict[str, float] | None] | None = None,
     ) -> np.ndarray:
-        """Starts from true frames, uint8 (t, h, w, 3), the actions that caused them (t, k), and what the world
-        told of itself at each → the last of them. A state that is not known is done without.
+        """Starts from true frames, uint8 (t, h, w, 3), the actions that caused them (t, k), and what the
+        world told of itself at each → the last of them. A state that is not known is done without.
         """
         shape = (self.world.height, self.world.width, 3)
         if frames.shape[1:] != shape:
@@ -108,10 +109,21 @@ class Session:
             )
         if actions is None:
             actions = np.zeros((len(frames), len(self.action_space)), np.float32)
-        latents = self.player.encode(frames)
+        return self._begin(seed, frames[-1], self.player.encode(frames), actions, states)
+
+    def begin(self, seed: int, start: Start) -> np.ndarray:
+        """Starts where `start` (starts.py) says → its last frame."""
+        if start.latents is None:
+            return self.reset(seed, start.frames, start.actions, start.states)
+        latents = start.latents[None].to(self.player.device)
+        return self._begin(seed, start.frames[-1], latents, start.actions, start.states)
+
+    def _begin(
+        self, seed: int, frame: np.ndarray, latents: Tensor, actions: np.ndarray, states
+    ) -> np.ndarray:
         held = torch.from_numpy(np.asarray(actions, np.float32)).to(self.player.device)[None]
         seeds = torch.tensor([seed], dtype=torch.int64, device=self.player.device)
-        known = self.player.laid_states(states, len(frames))
+        known = self.player.laid_states(states, latents.shape[1])
         with torch.inference_mode(), autocast(self.player.device, self.player.dtype, cache=False):
             self.rollout.reset(latents, held, seeds, known)
             if self.graph and not self.graph.captured:
@@ -120,7 +132,7 @@ class Session:
         self.held, self.since = actions[-1], self.rollout.config.window_frames
         self.frames = 0
         self.step_ms.clear()
-        return frames[-1]
+        return frame
 
     def speculate(self) -> None:
         """Does what can be done before it is known which keys are held next; a GPU has no need for it."""
