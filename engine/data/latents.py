@@ -125,7 +125,7 @@ class Frames(IterableDataset):
 
 
 def laid_states(recording: Recording) -> tuple[list[str], np.ndarray]:
-    """What a recording tells of its world: the names, and their values (n, s), NaN where a frame lacks them."""
+    """What a recording tells of its world: names, and values (n, s), NaN where a frame lacks them."""
     names = list(recording.state_kinds)
     rows = [[(state or {}).get(name, np.nan) for name in names] for state in recording.states]
     return names, np.array(rows, np.float32).reshape(len(rows), len(names))
