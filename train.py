@@ -19,8 +19,9 @@ Often used options:
   data=DIR      recordings         out=DIR    checkpoints, metrics and pictures
   frames=N      collect: how many  max_minutes=M  seed=N  device=auto|cpu|cuda  threads=N
   again=true    train anew what was made from something else than what is there now
-Ctrl-C and SIGTERM save before they stop; while a file `pause` lies in out=DIR, training waits. All options
-with their defaults: engine/config.py, TrainConfig. Several processes: torchrun --nproc-per-node N train.py ...
+Ctrl-C and SIGTERM save before they stop; while a file `pause` lies in out=DIR, training waits.
+All options with their defaults: engine/config.py, TrainConfig.
+Several processes: torchrun --nproc-per-node N train.py ...
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from .networks import load_autoencoder
 START_FRAMES = 16  # of a start: more than any model remembers
 STARTS = 5  # unless they are named
 SMALLEST = 4096  # elements of a tensor that is worth a scale for each of its rows
-# what makes pixels: 16 bits, as the eye sees what rounding does there; and the state's predictor, whose errors
-# add up
+# 16 bits for what makes pixels, as the eye sees what rounding does there, and for the state's predictor,
+# whose errors add up
 HALF = ("autoencoder.decoder", "states")
 
 
@@ -66,9 +66,9 @@ def packed(key: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def starts_of(config: TrainConfig, source: Checkpoint) -> dict[str, Tensor]:
-    """Where games of the packed world start: places of recordings, `config.starts` as DIR:FRAME or some spread
-    over what was held out of training, each as the latents of its last frames with their keys and states and the
-    last picture.
+    """Where games of the packed world start: places of recordings, `config.starts` as DIR:FRAME or some
+    spread over what was held out of training, each as the latents of its last frames with their keys and
+    states and the last picture.
     """
     autoencoder = load_autoencoder(source).eval()
     made: dict[str, Tensor] = {}
