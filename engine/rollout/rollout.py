@@ -8,7 +8,7 @@ from torch import Tensor
 from ..model.denoiser import Denoiser, Finished
 from ..model.kv_cache import KVRecorder
 from ..model.noise import add_noise, counter_noise, ramp
-from ..model.state import StateModel
+from ..model.state import StateCarry, StateModel
 from ..model.state_spec import state_features
 from .window import RollingWindow
 
@@ -57,7 +57,12 @@ class Rollout:
         self.last = torch.zeros(batch, 2, *denoiser.shape, device=device)  # the last two finished frames
         self.condition = torch.zeros(batch, 1, c.width, device=device)  # of the last one
         self.has_state = torch.zeros(batch, device=device)
-        self.carry = None if states is None else states.empty_carry(batch, device)
+        self.carry: StateCarry | None = None
+        if states is not None:
+            nothing = torch.zeros(batch, 1, len(states.spec), device=device)
+            with torch.no_grad():
+                carry = states.begin(nothing, self.actions[:, -1:])
+            self.carry = StateCarry(*(part.clone() for part in carry))
         self.pending = False  # the last frame's keys and values are yet to be written, by the next pass
         # the window's estimates under the keys held before, where they are made already
         self.speculated: Tensor | None = None

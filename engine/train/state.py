@@ -175,7 +175,7 @@ class StateStage:
         if spec:
             keys = tuple(config.world.keys)
             self.logs, self.held_out = (StateLogs.read(part or parts[0], spec, keys) for part in parts)
-            states.fit(self.logs.states, self.logs.resets)
+            states.fit(self.logs.states, self.logs.actions, self.logs.resets)
         self.module = StateLoss(states)
 
     def batch(self, step: int) -> StateBatch:
