@@ -50,9 +50,11 @@ class Recorder:
         names: tuple[str, ...] | None = None,
         state_kinds: dict[str, str] | None = None,
         parent: dict | None = None,
+        policies: dict[str, float] | None = None,
     ) -> None:
         """`state_kinds`: what the frames' states hold → its kind, of worlds.base.STATE_KINDS. `parent`: where
         a branched session came from, {"recording": digest or name, "frame": number}, or None.
+        `policies`: shares of time of those that played, where it was no person.
         """
         self.directory = Path(directory)
         self.names = tuple(world.keys) if names is None else tuple(names)
@@ -75,6 +77,7 @@ class Recorder:
             "state_kinds": dict(state_kinds or {}),
             "source": source,
             "parent": parent,
+            "policies": policies,
             "checkpoint": checkpoint,
             "seed": seed,
             "codec": {"name": CODEC, "lossless": lossless, **(EXACT if lossless else QUALITY)},
@@ -204,7 +207,7 @@ class Recording:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self.header = self._read_header()
+        self.header = read_header(self.directory)
         self.names = tuple(self.header["names"])
         self.fps = float(self.header["fps"])
         lines = self._read_lines()
@@ -263,23 +266,6 @@ class Recording:
         first = next((state for state in self.states if state), {})
         return {name: KINDS_OF_1[name] for name in first if name in KINDS_OF_1}
 
-    def _read_header(self) -> dict:
-        path = self.directory / HEADER
-        try:
-            header = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{self.directory} is not a recording: it has no {HEADER}.") from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {_sentence(error)}.") from None
-        except ValueError:
-            raise UserError(f"{path} is damaged: it is not JSON.") from None
-        needed = {"schema", "names", "fps", "height", "width"}
-        if not isinstance(header, dict) or not needed <= header.keys():
-            raise UserError(f"{path} was not written by Rollplay.")
-        if header["schema"] not in (1, SCHEMA):
-            raise UserError(f"{path} has schema {header['schema']}, but this version reads 1 and {SCHEMA}.")
-        return header
-
     def _read_lines(self) -> list[dict]:
         """All whole lines in order; the last one may be cut in a kill and is then left out."""
         try:
@@ -298,6 +284,25 @@ class Recording:
                 raise UserError(f"{self.directory / ACTIONS} is damaged at line {number + 1}.") from None
             lines.append(line)
         return lines
+
+
+def read_header(directory: Path) -> dict:
+    """What `session.json` of a recording says. Raises UserError where there is none or it is damaged."""
+    path = directory / HEADER
+    try:
+        header = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} is not a recording: it has no {HEADER}.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {_sentence(error)}.") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: it is not JSON.") from None
+    needed = {"schema", "names", "fps", "height", "width"}
+    if not isinstance(header, dict) or not needed <= header.keys():
+        raise UserError(f"{path} was not written by Rollplay.")
+    if header["schema"] not in (1, SCHEMA):
+        raise UserError(f"{path} has schema {header['schema']}, but this version reads 1 and {SCHEMA}.")
+    return header
 
 
 def find_recordings(data_dir: str | Path) -> list[Path]:
