@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from .config import TrainConfig, UserError, WorldConfig
 from .policies import SHARES, PolicyMixture
-from .recording import HEADER, Recorder, Recording, read_header
+from .recording import Recorder, Recording
+from .schema import HEADER, read_header
 from .worlds import make_world
 from .worlds.base import short_seed
 

@@ -55,13 +55,15 @@ def read_frames(path: Path, fps: float, start: int = 0) -> Iterator[av.VideoFram
         with av.open(str(path)) as file:
             stream = file.streams.video[0]
             stream.codec_context.thread_count = 1
+            # a picture that was mended by guessing is damage
+            stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
             scale = float(stream.time_base * _rate(fps))  # video ticks → frame numbers
             if start:
                 # Half a frame late, because Matroska rounds to milliseconds; goes back to a key frame.
                 file.seek(int((start + 0.5) / scale), stream=stream)
             for picture in file.decode(stream):
                 found = round(picture.pts * scale)
-                if found > number:
+                if found > number or picture.is_corrupt:
                     return
                 if found == number:
                     yield picture
@@ -70,18 +72,22 @@ def read_frames(path: Path, fps: float, start: int = 0) -> Iterator[av.VideoFram
         return  # the caller counts and says where
 
 
-def count_frames(path: Path, fps: float, most: int) -> int:
-    """Number of whole frames from the start, at most `most`, without decoding them; 0 if it is no video."""
-    count = 0
+def count_frames(path: Path, fps: float, most: int) -> tuple[int, int]:
+    """Whole frames from the start, and those after the first gap, of `most` in all; nothing is decoded.
+
+    (0, 0) where it is no video.
+    """
+    count, later = 0, 0
     try:
         with av.open(str(path)) as file:
             stream = file.streams.video[0]
             scale = float(stream.time_base * _rate(fps))
             for packet in file.demux(stream):
-                whole = packet.pts is not None and not packet.is_corrupt
-                if count == most or not whole or round(packet.pts * scale) != count:
-                    break
-                count += 1
+                number = -1 if packet.pts is None or packet.is_corrupt else round(packet.pts * scale)
+                if number == count < most and not later:
+                    count += 1
+                elif count < number < most:
+                    later += 1
     except (av.FFmpegError, IndexError):
         pass  # cut in a kill: what came before is whole
-    return count
+    return count, later

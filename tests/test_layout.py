@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     "engine/__init__.py  engine/config.py",
     "engine/worlds/base.py  engine/device.py  engine/picture.py  engine/optim.py  engine/sampler.py",
-    "engine/film.py  engine/pace.py  engine/video.py  engine/sight.py",
+    "engine/film.py  engine/pace.py  engine/video.py  engine/sight.py  engine/schema.py",
     "kernels/reference.py  kernels/norm.py  kernels/rope_triton.py",
     "kernels/attention.py  kernels/rope.py  engine/floor.py",
     "kernels/libraries.py  engine/explorer.py",
