@@ -136,7 +136,7 @@ class Recorder:
         }
         if state is not None:
             line["state"] = state
-        item = (frame.copy(), json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n")
+        item = (frame.copy(), json.dumps(line, separators=(",", ":"), allow_nan=False).encode())
         self._added += 1
         try:
             self._queue.put_nowait(item)
@@ -190,7 +190,8 @@ class Recorder:
                 self._error = self._error or error
 
     def _write(self, frame: np.ndarray, line: bytes) -> None:
-        self._video.write(self.frames_written, frame)
+        checksum = self._video.write(self.frames_written, frame)
+        line = line[:-1] + b',"crc":%d}\n' % checksum
         # Unbuffered write may be short on a full disk; the second attempt then raises the reason.
         while line:
             line = line[self._lines.write(line) :]
@@ -211,7 +212,8 @@ class Recording:
         self.names = tuple(self.header["names"])
         self.fps = float(self.header["fps"])
         lines = read_lines(self.directory, self.names)
-        whole, later = count_frames(self.directory / FRAMES, self.fps, len(lines))
+        checksums = [line.get("crc") for line in lines]
+        whole, later = count_frames(self.directory / FRAMES, self.fps, checksums)
         if not whole and len(lines) > max(1, self.fps):
             # A session killed in its first moments has no frame yet; with more lines than that it is damage.
             raise UserError(f"{self.directory / FRAMES} cannot be read: it is missing or damaged.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from .config import UserError
 from .worlds.base import STATE_KINDS
 
-SCHEMA = 2  # 1 had neither state kinds nor axes nor a parent, and is still read
+SCHEMA = 2  # 1 had no state kinds, axes, parent and checksums, and is still read
 HEADER, ACTIONS, FRAMES = "session.json", "actions.jsonl", "frames.mkv"
 LARGEST = 16_384  # pixels a side, and keys
 KINDS_OF_1 = {"x": "position", "y": "position", "angle": "angle", "health": "scalar", "ammo": "scalar"}
@@ -83,6 +83,7 @@ def _is_line(line: object, number: int) -> bool:
         and isinstance(line["events"], list)
         and isinstance(line["reset"], bool)
         and _is_whole(line.get("rng", 0))
+        and _is_whole(line.get("crc", 0))
         and _are_numbers(line.get("state") or {})
         and _are_numbers(line.get("axes", {}))
     )
