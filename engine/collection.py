@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .config import TrainConfig, UserError, WorldConfig
 from .policies import SHARES, PolicyMixture
 from .recording import Recorder, Recording
-from .schema import HEADER, read_header
+from .schema import HEADER, SCHEMA, read_header
 from .worlds import make_world
 from .worlds.base import short_seed
 
@@ -121,9 +121,11 @@ def _refuse_another(config: TrainConfig) -> None:
         if not re.fullmatch(r".+-\d+-\d{5,}", path.parent.name):
             continue  # not made here
         header = read_header(path.parent)
-        there = {"lossless": header.get("codec", {}).get("lossless"), "policies": header.get("policies")}
-        wanted = {"lossless": config.lossless, "policies": SHARES}
-        world = header.get("config") or {}
+        there = {"schema": header["schema"], "lossless": header["codec"].get("lossless")}
+        wanted = {"schema": SCHEMA, "lossless": config.lossless}
+        if header["policies"] is not None:
+            there["policies"], wanted["policies"] = header["policies"], SHARES
+        world = header["config"]
         for name, value in asdict(config.world).items():
             if name in world and (name != "keys" or value):  # a Gymnasium world finds its keys itself
                 there[f"world.{name}"], wanted[f"world.{name}"] = world[name], value

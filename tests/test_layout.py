@@ -27,7 +27,7 @@ LEVELS = [
     "engine/worlds/__init__.py  engine/recording.py  engine/kv_cache.py",
     "engine/layers.py  engine/actions.py  engine/autoencoder.py  engine/checkpoint.py  engine/latents.py",
     "engine/motion.py  engine/transformer.py  engine/window.py  engine/weights.py  engine/dataset.py",
-    "engine/collection.py  engine/starts.py",
+    "engine/collection.py  engine/starts.py  engine/views.py",
     "engine/denoiser.py  engine/replay.py  engine/discriminator.py",
     "engine/rollout.py  engine/graph.py",
     "engine/session.py  engine/losses.py  engine/frontier.py  engine/matching.py",

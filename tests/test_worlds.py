@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import yaml
 
-from engine.config import POLICIES, UserError, WorldConfig
-from engine.policies import OPPOSITES, PolicyMixture, make_policy
-from engine.worlds import ActionSpace, make_world
+from engine.config import UserError, WorldConfig
+from engine.worlds import make_world
 from engine.worlds.gym import fit
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "world"
@@ -163,36 +162,3 @@ def test_fit_averages_areas_and_keeps_the_aspect():
     assert np.array_equal(frame[8:24], (mean + 8) // 16) and not frame[:8].any() and not frame[24:].any()
     small = np.full((3, 4, 3), 9, np.uint8)
     assert (fit(small, 96, 128) == 9).all()
-
-
-@pytest.mark.parametrize("name", [name for name in POLICIES if name != "keyboard"] + ["mixture"])
-@pytest.mark.parametrize("keys", [("forward", "backward", "turn_left", "turn_right"), ("a", "b"), ("x",)])
-def test_policies_play_any_keys_reproducibly(name, keys):
-    space = ActionSpace(keys, ((),) * len(keys))
-
-    def actions(seed):
-        policy = PolicyMixture(space, seed, 17.5) if name == "mixture" else make_policy(name, space, seed)
-        states = ({"x": 3.0 * min(t, 100), "y": 0.0} for t in range(300))  # walks, then runs into something
-        return np.stack([policy(state, space) for state in states])
-
-    played = actions(0)
-    assert played.shape == (300, len(keys)) and np.array_equal(played, actions(0))
-    assert played.any() == (name != "idle")
-    if name not in ("idle", "spin") and len(keys) > 1:
-        assert not np.array_equal(played, actions(1))
-    for pair in OPPOSITES:
-        if set(pair) <= set(keys):
-            assert not played[:, [keys.index(key) for key in pair]].all(1).any()
-
-
-def test_mixture_shares():
-    space = ActionSpace(("forward", "turn_left", "turn_right"), ((),) * 3)
-    mixture, names = PolicyMixture(space, 0, 17.5), []
-    for _ in range(60_000):
-        mixture({}, space)
-        names.append(mixture.name)
-    shares = {name: names.count(name) / len(names) for name in set(names)}
-    assert abs(shares["scripted"] - 0.55) < 0.1 and abs(shares["random"] - 0.20) < 0.1
-    assert abs(shares["idle"] - 0.12) < 0.05 and abs(shares["walls"] + shares["spin"] - 0.18) < 0.08
-    with pytest.raises(UserError, match="no policy 'keyboard'"):
-        make_policy("keyboard", space, 0)
