@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import re
@@ -60,9 +61,11 @@ def collect(config: TrainConfig) -> dict[str, float]:
     data = Path(config.data)
     try:
         data.mkdir(parents=True, exist_ok=True)
+        if not os.access(data, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"Recordings cannot be written to {data}: {error.strerror}.") from None
-    with _alone_in(data):
+    with _alone(data / f".{_name(config)}.lock"):
         _refuse_another(config)
         jobs = plan(config)
         there = [_count(job.directory) for job in jobs]
@@ -83,36 +86,40 @@ def collect(config: TrainConfig) -> dict[str, float]:
 
 def plan(config: TrainConfig) -> list[Job]:
     """The recordings that make up `config.frames`, finished or not."""
-    name = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, (config.world.name, config.world.id))))
     jobs = []
     for number, start in enumerate(range(0, config.frames, RECORDING_FRAMES)):
-        directory = Path(config.data) / f"{name}-{config.seed}-{number:05d}"
+        directory = Path(config.data) / f"{_name(config)}-{number:05d}"
         frames = min(RECORDING_FRAMES, config.frames - start)
         jobs.append(Job(config.world, directory, config.seed, number, frames, config.lossless))
     return jobs
 
 
+def _name(config: TrainConfig) -> str:
+    """What the names of a job's recordings have in common."""
+    world = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, (config.world.name, config.world.id))))
+    return f"{world}-{config.seed}"
+
+
 @contextmanager
-def _alone_in(data: Path) -> Iterator[None]:
-    """Two collections in one folder would write the same recordings; the second is refused."""
+def _alone(lock: Path) -> Iterator[None]:
+    """Two collections that write the same recordings would spoil each other's; the second is refused."""
     try:
         import fcntl
-    except ImportError:  # Windows: nothing tells, and the second one fails at its first recording
+    except ImportError:  # Windows: nothing tells
         yield
         return
-    folder = os.open(data, os.O_RDONLY)
-    try:
+    with open(lock, "w") as file:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"Another collection is writing into {data}; wait for it or choose another data=."
-            ) from None
+            said = f"Another collection is writing the same recordings into {lock.parent}"
+            raise UserError(f"{said}; wait for it, or choose another seed or data=.") from None
         except OSError:
             pass  # a file system without locks
-        yield
-    finally:
-        os.close(folder)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _refuse_another(config: TrainConfig) -> None:

@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from engine.config import UserError, WorldConfig
+from engine.sight import free_distances
 from engine.worlds import make_world
+from engine.worlds.base import STATE_KINDS
 from engine.worlds.gym import fit
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "world"
@@ -96,6 +98,58 @@ def test_doom_idle_player_keeps_the_place(doom):
     assert {k: before[k] for k in ("x", "y", "angle")} == {k: doom.state()[k] for k in ("x", "y", "angle")}
 
 
+def test_doom_tells_its_state(doom):
+    doom.reset(1)
+    assert doom.state().keys() == doom.state_kinds.keys() and set(doom.state_kinds.values()) <= set(
+        STATE_KINDS
+    )
+    assert ("ammo" in doom.state_kinds) == ("attack" in doom.action_space.names)
+    if "forward" not in doom.action_space.names:
+        return
+    told = []
+    for seed in range(3):
+        doom.reset(seed)
+        for _ in range(12):
+            before = doom.state()
+            doom.step(doom.action_space.encode(["forward"]))
+            told.append((before, doom.state()))
+    eyes = [after["eye"] for _, after in told]
+    assert max(eyes) - min(eyes) > 3, "the camera bobs in walking"
+    # what remains of a tic's way after friction; a frame is two tics, and it may be a wall's fault otherwise
+    friction, exact = 0.90625, 0
+    for before, after in told:
+        for place, speed in (("x", "vx"), ("y", "vy")):
+            first = before[speed] + (after[speed] / friction**2 - before[speed]) / (1 + 1 / friction)
+            way = first + after[speed] / friction
+            exact += abs(after[place] - before[place] - way) < 0.02
+    assert exact > len(told)
+
+
+def test_doom_maps_hold_their_players(doom):
+    lines = doom.map_lines()
+    assert lines.ndim == 2 and lines.shape[1] == 4 and len(lines) >= 4
+    doom.reset(2)
+    place = np.array([[doom.state()["x"], doom.state()["y"]]] * 36)
+    assert np.isfinite(free_distances(lines, place, np.arange(36) * 10.0)).all(), "there are walls all around"
+    if "forward" in doom.action_space.names:
+        for _ in range(150):  # into the wall ahead
+            if doom.done:
+                break
+            doom.step(doom.action_space.encode(["forward"]))
+        told = doom.state()
+        ahead = free_distances(lines, np.array([[told["x"], told["y"]]] * 8), np.arange(8) * 45.0)
+        assert 10 < ahead.min() < 80
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a directory that nobody can write into")
+def test_doom_starts_where_nothing_can_be_written(monkeypatch):
+    monkeypatch.chdir("/proc")
+    world = make_world(world_config("doom_gathering"))
+    assert Path.cwd() == Path("/proc")
+    assert world.reset(2**70).shape == (96, 128, 3) and world.reset(-1).shape == (96, 128, 3)
+    world.close()
+
+
 def test_doom_episode_ends_by_death_and_by_length():
     short = make_world(world_config("doom_gathering", episode_frames=5))
     nothing = np.zeros(len(short.action_space))
@@ -131,7 +185,7 @@ def test_gym_worlds(id):
     assert all(world.action_space.bindings) and len(world.action_space) == 2
     first = play(world, 3, frames=30)
     assert first == play(world, 3, frames=30) and len(first[0]) == 96 * 128 * 3 and len(set(first)) > 10
-    assert world.state() == {}
+    assert world.state() == world.state_kinds == {} and world.map_lines().shape == (0, 4)
     world.close()
 
 
