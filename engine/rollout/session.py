@@ -83,7 +83,8 @@ class Session:
         keys = self.world.keys
         self.action_space = ActionSpace(tuple(keys), tuple(tuple(codes) for codes in keys.values()))
         self.fps, self.done = self.world.fps, False
-        self.state_kinds: dict[str, str] = {}
+        spec = player.states.spec if player.states else None
+        self.state_kinds = dict(zip(spec.names, spec.kinds, strict=True)) if spec else {}
         self.rollout = player.make_rollout(1, folded)
         on_gpu = player.device.type == "cuda"
         self.graph = StepGraph(self._draw, len(keys), player.device) if graph and on_gpu else None
