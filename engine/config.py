@@ -84,13 +84,14 @@ class DenoiserConfig:
     """The diffusion transformer over frame tokens and the geometry of its rolling window."""
 
     width: int = 256
-    layers: int = 4
+    layers: int = 3
     head_dim: int = 64
     mlp_ratio: int = 4
     patch: int = 4  # latents per token side
     conv_width: int = 64  # channels of the convolutions around the tokens
     conv_in_layers: int = 2
-    conv_out_layers: int = 6
+    conv_out_layers: int = 7
+    field: int = 8  # channels that keys and state draw by themselves
     action_history: int = 16  # frames whose keys a frame knows, its own included
     window_frames: int = 3  # in flight
     context_frames: int = 8  # finished ones remembered
