@@ -91,7 +91,7 @@ class DenoiserConfig:
     conv_width: int = 64  # channels of the convolutions around the tokens
     conv_in_layers: int = 2
     conv_out_layers: int = 7
-    field: int = 8  # channels that keys and state draw by themselves
+    field_channels: int = 8  # of the input that keys and state draw by themselves
     action_history: int = 16  # frames whose keys a frame knows, its own included
     window_frames: int = 3  # in flight
     context_frames: int = 8  # finished ones remembered

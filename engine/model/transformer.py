@@ -30,10 +30,10 @@ class Transformer(nn.Module):
         self.rows, self.columns = rows // self.patch, columns // self.patch
         self.tokens = 1 + self.rows * self.columns  # a frame
         width, fine = config.width, config.conv_width
-        # a picture of a few channels that keys and state draw by themselves: convolutions that are told the same
+        # a few channels that keys and state draw by themselves: convolutions that are told the same
         # everywhere cannot know what stands where
-        self.field = nn.Linear(width, config.field * rows * columns)
-        self.read = nn.Conv2d(2 * channels + config.field, fine, 3, padding=1)
+        self.field = nn.Linear(width, config.field_channels * rows * columns)
+        self.read = nn.Conv2d(2 * channels + config.field_channels, fine, 3, padding=1)
         self.conv_in = nn.ModuleList(ConvLayer(fine, width) for _ in range(config.conv_in_layers))
         self.patch_in = nn.Linear(fine * self.patch**2, width)
         self.sigma = SigmaEncoder(width)
