@@ -142,7 +142,9 @@ class Training:
         except (*UNREADABLE, AttributeError) as error:
             raise unfit(state_file(self.config)) from error
 
-    def picture(self) -> None:
+    def show(self, metrics: Metrics) -> None:
+        """Measures and draws what the averaged weights make of held-out data."""
+        metrics.measured(self.stage.validate(self.average.module), self.step, self.seconds)
         name = Path(self.config.out) / f"{self.config.stage}.png"
         save_picture(name, self.stage.picture(self.average.module))
 
@@ -172,7 +174,7 @@ def train_stage(
             _run(training, metrics, stop)
             training.save()
             if ranks.first:
-                training.picture()
+                training.show(metrics)
             ranks.agree(0)  # what is to be read is written
     finally:
         metrics.close()
@@ -200,7 +202,7 @@ def _run(training: Training, metrics: Metrics, stop: Stop) -> None:
             raise Stopped(int(signal), said)
         if picture:
             if ranks.first:
-                training.picture()
+                training.show(metrics)
             shown = time.perf_counter()
         if pause:
             seconds = _wait(ranks, folder, stop)
