@@ -42,7 +42,9 @@ class StateModel(nn.Module):
         self.spec, self.keys, self.width = spec, keys, width
         self.scales = StateScales(spec)
         kinds = ("position", "angle", "scalar", "velocity")
-        self.positions, self.angles, self.scalars, self.velocities = (len(spec.indices(kind)) for kind in kinds)
+        self.positions, self.angles, self.scalars, self.velocities = (
+            len(spec.indices(kind)) for kind in kinds
+        )
         self.order = [i for kind in kinds for i in spec.indices(kind)]
         every = self.order + spec.pictured_indices
         self.back = [every.index(i) for i in range(len(spec))]
@@ -83,7 +85,9 @@ class StateModel(nn.Module):
         self.unit.copy_(pick(scales.step / scales.scale, self.order))
         self.unit[self.added :] = 1.0  # velocities are set, not added to
         follows = ~(resets[1:-1] | resets[2:]).bool()
-        first, before, after = (self._inner(part)[follows] for part in (states[:-2], states[1:-1], states[2:]))
+        first, before, after = (
+            self._inner(part)[follows] for part in (states[:-2], states[1:-1], states[2:])
+        )
         cos, sin = self._heading(before)
         last = self._moved(first, before, *self._heading(first))
         told = self._told(last, before, actions[2:][follows], cos, sin)
@@ -149,7 +153,9 @@ class StateModel(nn.Module):
         """Hidden (b, H) before the first frame."""
         return F.pad(self.clock_start, (self.width, self.moved)).expand(games, -1)
 
-    def _recall(self, hidden: Tensor, previous: Tensor, inner: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def _recall(
+        self, hidden: Tensor, previous: Tensor, inner: Tensor, actions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Hidden (b, H) before a run of given inner states (b, t, M), the states before each of them, and
         actions (b, t, k) → hidden after them, and what was known when each was due (b, t, ..).
         """
