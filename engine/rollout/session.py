@@ -39,6 +39,11 @@ class Player:
         if self.states is not None:  # tiny: it stays in float32
             self.states.to(self.device).eval().requires_grad_(False)
 
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """What the network knows its world to tell of itself."""
+        return self.states.spec.names if self.states else ()
+
     def ready(self, module: Module) -> Module:
         """A network with its weights, brought to the device and laid out for play there."""
         module.to(self.device).eval().requires_grad_(False)

@@ -63,6 +63,8 @@ class Training:
 
     def progress(self) -> float:
         """Share of the run that is done, by steps or by minutes, whichever is further; this process's."""
+        if not self.stage.trains:
+            return 1.0
         return min(1.0, max(self.step / self.pace.steps, self.seconds / 60 / self.pace.max_minutes))
 
     def iterate(self, progress: float) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ class LatentsStage(ABC):
     """A stage whose batches are runs of latents, keys and states; `module` is what it trains."""
 
     module: nn.Module
+    trains = True  # whether there is anything to train
 
     def __init__(
         self, config: TrainConfig, device: torch.device, dtype: torch.dtype | None, rank: int, ranks: int

@@ -18,7 +18,6 @@ from ..model.checkpoint import Checkpoint, save_checkpoint
 from ..model.networks import load_autoencoder, make_states
 from ..model.state import StateModel
 from ..model.state_spec import StateSpec, difference, heading, pick, turned
-from ..picture import grid
 from ..recording import Recording, find_recordings
 from .stage import LICENCE
 
@@ -171,11 +170,14 @@ class StateStage:
         parts = [[Recording(path) for path in part] for part in split(find_recordings(config.data))]
         spec = common_spec(parts[0])
         self.model = replace(before.model, state=StateConfig(**spec.to_dict()) if spec else StateConfig())
-        states = make_states(self.model, config.world) or StateModel(StateSpec((), ()), 1)
-        if spec:
-            keys = tuple(config.world.keys)
-            self.logs, self.held_out = (StateLogs.read(part or parts[0], spec, keys) for part in parts)
-            states.fit(self.logs.states, self.logs.actions, self.logs.resets)
+        self.trains = spec is not None
+        if spec is None:
+            self.module = nn.Linear(1, 1)  # stands in for what there is nothing to train of
+            return
+        states = make_states(self.model, config.world)
+        keys = tuple(config.world.keys)
+        self.logs, self.held_out = (StateLogs.read(part or parts[0], spec, keys) for part in parts)
+        states.fit(self.logs.states, self.logs.actions, self.logs.resets)
         self.module = StateLoss(states)
 
     def batch(self, step: int) -> StateBatch:
@@ -194,6 +196,8 @@ class StateStage:
 
     def validate(self, module: StateLoss) -> dict[str, float]:
         """Median and 95th percentile of the errors of held-out games after some frames, raw units."""
+        if not self.trains:
+            return {}
         true, made = self.unrolled(module, 64)
         spec = module.model.spec
         error = difference(spec, made, true)
@@ -211,9 +215,11 @@ class StateStage:
 
     def picture(self, module: StateLoss) -> np.ndarray:
         """Paths of held-out games seen from above, true ones bright, own ones red."""
+        picture = np.zeros((256, 256, 3), np.uint8)
+        if not self.trains:
+            return picture
         true, made = (x.cpu().numpy() for x in self.unrolled(module, 64))
         places = module.model.spec.indices("position")
-        picture = np.zeros((256, 256, 3), np.uint8)
         if len(places) >= 2:
             low, high = (
                 x[places[:2]].cpu().numpy() for x in (module.model.scales.low, module.model.scales.high)
@@ -222,11 +228,11 @@ class StateStage:
                 at = (states[:64, :, places[:2]] - low) / np.maximum(high - low, 1e-6) * 255
                 column, row = np.nan_to_num(at).reshape(-1, 2).clip(0, 255).astype(int).T
                 picture[255 - row, column] = colour
-        return grid([picture[None]])
+        return picture
 
     def save(self, path: Path, module: StateLoss, about: dict[str, Any]) -> None:
         scores = {name: round(value, 2) for name, value in self.validate(module).items()}
-        modules = {"autoencoder": self.autoencoder, "states": module.model}
+        modules = {"autoencoder": self.autoencoder} | ({"states": module.model} if self.trains else {})
         world = self.config.world
         save_checkpoint(path, modules, self.model, world, licence=LICENCE, scores=scores, **about)
 
