@@ -1,17 +1,26 @@
 """Trains everything: python train.py stage=NAME [name=value ...]
 
 stage=all makes a playable world from nothing: it collects, then trains every stage with its share of the
-time, and goes on where it was stopped. Each stage is also a command of its own, reads what the ones before it
-wrote, takes max_minutes=M and goes on where it was stopped: collect, autoencoder, motion, denoiser, rollout,
-distill, evaluate. Besides: pack makes the small file that ships (checkpoint=FILE out=FILE), frontier times
-networks of several sizes here, precision times a checkpoint in each precision and compares the pictures, and
-ablate measures a checkpoint that plays without parts of the method: checkpoint=FILE out=docs/ablation. Often
-used options: world=NAME        which game: doom_gathering doom_arena doom_defend doom_home gym (with
-world.id=...) preset=NAME       toy (seconds) · laptop (overnight on 2 cores) · gpu (under 25 minutes on one
-big GPU) data=DIR          recordings      out=DIR   checkpoints, metrics and pictures frames=N
-collect: how many      max_minutes=M   seed=N   device=auto|cpu|cuda   threads=N again=true        train anew
-what was made from something else than what is there now Ctrl-C and SIGTERM save before they stop; while a
-file `pause` lies in out=DIR, training waits. All options with their defaults: engine/config.py, TrainConfig.
+time, and goes on where it was stopped. Each stage is also a command of its own, reads what the one before it
+wrote, takes max_minutes=M and goes on where it was stopped:
+  collect      policies play the true game
+  autoencoder  frames to latents and back
+  state        where one is and where one looks, from keys
+  denoiser     the next frames, from true ones
+  rollout      the next frames, from the model's own
+  decoder      crisp pictures, from true latents and the model's own
+  evaluate     all figures of the report, against the true game
+Besides: pack makes the small file that ships (checkpoint=FILE out=FILE), precision compares arithmetic, and
+ablate measures a checkpoint that plays without parts of the method (checkpoint=FILE out=DIR).
+
+Often used options:
+  world=NAME    doom_gathering doom_arena doom_defend doom_home gym (with world.id=...)
+  preset=NAME   toy (seconds) · laptop (overnight on 2 cores) · gpu (under 25 minutes on one big GPU)
+  data=DIR      recordings         out=DIR    checkpoints, metrics and pictures
+  frames=N      collect: how many  max_minutes=M  seed=N  device=auto|cpu|cuda  threads=N
+  again=true    train anew what was made from something else than what is there now
+Ctrl-C and SIGTERM save before they stop; while a file `pause` lies in out=DIR, training waits.
+All options with their defaults: engine/config.py, TrainConfig.
 Several processes: torchrun --nproc-per-node N train.py ...
 """
 
@@ -25,7 +34,7 @@ from typing import Any
 import torch
 
 from engine.config import TRAINED, TrainConfig, UserError, load_config
-from engine.layers import choose_kernels
+from engine.model.layers import choose_kernels
 from engine.train.parallel import open_ranks
 from engine.train.stop import Stop, Stopped
 
@@ -51,8 +60,6 @@ def run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
         from engine.evaluation import ablate as work
     elif config.stage == "pack":
         from engine.model.packing import pack as work
-    elif config.stage == "frontier":
-        from engine.frontier import frontier as work
     else:
         from engine.precision import precision as work
     return work(config)

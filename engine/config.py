@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-POLICIES = ("keyboard", "scripted", "random", "idle", "spin", "walls")
+POLICIES = ("keyboard", "explore", "scripted", "random", "taps", "idle", "spin", "walls")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
 KERNELS = ("auto", "reference", "triton")
 
@@ -22,12 +22,12 @@ class Trained:
 
 TRAINED = {  # in their order
     "autoencoder": Trained(makes=("autoencoder",)),
-    "motion": Trained(reads=("autoencoder",), makes=("denoiser",)),
-    "denoiser": Trained(reads=("motion",), makes=("denoiser",)),
+    "state": Trained(reads=("autoencoder",), makes=("state",)),
+    "denoiser": Trained(reads=("state",), makes=("denoiser",)),
     "rollout": Trained(reads=("denoiser",)),
-    "distill": Trained(reads=("denoiser", "rollout")),
+    "decoder": Trained(reads=("rollout",)),
 }
-STAGES = ("all", "collect", *TRAINED, "pack", "evaluate", "ablate", "frontier", "precision")
+STAGES = ("all", "collect", *TRAINED, "pack", "evaluate", "ablate", "precision")
 
 
 class UserError(Exception):
@@ -84,24 +84,22 @@ class DenoiserConfig:
     """The diffusion transformer over frame tokens and the geometry of its rolling window."""
 
     width: int = 256
-    layers: int = 6
+    layers: int = 3
     head_dim: int = 64
     mlp_ratio: int = 4
     patch: int = 4  # latents per token side
-    fine: int = 96  # channels of the convolutions around the tokens
-    stem: int = 2  # convolution layers before the tokens
-    head: int = 4  # convolution layers behind them
-    motion: int = 64  # channels of the network that moves the last picture
-    motion_layers: int = 4
-    momentum: int = 4  # finished frames whose actions it knows
-    spread: float = 0.5  # usual standard deviation of what the moved picture misses, latents having 1
-    window: int = 4  # frames in flight
-    recent: int = 8  # finished frames remembered
-    sink: int = 1  # first frames remembered for ever; 0: none
-    commit_position: int = 0  # window positions up to here show their own, final action
-    ladder: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 1.0])  # oldest to newest
-    # noise level to which the leaving frame is sent back after a key change; 0: never
-    correction: float = 0.9
+    conv_width: int = 64  # channels of the convolutions around the tokens
+    conv_in_layers: int = 2
+    conv_out_layers: int = 7
+    field_channels: int = 8  # of the input that keys and state draw by themselves
+    action_history: int = 16  # frames whose keys a frame knows, its own included
+    window_frames: int = 3  # in flight
+    context_frames: int = 8  # finished ones remembered
+    sink_frames: int = 1  # first ones remembered for ever; 0: none
+    ladder: list[float] = field(default_factory=lambda: [0.5, 0.8, 1.0])  # oldest to newest
+    correction: float = (
+        0.9  # noise level to which the leaving frame is sent back after a key change; 0: never
+    )
 
     def __post_init__(self) -> None:
         if self.head_dim < 4 or self.width % self.head_dim or self.head_dim % 4:
@@ -109,15 +107,21 @@ class DenoiserConfig:
                 f"model.width {self.width} must be a multiple of head_dim {self.head_dim}, that of 4."
             )
         ladder = list(self.ladder)
-        if len(ladder) != self.window or sorted(ladder) != ladder or ladder[-1] != 1:
-            raise UserError(
-                f"The ladder needs {self.window} ascending levels that end at 1, not {self.ladder}."
-            )
-        if self.momentum < 2 or self.spread <= 0:
-            raise UserError("model.denoiser.momentum must be at least 2 and spread positive.")
-        if not 0 <= self.commit_position < self.window or self.sink < 0 or self.recent < 1:
-            said = "commit_position must lie in the window; recent must be at least 1"
-            raise UserError(f"{said} and sink not negative.")
+        if len(ladder) != self.window_frames or sorted(ladder) != ladder or ladder[-1:] != [1]:
+            said = f"The ladder needs {self.window_frames} ascending levels that end at 1"
+            raise UserError(f"{said}, not {ladder}.")
+        if self.action_history < 1 or self.sink_frames < 0 or self.context_frames < 1:
+            said = "model.denoiser.action_history and context_frames must be at least 1"
+            raise UserError(f"{said} and sink_frames not negative.")
+
+
+@dataclass
+class StateConfig:
+    """What a world tells of itself, as recordings have it (model/state_spec.py); empty: nothing."""
+
+    names: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    pictured: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -126,6 +130,7 @@ class ModelConfig:
 
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    state: StateConfig = field(default_factory=StateConfig)
 
 
 @dataclass
@@ -143,26 +148,20 @@ class StageConfig:
     muon: bool = True  # for the matrices of the transformer's layers
     grad_clip: float = 1.0
     ema: float = 0.999
-    clip: int = 15  # frames in a training segment
-    windows: int = 4  # denoising windows laid over a segment
-    unroll: int = 6  # stage rollout: steps that the model walks on its own frames
-    lead: int = 0  # stage rollout: steps before these, in half of the games up to so many, not learnt from
-    plain_share: float = 0.2  # stage rollout: share of iterations that stay plain
-    adversarial: float = 0.5  # stage rollout: weight of the discriminator's judgement
-    judge: int = 64  # stage rollout: channels of the discriminator
-    critic_turns: int = 3  # stage distill: iterations for the critic before each one for the student
-    matching: float = 1.0  # stage distill: weight of the distribution's gradient
-    regression: float = 0.1  # stage distill: weight of the true frames; more of it obeys less
-    guidance: float = 0.5  # stage distill: how far the teacher is pushed away from what it says without keys
-    # stages rollout and distill: share of iterations with leaving frames denoised alone
-    alone_share: float = 0.5
-    far_share: float = 0.25  # stage distill: share of iterations in long games, which go on each time for
-    far: int = 200  # up to so many frames before they are scored,
-    longest: int = 10_500  # and are begun anew when they are so many frames old
-    kept: float = 0.0  # stage distill: share of the weights it began with in those that are saved
-    flip_share: float = 0.5  # stage distill: share of iterations with a change of keys by each scored window
-    jitter: float = 0.1  # stages rollout and distill: share by which levels of the ladder fall, at most
     frames: int = 40_000  # stage autoencoder: frames kept in memory
+    crop: float = 1.0  # stages autoencoder, decoder: share of a frame's sides that is looked at
+    clip: int = 24  # frames in a training segment, at least
+    windows: int = 4  # stage denoiser: windows laid over a segment
+    context_noise: float = 0.4  # stage denoiser: most noise on the frames that windows are made from,
+    context_noise_share: float = 0.6  # in this share of the games
+    stateless: float = 0.1  # share of games whose state is kept from the network
+    jitter: float = 0.1  # share by which levels of the ladder fall, at most
+    unroll: int = 8  # stage rollout: steps on its own frames that are learnt from
+    burn_in: int = 24  # stage rollout: steps before these, in half of the iterations up to so many
+    teacher_forcing: float = 0.2  # stage rollout: share of iterations on true frames
+    discriminator: int = 32  # stage decoder: channels of the discriminator
+    adversarial: float = 1.0  # stage decoder: weight of what the discriminator says
+    adversarial_warmup: int = 300  # stage decoder: steps over which that weight rises
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.accumulate) < 1 or not 0 <= self.max_minutes < float("inf"):
@@ -183,7 +182,6 @@ class TrainConfig:
     out: str = "runs/model"  # checkpoints, metrics and pictures
     checkpoint: str = ""  # evaluate: which one; empty takes out's newest
     weights: str = ""  # training: checkpoint whose weights a stage starts from; empty starts from nothing
-    teacher: str = ""  # distill: checkpoint of the teacher; empty takes out's denoiser, or else weights
     variants: list[str] = field(default_factory=list)  # ablate: which ones; empty: all
     row: str = ""  # ablate: what the row of another checkpoint is called
     unseen: bool = False  # evaluate: all of data is new to the network, not only what training held out
@@ -191,6 +189,7 @@ class TrainConfig:
     frames: int = 200_000  # collect: how many; evaluate: frames per game
     workers: int = 0  # collect: processes; 0 takes one per core
     lossless: bool = False  # collect: store pixels exactly
+    starts: list[str] = field(default_factory=list)  # pack: where games start, DIR:FRAME of recordings
     again: bool = False  # train anew what was made from something else than what is there now; pack: replace
     seed: int = 0
     device: str = "auto"

@@ -51,8 +51,9 @@ def doom_config() -> WorldConfig:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of doom_gathering: tiny networks that learned nothing, with starts a and b beside it."""
     from engine.autoencoder import Autoencoder
-    from engine.config import AutoencoderConfig, DenoiserConfig, ModelConfig
     from engine.denoiser import Denoiser
+
+    from engine.config import AutoencoderConfig, DenoiserConfig, ModelConfig
     from engine.model.checkpoint import save_checkpoint
     from engine.recording import Recorder, Recording
     from engine.starts import cut_start

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.autoencoder import Autoencoder, decode_clip, encode_clip, random_crops, to_float, zoom
 from engine.config import AutoencoderConfig, WorldConfig
+from engine.model.autoencoder import Autoencoder, decode_clip, encode_clip, random_crops, to_float, zoom
 
 TINY = AutoencoderConfig(channels=6, widths=[8, 12, 16], depth=2)  # a factor of 8
 

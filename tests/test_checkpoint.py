@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.autoencoder import Autoencoder
+from engine.denoiser import Denoiser
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 import engine.model.checkpoint
-from engine.autoencoder import Autoencoder
 from engine.config import AutoencoderConfig, DenoiserConfig, ModelConfig, UserError, WorldConfig
-from engine.denoiser import Denoiser
 from engine.model.checkpoint import Checkpoint, kept, read_about, save_checkpoint, weights_digest
 
 MODEL = ModelConfig(

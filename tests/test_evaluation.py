@@ -18,6 +18,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from engine.session import Player
 
 from engine.config import TrainConfig, UserError, load_config
 from engine.dataset import split
@@ -33,7 +34,6 @@ from engine.evaluation.section import QUICK, Scope, Section
 from engine.evaluation.watch import EVERY, Watch, curves, ratio
 from engine.picture import load_picture
 from engine.recording import Recorder, Recording, find_recordings
-from engine.session import Player
 from engine.starts import find_starts
 from engine.worlds.base import ActionSpace
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine.kv_cache import Context, KVCache, Written
 from torch import Tensor
 
 from engine.config import DenoiserConfig
-from engine.kv_cache import Context, KVCache, Written
 
 LAYERS, HEADS, DIM, TOKENS, SINK, RECENT, WINDOW, BATCH, KEYS = 2, 3, 4, 2, 2, 3, 2, 2, 5
 SHAPE = (1, 2, 2)

@@ -40,6 +40,8 @@ class LatentsCache:
         self.actions: list[np.ndarray] = []
         self.resets: list[np.ndarray] = []
         self.names: list[tuple[str, ...]] = []
+        self.states: list[np.ndarray] = []
+        self.state_names: list[tuple[str, ...]] = []
         self.directories: list[str] = []
         for file in files:
             found = load_entry(file, key)
@@ -51,6 +53,8 @@ class LatentsCache:
             self.actions.append(found["actions"])
             self.resets.append(found["resets"])
             self.names.append(tuple(found["names"].tolist()))
+            self.states.append(found["states"])
+            self.state_names.append(tuple(found["state_names"].tolist()))
             self.directories.append(str(found["directory"]))
 
     def __len__(self) -> int:
@@ -112,11 +116,20 @@ class Frames(IterableDataset):
                 "names": np.array(recording.names, dtype=np.str_),
             }
             about |= {"actions": recording.actions, "resets": recording.resets}
+            state_names, states = laid_states(recording)
+            about |= {"states": states, "state_names": np.array(state_names, dtype=np.str_)}
             frames = recording.pick(range(len(recording)))
             for start in range(0, len(recording), self.batch):
                 count = min(self.batch, len(recording) - start)
                 part = np.stack([next(frames) for _ in range(count)])
                 yield directory, start, len(recording), torch.from_numpy(part), None if start else about
+
+
+def laid_states(recording: Recording) -> tuple[list[str], np.ndarray]:
+    """What a recording tells of its world: names, and values (n, s), NaN where a frame lacks them."""
+    names = list(recording.state_kinds)
+    rows = [[(state or {}).get(name, np.nan) for name in names] for state in recording.states]
+    return names, np.array(rows, np.float32).reshape(len(rows), len(names))
 
 
 class Latents:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config import UserError
 from ..recording import Recording
-from ..session import Player
+from ..rollout.session import Player
 
 
 class Clips:

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from ..picture import grid, save_picture
 from ..policies import make_policy
-from ..session import Session
+from ..rollout.session import Session
 from .measures import motion, sharpness
 from .section import Scope, Section
 

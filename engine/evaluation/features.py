@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..autoencoder import to_float
 from ..device import autocast
-from ..session import Player
+from ..model.autoencoder import to_float
+from ..rollout.session import Player
 
 COMPONENTS = 32  # principal components of true frames; more would make a few seconds' estimate noisy
 BATCH = 64  # pictures that are encoded at once

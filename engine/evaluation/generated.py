@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..autoencoder import to_bytes
-from ..denoiser import Denoiser
 from ..device import autocast
-from ..session import Player
+from ..model.autoencoder import to_bytes
+from ..model.denoiser import Denoiser
+from ..rollout.session import Player
 
 BATCH = 32  # games that are played at once
 

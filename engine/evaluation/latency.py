@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config import PlayConfig
 from ..device import threads
-from ..session import Session
+from ..rollout.session import Session
 from .branches import State, starts
 from .control import alternatives
 from .generated import played_with, roll

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..session import Player
+from ..rollout.session import Player
 from .branches import Truth
 from .clips import Clips
 from .features import Features

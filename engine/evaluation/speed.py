@@ -7,7 +7,7 @@ import numpy as np
 from ..config import PlayConfig
 from ..device import threads
 from ..policies import make_policy
-from ..session import Session
+from ..rollout.session import Session
 from .section import Scope, Section
 
 

@@ -17,7 +17,7 @@ from ..collection import collect
 from ..config import TrainConfig, UserError
 from ..dataset import split
 from ..recording import Recording, find_recordings
-from ..session import Player
+from ..rollout.session import Player
 from .behaviour import behaviour
 from .branches import Truth
 from .clips import Clips

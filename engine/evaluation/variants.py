@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..config import DenoiserConfig
-from ..denoiser import Denoiser
 from ..distillation import shortened
 from ..kv_cache import KVCache
-from ..rollout import Rollout
+from ..model.denoiser import Denoiser
+from ..rollout.rollout import Rollout
+from ..rollout.session import Player, make_denoiser
 from ..sampler import add_noise, counter_noise
-from ..session import Player, make_denoiser
 
 REFRESH = 88  # frames between two sinks, five seconds
 

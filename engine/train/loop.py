@@ -14,12 +14,12 @@ from ..config import PRECISIONS, TrainConfig, UserError
 from ..device import AUTOCAST, autocast, pick_device, pick_precision
 from ..model.checkpoint import read_about
 from ..picture import save_picture
-from ..stages import make_stage
 from . import optim
 from .metrics import Metrics
 from .parallel import Ranks
 from .provenance import checkpoint_of
 from .resume import UNREADABLE, Standing, read_state, state_file, unfit, write_state
+from .stages import make_stage
 from .stop import Stop, Stopped, paused, say_paused
 
 PATIENCE = 100  # steps in a row whose gradients may not be finite
@@ -63,6 +63,8 @@ class Training:
 
     def progress(self) -> float:
         """Share of the run that is done, by steps or by minutes, whichever is further; this process's."""
+        if not self.stage.trains:
+            return 1.0
         return min(1.0, max(self.step / self.pace.steps, self.seconds / 60 / self.pace.max_minutes))
 
     def iterate(self, progress: float) -> dict[str, Tensor]:
@@ -142,7 +144,9 @@ class Training:
         except (*UNREADABLE, AttributeError) as error:
             raise unfit(state_file(self.config)) from error
 
-    def picture(self) -> None:
+    def show(self, metrics: Metrics) -> None:
+        """Measures and draws what the averaged weights make of held-out data."""
+        metrics.measured(self.stage.validate(self.average.module), self.step, self.seconds)
         name = Path(self.config.out) / f"{self.config.stage}.png"
         save_picture(name, self.stage.picture(self.average.module))
 
@@ -172,7 +176,7 @@ def train_stage(
             _run(training, metrics, stop)
             training.save()
             if ranks.first:
-                training.picture()
+                training.show(metrics)
             ranks.agree(0)  # what is to be read is written
     finally:
         metrics.close()
@@ -200,7 +204,7 @@ def _run(training: Training, metrics: Metrics, stop: Stop) -> None:
             raise Stopped(int(signal), said)
         if picture:
             if ranks.first:
-                training.picture()
+                training.show(metrics)
             shown = time.perf_counter()
         if pause:
             seconds = _wait(ranks, folder, stop)

@@ -28,7 +28,7 @@ def origin_of(config: TrainConfig) -> dict[str, Any]:
         for name in TRAINED[config.stage].reads
         if (path := checkpoint_of(config, name)).is_file()
     }
-    for name, file in (("weights", config.weights), ("teacher", config.teacher)):
+    for name, file in (("weights", config.weights),):
         if file and Path(file).is_file():
             made_from[name] = file_digest(Path(file))
     about = {

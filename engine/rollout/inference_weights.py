@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .device import AUTOCAST
+from ..device import AUTOCAST
 
 SMALLEST = 128  # columns of a product that is worth doing in 8 bits
 PACKED = 64  # rows and columns of a product whose weights are worth laying out

@@ -1,7 +1,6 @@
 """Noise as pure functions: counter-based Gaussian noise, adding it, and the levels that training shows.
 
-Flow matching: x = (1 - sigma) * clean + sigma * noise. The preconditioning is that of Karras et al. (2022),
-Table 1, derived anew for this interpolation and unit-variance latents.
+Flow matching: x = (1 - sigma) * clean + sigma * noise.
 """
 
 from __future__ import annotations
@@ -16,17 +15,6 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """(b, t, c, y, x) clean and noise, sigma (b, t) → noisy latents of the same shape."""
     sigma = sigma[..., None, None, None]
     return torch.lerp(clean, noise, sigma)
-
-
-def scalings(sigma: Tensor, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """sigma (b, t), standard deviation of the clean data → (skip, out, in), each (b, t): clean = skip * x +
-    out * network(in * x).
-
-    They keep the network's input and target at unit variance for every sigma, so one loss weight fits all
-    levels.
-    """
-    total = ((spread * (1 - sigma)).square() + sigma.square()).sqrt()
-    return spread**2 * (1 - sigma) / total.square(), spread * sigma / total, 1 / total
 
 
 def counter_noise(seed: Tensor, frame: Tensor | int, level: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -79,20 +67,13 @@ def jittered(ladder: Tensor, most: float) -> Tensor:
     return ladder * (1 - share)
 
 
-def training_sigma(ladder: Tensor, batch: int) -> Tensor:
-    """Noise levels (batch, w) that a denoiser is trained at.
-
-    Half of the rows are the ladder, lightly jittered, with a third of them raised from some position on
-    (ramp-up and frames sent back after a key change); the other half has an independent uniform level for
-    every frame.
+def training_sigma(ladder: Tensor, batch: int, jitter: float) -> Tensor:
+    """Noise levels (batch, w) that a denoiser is trained at: the ladder's, each a share of at most `jitter`
+    lower, a third of the rows raised from some position on, as while a window fills up and when frames are
+    sent back.
     """
     window, device = len(ladder), ladder.device
     rungs = torch.arange(window, device=device).expand(batch, window)
     raised = torch.randint(window, (batch, 1), device=device)
     raised = torch.where(torch.rand(batch, 1, device=device) < 0.33, raised, 0)
-    stair = ladder[torch.maximum(rungs, raised)] * (1 - 0.1 * torch.rand(batch, window, device=device))
-    stair = torch.where(
-        torch.rand(batch, window, device=device) < 0.7, ladder[torch.maximum(rungs, raised)], stair
-    )
-    free = torch.rand(batch, window, device=device)
-    return torch.where(torch.rand(batch, 1, device=device) < 0.5, stair, free)
+    return jittered(ladder[torch.maximum(rungs, raised)], jitter)

@@ -21,8 +21,8 @@ from engine.kernels import (
     window_attention,
 )
 
-from .config import UserError
-from .kv_cache import Room
+from ..config import UserError
+from .kv_cache import KVSlots
 
 
 def choose_kernels(name: str) -> None:
@@ -35,16 +35,10 @@ def choose_kernels(name: str) -> None:
         raise UserError(f"{error}.") from None
 
 
-class Memory(Protocol):
-    """What a pass sees besides itself (kv_cache.py); `last` are the two newest frames of it (b, 2, c,
-    y, x), `held` the actions of the newest few (b, m, k).
-    """
+class AttentionContext(Protocol):
+    """What a pass sees besides itself (kv_cache.py)."""
 
-    last: Tensor | None
-    held: Tensor | None
-    pending: bool  # the last frame's keys and values are yet to be written, by the next pass
-
-    def room(self, layer: int) -> Room | None:
+    def room(self, layer: int) -> KVSlots | None:
         """Where the pass's keys and values are written in place and what it sees, if this memory has one."""
         ...
 
@@ -71,7 +65,7 @@ class Positions(nn.Module):
         grid = torch.stack([y, x], -1).reshape(-1, 2).double()
         grid = torch.cat(
             [grid.new_full((1, 2), -1.0), grid]
-        )  # the action token stands outside of the picture
+        )  # the condition token stands outside of the picture
         angles = (grid[:, :, None] * place).flatten(1)  # (n, 2 · pairs/4)
         self.register_buffer("time", time, persistent=False)
         self.register_buffer("place", angles, persistent=False)
@@ -101,7 +95,12 @@ class Attention(nn.Module):
         self.k_weight = nn.Parameter(torch.ones(head_dim))
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], memory: Memory, layer: int, mask: Tensor | None
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        memory: AttentionContext,
+        layer: int,
+        mask: Tensor | None,
     ) -> Tensor:
         """x (b, n, d), angles (n, head_dim / 2) twice, mask (n, m) added to the scores → (b, n, d)."""
         qkv, weights, room = self.qkv(x), (self.q_weight, self.k_weight), memory.room(layer)
@@ -116,7 +115,7 @@ class Attention(nn.Module):
 
 
 class Condition(NamedTuple):
-    """What a frame's noise level and action make of a layer, each (b, t, d)."""
+    """What a frame's noise level, keys and state make of a layer, each (b, t, d)."""
 
     shift: Tensor
     scale: Tensor
@@ -145,7 +144,7 @@ class DiTLayer(nn.Module):
         condition: Condition,
         following: tuple[Tensor, Tensor],
         angles: tuple[Tensor, Tensor],
-        memory: Memory,
+        memory: AttentionContext,
         layer: int,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:

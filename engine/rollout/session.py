@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .autoencoder import Autoencoder, to_bytes
-from .config import UserError, WorldConfig
-from .denoiser import Denoiser
-from .device import AUTOCAST, autocast, pick_device, pick_precision
-from .graph import StepGraph
-from .model.checkpoint import Checkpoint
+from ..config import UserError, WorldConfig
+from ..device import AUTOCAST, autocast, pick_device, pick_precision
+from ..model.checkpoint import Checkpoint
+from ..model.networks import load_autoencoder, load_denoiser, load_states
+from ..starts import Start
+from ..worlds.base import ActionSpace
+from .cuda_graph import StepGraph
+from .inference_weights import cast_weights, pack_weights
 from .rollout import Rollout
-from .weights import cast_weights, pack_weights
-from .worlds.base import ActionSpace
 
 
 class Player:
-    """The networks of a checkpoint, ready to play: autoencoder and denoiser on a device."""
+    """The networks of a checkpoint, ready to play: autoencoder, denoiser and the state's predictor."""
 
     rollout: type[Rollout] = Rollout  # how they play; ablations play otherwise
 
@@ -33,11 +33,16 @@ class Player:
         self.device = pick_device(device)
         self.precision = pick_precision(precision, self.device)
         self.dtype = AUTOCAST[self.precision]
-        build, size = self.checkpoint.build, self.checkpoint.model.autoencoder
-        self.autoencoder = build("autoencoder", lambda: Autoencoder(size))
-        self.denoiser = build("denoiser", lambda: make_denoiser(self.checkpoint, self.autoencoder))
-        for module in (self.autoencoder, self.denoiser):
-            self.ready(module)
+        self.autoencoder = self.ready(load_autoencoder(self.checkpoint))
+        self.denoiser = self.ready(load_denoiser(self.checkpoint))
+        self.states = load_states(self.checkpoint)
+        if self.states is not None:  # tiny: it stays in float32
+            self.states.to(self.device).eval().requires_grad_(False)
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """What the network knows its world to tell of itself."""
+        return self.states.spec.names if self.states else ()
 
     def ready(self, module: Module) -> Module:
         """A network with its weights, brought to the device and laid out for play there."""
@@ -49,7 +54,15 @@ class Player:
 
     def make_rollout(self, batch: int, folded: bool = True) -> Rollout:
         """Games side by side in these networks."""
-        return self.rollout(self.denoiser, batch, self.dtype or torch.float32, folded)
+        return self.rollout(self.denoiser, self.states, batch, self.dtype or torch.float32, folded)
+
+    def laid_states(self, states: list[dict[str, float] | None] | None, frames: int) -> Tensor | None:
+        """What was recorded of a world at some frames → (1, frames, s), NaN where it is not known."""
+        if self.states is None:
+            return None
+        names = self.states.spec.names
+        rows = [[(state or {}).get(name, np.nan) for name in names] for state in states or [None] * frames]
+        return torch.tensor(rows, dtype=torch.float32, device=self.device)[None]
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray) -> Tensor:
@@ -65,12 +78,6 @@ class Player:
             return self.autoencoder.decode(latents).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def make_denoiser(checkpoint: Checkpoint, autoencoder: Autoencoder) -> Denoiser:
-    """The denoiser that a checkpoint's configs describe, with fresh weights."""
-    model, world = checkpoint.model, checkpoint.world
-    return Denoiser(model.denoiser, len(world.keys), *model.autoencoder.latent_shape(world), autoencoder)
-
-
 class Session:
     """A game inside the network: `reset` from start frames, then `step(action)` → the frame that this action
     caused. On a GPU a step is a CUDA graph (`graph`), captured at the first reset.
@@ -81,6 +88,8 @@ class Session:
         keys = self.world.keys
         self.action_space = ActionSpace(tuple(keys), tuple(tuple(codes) for codes in keys.values()))
         self.fps, self.done = self.world.fps, False
+        spec = player.states.spec if player.states else None
+        self.state_kinds = dict(zip(spec.names, spec.kinds, strict=True)) if spec else {}
         self.rollout = player.make_rollout(1, folded)
         on_gpu = player.device.type == "cuda"
         self.graph = StepGraph(self._draw, len(keys), player.device) if graph and on_gpu else None
@@ -89,9 +98,15 @@ class Session:
         self.step_ms: deque[float] = deque(maxlen=600)  # the last steps' times, decode included
         self.frames = 0  # since the last reset
 
-    def reset(self, seed: int, frames: np.ndarray, actions: np.ndarray | None = None) -> np.ndarray:
-        """Starts from true frames, uint8 (t, h, w, 3), and the actions that caused them (t, k) → the last of
-        them.
+    def reset(
+        self,
+        seed: int,
+        frames: np.ndarray,
+        actions: np.ndarray | None = None,
+        states: list[dict[str, float] | None] | None = None,
+    ) -> np.ndarray:
+        """Starts from true frames, uint8 (t, h, w, 3), the actions that caused them (t, k), and what the
+        world told of itself at each → the last of them. A state that is not known is done without.
         """
         shape = (self.world.height, self.world.width, 3)
         if frames.shape[1:] != shape:
@@ -101,30 +116,42 @@ class Session:
             )
         if actions is None:
             actions = np.zeros((len(frames), len(self.action_space)), np.float32)
-        latents = self.player.encode(frames)
+        return self._begin(seed, frames[-1], self.player.encode(frames), actions, states)
+
+    def begin(self, seed: int, start: Start) -> np.ndarray:
+        """Starts where `start` (starts.py) says → its last frame."""
+        if start.latents is None:
+            return self.reset(seed, start.frames, start.actions, start.states)
+        latents = start.latents[None].to(self.player.device)
+        return self._begin(seed, start.frames[-1], latents, start.actions, start.states)
+
+    def _begin(
+        self, seed: int, frame: np.ndarray, latents: Tensor, actions: np.ndarray, states
+    ) -> np.ndarray:
         held = torch.from_numpy(np.asarray(actions, np.float32)).to(self.player.device)[None]
         seeds = torch.tensor([seed], dtype=torch.int64, device=self.player.device)
+        known = self.player.laid_states(states, latents.shape[1])
         with torch.inference_mode(), autocast(self.player.device, self.player.dtype, cache=False):
-            self.rollout.reset(latents, held, seeds)
+            self.rollout.reset(latents, held, seeds, known)
             if self.graph and not self.graph.captured:
                 self.graph.capture()
-                self.rollout.reset(latents, held, seeds)
-        self.held, self.since = actions[-1], self.rollout.config.window
+                self.rollout.reset(latents, held, seeds, known)
+        self.held, self.since = actions[-1], self.rollout.config.window_frames
         self.frames = 0
         self.step_ms.clear()
-        return frames[-1]
+        return frame
 
-    def prepare(self) -> None:
+    def speculate(self) -> None:
         """Does what can be done before it is known which keys are held next; a GPU has no need for it."""
         if not self.graph:
             with torch.inference_mode(), autocast(self.player.device, self.player.dtype, cache=False):
-                self.rollout.prepare()
+                self.rollout.speculate()
 
     def step(self, action: np.ndarray) -> np.ndarray:
         """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
         start = time.perf_counter()
         self.since = self.since + 1 if np.array_equal(action, self.held) else 0
-        stale = self.since < self.rollout.config.window - 1
+        stale = self.since < self.rollout.config.window_frames - 1
         with torch.inference_mode():
             if self.graph and self.frames:  # the first step has nothing to commit: it is another one
                 frame = self.graph(action, stale)
@@ -139,12 +166,19 @@ class Session:
 
     def _draw(self, held: Tensor, stale: bool) -> Tensor:
         """Keys (1, k) → the frame that they cause, uint8 (h, w, 3), on the device."""
-        self.rollout.step(held, stale)
-        return to_bytes(self.rollout.picture[0]).permute(1, 2, 0).contiguous()
+        latents = self.rollout.step(held, stale)
+        return self.player.autoencoder.decode(latents)[0].permute(1, 2, 0).contiguous()
 
     def state(self) -> dict[str, float]:
-        """Nothing: a network knows no true state."""
-        return {}
+        """What the network believes of its world at the last frame; empty where it knows nothing."""
+        carry = self.rollout.carry
+        if carry is None or not self.rollout.has_state[0]:
+            return {}
+        return dict(zip(self.player.states.spec.names, carry.state[0].tolist(), strict=True))
+
+    def map_lines(self) -> np.ndarray:
+        """Empty (0, 4): a network has no map."""
+        return np.zeros((0, 4))
 
     def close(self) -> None:
         """Nothing is held open."""
