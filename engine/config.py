@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,9 +58,8 @@ class WorldConfig:
         if self.kind not in ("doom", "gym"):
             raise UserError(f"world.kind must be doom or gym, not {self.kind!r}.")
         if self.height % 32 or self.width % 32:
-            raise UserError(
-                f"A frame must be a multiple of 32 on both sides, not {self.width}x{self.height}."
-            )
+            size = f"{self.width}x{self.height}"
+            raise UserError(f"A frame must be a multiple of 32 on both sides, not {size}.")
         if self.tics < 1 or self.fps <= 0 or self.episode_frames < 1:
             raise UserError("world.tics, world.fps and world.episode_frames must be positive.")
 
@@ -97,9 +97,7 @@ class DenoiserConfig:
     context_frames: int = 8  # finished ones remembered
     sink_frames: int = 1  # first ones remembered for ever; 0: none
     ladder: list[float] = field(default_factory=lambda: [0.5, 0.8, 1.0])  # oldest to newest
-    correction: float = (
-        0.9  # noise level to which the leaving frame is sent back after a key change; 0: never
-    )
+    correction: float = 0.9  # level to which the leaving frame is sent back when keys change; 0: never
 
     def __post_init__(self) -> None:
         if self.head_dim < 4 or self.width % self.head_dim or self.head_dim % 4:
@@ -210,6 +208,8 @@ class TrainConfig:
         if self.stage not in STAGES:
             raise UserError(f"There is no stage {self.stage!r}; choose one of {', '.join(STAGES)}.")
         _check_arithmetic(self.precision, self.kernels)
+        if not 0 <= self.seed < 2**31:  # any will do; generators take no larger ones
+            self.seed = int.from_bytes(hashlib.sha256(str(self.seed).encode()).digest()[:4], "big") // 2
         if self.precision in ("fp16", "fp8") and self.stage in ("all", "collect", *TRAINED):
             raise UserError(f"precision={self.precision} is for play and evaluation; train in bf16.")
 

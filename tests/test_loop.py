@@ -48,6 +48,8 @@ class Line(nn.Module):
 class LineStage:
     """A stage as the loop sees it."""
 
+    trains = True
+
     def __init__(self, config, device, dtype, rank=0, ranks=1):
         self.config, self.module, self.rank = config, Line(), rank
         self.asked: list[int] = []
@@ -56,6 +58,9 @@ class LineStage:
         self.asked.append(step)
         rng = np.random.default_rng((step, self.rank))
         return torch.from_numpy(rng.normal(size=(4, 2)).astype(np.float32))
+
+    def validate(self, module: Line) -> dict[str, float]:
+        return {"away": float((module.weight.detach() - torch.tensor([2.0, -1.0])).norm())}
 
     def picture(self, module: Line) -> np.ndarray:
         return np.zeros((8, 8, 3), np.uint8)
@@ -106,6 +111,12 @@ def begin(options):
 def run(options):
     """train_stage with these options → figures."""
     return lambda *more: train_stage(config_of(options(*more)), Ranks(), Stop())
+
+
+def lines(out: Path) -> list[dict]:
+    """What was written of the training itself."""
+    found = [json.loads(line) for line in (out / "autoencoder.jsonl").read_text().splitlines()]
+    return [line for line in found if "rate" in line]
 
 
 def advance(of: Training, steps: int) -> list[float]:
@@ -159,9 +170,9 @@ def test_gradients_that_are_not_finite_move_nothing_and_are_counted(begin, run, 
     assert torch.equal(training.module.weight, weight)
     assert torch.equal(training.average.module.weight, average) and training.average.n_averaged == updates
     assert run()["steps"] == 8
-    lines = [json.loads(line) for line in (tmp_path / "out" / "autoencoder.jsonl").read_text().splitlines()]
-    assert [line["skipped"] for line in lines] == [0, 2, 1, 0]
-    assert "loss" not in lines[1] and all(np.isfinite(line["loss"]) for line in lines if line["skipped"] < 2)
+    told = lines(tmp_path / "out")
+    assert [line["skipped"] for line in told] == [0, 2, 1, 0]
+    assert "loss" not in told[1] and all(np.isfinite(line["loss"]) for line in told if line["skipped"] < 2)
     monkeypatch.setattr(LineStage, "batch", lambda self, step: plain(self, step) * float("inf"))
     with pytest.raises(UserError, match="not finite for 100 steps"):
         run("steps=1000")
@@ -183,8 +194,7 @@ def test_steps_may_be_raised_and_lines_are_not_doubled(run, begin, tmp_path):
     advance(training, 4)  # and killed before it saved
     (tmp_path / "out" / "autoencoder.jsonl").open("a").write('{"step": 10, "loss": 1}\n{"step": 12, "lo')
     assert run("steps=20")["steps"] == 20
-    lines = [json.loads(line) for line in (tmp_path / "out" / "autoencoder.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(2, 21, 2))
+    assert [line["step"] for line in lines(tmp_path / "out")] == list(range(2, 21, 2))
 
 
 @pytest.mark.parametrize(
@@ -243,24 +253,24 @@ def test_checkpoints_know_what_they_were_made_from(run, tmp_path):
     first = Checkpoint(out / "autoencoder.safetensors")
     assert first.about["stage"] == "autoencoder" and first.about["origin"]["made_from"] == {}
     assert first.about["origin"]["stage"]["batch"] == 8 and len(first.about["origin"]["data"]) == 16
-    run("stage=motion")
-    made = Checkpoint(out / "motion.safetensors").about["origin"]["made_from"]
+    run("stage=state")
+    made = Checkpoint(out / "state.safetensors").about["origin"]["made_from"]
     assert made == {"autoencoder": first.digest()}
 
 
 def test_nothing_mixed_comes_of_a_stage_that_changed(run, tmp_path, capsys):
-    for stage in ("autoencoder", "motion", "denoiser"):
+    for stage in ("autoencoder", "state", "denoiser"):
         run(f"stage={stage}")
     run("stage=autoencoder", "steps=10")
     with pytest.raises(UserError, match="autoencoder is another"):
-        run("stage=motion")
+        run("stage=state")
     for stage in ("denoiser", "rollout"):  # the one after it is made from what no longer belongs together
         with pytest.raises(
-            UserError, match="motion.safetensors was made from another autoencoder.safetensors"
+            UserError, match="state.safetensors was made from another autoencoder.safetensors"
         ):
             run(f"stage={stage}")
-    assert run("stage=motion", "again=true")["steps"] == 8
-    with pytest.raises(UserError, match="motion is another"):
+    assert run("stage=state", "again=true")["steps"] == 8
+    with pytest.raises(UserError, match="state is another"):
         run("stage=denoiser")
     assert run("stage=denoiser", "again=true")["steps"] == 8
     before = (tmp_path / "out" / "denoiser.safetensors").read_bytes()

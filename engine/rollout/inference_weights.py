@@ -30,13 +30,19 @@ def cast_weights(module: nn.Module, precision: str) -> None:
 def pack_weights(module: nn.Module, precision: str) -> None:
     """For play on a CPU: convolutions and products have their weights in oneDNN's own layout, instead of
     bringing them into it at every call, and nothing is moved before a convolution that can be read where it
-    is. There are no gradients.
+    is. There are no gradients. A CPU that oneDNN cannot serve in bfloat16 keeps plain weights.
     """
-    if precision in ("fp32", "bf16") and torch.backends.mkldnn.is_available():
+    if _is_served(precision):
         for part in module.modules():
             if isinstance(part, nn.Sequential):
                 _fold(part)
         _replace(module, lambda name, part: _packed(part))
+
+
+def _is_served(precision: str) -> bool:
+    if precision == "bf16":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return precision == "fp32" and torch.backends.mkldnn.is_available()
 
 
 def _fold(parts: nn.Sequential) -> None:

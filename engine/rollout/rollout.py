@@ -217,6 +217,8 @@ class Rollout:
         """The states of the start's frames (b, t, s) and the predictor's memory of them."""
         self._known = None
         self.has_state.zero_()
+        for kept in self.carry or ():  # nothing of the game before, not even what has no weight
+            kept.zero_()
         if self.states is None or states is None:
             return
         known = torch.isfinite(states).all(-1).all(-1)  # (b,)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import PRECISIONS, TrainConfig, UserError
+from ..data.cache import stable_hash
 from ..device import AUTOCAST, autocast, pick_device, pick_precision
 from ..model.checkpoint import read_about
 from ..picture import save_picture
@@ -45,7 +45,7 @@ class Training:
         self.step, self.seconds, self.skipped = 0, 0.0, 0
         if state:
             self._restore(state)
-        self.runner = self.ranks.share(self.module, unused=config.stage == "distill")
+        self.runner = self.ranks.share(self.module)
         if config.compile:
             self.runner = torch.compile(self.runner)
 
@@ -58,8 +58,7 @@ class Training:
 
     def _seed(self, step: int) -> None:
         """Each process draws numbers of its own, whatever the seed's size."""
-        text = f"{self.config.seed} {self.ranks.rank} {step}"
-        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+        torch.manual_seed(stable_hash(f"{self.config.seed} {self.ranks.rank} {step}"))
 
     def progress(self) -> float:
         """Share of the run that is done, by steps or by minutes, whichever is further; this process's."""
