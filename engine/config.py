@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-POLICIES = ("keyboard", "scripted", "random", "idle", "spin", "walls")
+POLICIES = ("keyboard", "explore", "scripted", "random", "taps", "idle", "spin", "walls")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
 KERNELS = ("auto", "reference", "triton")
 TRAINED = ("autoencoder", "motion", "denoiser", "rollout", "distill")

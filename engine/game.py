@@ -24,7 +24,7 @@ class TrueGame:
         self._world = make_world(config.world)
         self.action_space: ActionSpace = self._world.action_space
         self.world: WorldConfig = described(config.world, self.action_space)
-        self.fps = self._world.fps
+        self.fps, self.state_kinds = self._world.fps, self._world.state_kinds
         self.start = "episode"
 
     @property
@@ -49,6 +49,10 @@ class TrueGame:
     def state(self) -> dict[str, float]:
         """True state where the simulator tells it."""
         return self._world.state()
+
+    def map_lines(self) -> np.ndarray:
+        """The walls of the map, (m, 4), where the simulator tells them."""
+        return self._world.map_lines()
 
     def close(self) -> None:
         """Ends the simulator."""
@@ -76,6 +80,7 @@ class Dream:
         self._shipped = find_starts(player.world.name, path)
         self._loaded: dict[str, Start] = {}
         self.action_space, self.fps = self._session.action_space, self._session.fps
+        self.state_kinds = self._session.state_kinds
         self.world, self.checkpoint, self.digest = player.world, str(path), player.checkpoint.digest()
         self.start = config.start or (self._shipped[0].name if self._shipped else "true game")
 
@@ -108,6 +113,10 @@ class Dream:
     def state(self) -> dict[str, float]:
         """Nothing: a network knows no true state."""
         return {}
+
+    def map_lines(self) -> np.ndarray:
+        """Empty (0, 4): a network has no map."""
+        return self._session.map_lines()
 
     def close(self) -> None:
         """Nothing is held open."""

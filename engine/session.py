@@ -82,6 +82,7 @@ class Session:
         keys = self.world.keys
         self.action_space = ActionSpace(tuple(keys), tuple(tuple(codes) for codes in keys.values()))
         self.fps, self.done = self.world.fps, False
+        self.state_kinds: dict[str, str] = {}
         self.rollout = player.make_rollout(1, folded)
         on_gpu = player.device.type == "cuda"
         self.graph = StepGraph(self._draw, len(keys), player.device) if graph and on_gpu else None
@@ -146,6 +147,10 @@ class Session:
     def state(self) -> dict[str, float]:
         """Nothing: a network knows no true state."""
         return {}
+
+    def map_lines(self) -> np.ndarray:
+        """Empty (0, 4): a network has no map."""
+        return np.zeros((0, 4))
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -98,12 +98,21 @@ def cut_start(recording: Recording, frame: int, directory: str | Path, frames: i
     directory = Path(directory)
     if (directory / HEADER).is_file():
         shutil.rmtree(directory)
-    header = recording.header
+    header, first = recording.header, frame + 1 - len(start.frames)
     with Recorder(
-        directory, world, header["source"], header["seed"], header["checkpoint"], True, recording.names
+        directory,
+        world,
+        header["source"],
+        header["seed"],
+        header["checkpoint"],
+        True,
+        recording.names,
+        recording.state_kinds,
+        {"recording": recording.directory.name, "frame": first},
     ) as recorder:
         for number, (picture, action) in enumerate(zip(start.frames, start.actions, strict=True)):
-            recorder.add(picture, action, reset=number == 0, t_ns=round(number / world.fps * 1e9))
+            state, time_ns = recording.states[first + number], round(number / world.fps * 1e9)
+            recorder.add(picture, action, reset=number == 0, state=state, t_ns=time_ns)
     return directory
 
 
