@@ -1,4 +1,4 @@
-"""How far the predicted state strays from the true one under the same keys, and whether it leaves the rooms."""
+"""How far the predicted state strays from the true one under the same keys, and if it leaves the rooms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import UserError
-from ..model.state import StateCarry, StateModel
+from ..model.state import StateModel
 from ..model.state_spec import difference, pick
 from ..train.state import StateLogs
 
@@ -24,6 +24,7 @@ def evaluate_state(
     horizons: Sequence[int] = (8, 64, 1000),
     warm: int = 16,
     fps: float = 17.5,
+    minutes: float = 10.0,
 ) -> dict[str, float]:
     """Median and 95th percentile of the error after each horizon, and escapes, on logs not trained on.
 
@@ -45,7 +46,7 @@ def evaluate_state(
             figures[f"{name}_{horizon}_median"] = round(error.median().item(), 3)
             figures[f"{name}_{horizon}_p95"] = round(error.quantile(0.95).item(), 3)
     if model.spec.indices("position"):
-        figures |= escapes(model, logs, visited, warm, fps)
+        figures |= escapes(model, logs, visited, warm, fps, minutes)
     return figures
 
 
@@ -65,14 +66,20 @@ def _errors(model: StateModel, logs: StateLogs, starts: Tensor, warm: int, horiz
 
 @torch.no_grad()
 def escapes(
-    model: StateModel, logs: StateLogs, visited: StateLogs, warm: int, fps: float, games: int = 8
+    model: StateModel,
+    logs: StateLogs,
+    visited: StateLogs,
+    warm: int = 16,
+    fps: float = 17.5,
+    minutes: float = 10.0,
+    games: int = 8,
 ) -> dict[str, float]:
-    """Games of ten minutes under the keys of `logs`: how often and for how long they leave the rooms.
+    """Games of some minutes under the keys of `logs`: how often and for how long they leave the rooms.
 
     The rooms are all places within a large step of one that the true player was at. An escape is a stay
     outside, however short. `never_returned` counts games that end outside or are out for ten seconds.
     """
-    frames = round(600 * fps)
+    frames = round(60 * minutes * fps)
     begun = (logs.left >= warm).nonzero()[:, 0]
     if not len(begun):
         raise UserError(f"No held-out episode has {warm} frames; give longer ones.")
@@ -81,7 +88,10 @@ def escapes(
     carry = model.begin(first.states, first.actions)
     rows = (starts[:, None] + warm + torch.arange(frames)) % len(logs)
     rooms = Rooms(model, visited)
-    outside = torch.stack([rooms.outside(carry := _on(model, carry, logs.actions[at])) for at in rows.T], 1)
+    outside = torch.zeros(games, frames, dtype=torch.bool)
+    for frame, at in enumerate(rows.T):
+        carry = model.step(carry, logs.actions[at])
+        outside[:, frame] = rooms.outside(carry.state)
     left = outside & ~torch.cat([torch.zeros_like(outside[:, :1]), outside[:, :-1]], 1)
     stay = longest = torch.zeros(games)
     for out in outside.T:
@@ -89,14 +99,10 @@ def escapes(
         longest = torch.maximum(longest, stay)
     never = outside[:, -1] | (longest > 10 * fps)
     return {
-        "escapes_per_ten_minutes": round(left.sum().item() / games, 3),
+        "escapes_per_ten_minutes": round(left.sum().item() / games * 10 / minutes, 3),
         "longest_escape_seconds": round(longest.max().item() / fps, 2),
         "never_returned": int(never.sum()),
     }
-
-
-def _on(model: StateModel, carry: StateCarry, action: Tensor) -> StateCarry:
-    return model.step(carry, action)
 
 
 class Rooms:
@@ -118,9 +124,9 @@ class Rooms:
         """(n, S) → (n, positions) whole numbers."""
         return ((pick(states, self.places) - self.corner) / self.cell).floor().long()
 
-    def outside(self, carry: StateCarry) -> Tensor:
-        """(b,) bool: the state is in no cell of the rooms."""
-        cells = self._cells(carry.state)
+    def outside(self, states: Tensor) -> Tensor:
+        """(b, S) → (b,) bool: the state is in no cell of the rooms."""
+        cells = self._cells(states)
         top = torch.tensor(self.free.shape)
         beyond = ((cells < 0) | (cells >= top)).any(1)
         return beyond | ~self.free[tuple(torch.minimum(cells.clamp_min(0), top - 1).T)]

@@ -23,7 +23,7 @@ class StateTraining:
 
     max_minutes: float = 10.0
     steps: int = 100_000
-    batch: int = 256  # games at the shortest unroll; as many frames, so fewer games, at longer ones
+    batch: int = 128  # games at the shortest unroll; as many frames, so fewer games, at longer ones
     learning_rate: float = 2e-3
     weight_decay: float = 1e-4
     grad_clip: float = 1.0
@@ -186,11 +186,14 @@ def train_state(
     model: StateModel, logs: StateLogs, config: StateTraining, tell: Callable[[dict], None] | None = None
 ) -> StateModel:
     """Fits the units of `model` to `logs`, trains it and returns the moving average of its weights."""
-    model.fit(logs.states, logs.resets)
+    model.fit(logs.states, logs.actions, logs.resets)
     loss = StateLoss(model, config)
     weights = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    groups = [
+        {"params": weights, "weight_decay": config.weight_decay},
+        {"params": gains, "weight_decay": 0.0},
+    ]
     optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
     average = torch.optim.swa_utils.AveragedModel(model, avg_fn=_follow(config.ema))
     begun, step, progress = time.monotonic(), 0, 0.0
