@@ -213,7 +213,7 @@ class PlayConfig:
     )  # game=true only; a dream's world is in its checkpoint
     game: str = "dream"  # dream: the network · true: the simulator
     display: str = "auto"  # auto · window · headless
-    policy: str = "keyboard"  # keyboard · scripted · random · idle · spin · walls · directory of a recording
+    policy: str = "keyboard"  # keyboard · one of POLICIES · directory of a recording
     start: str = (
         ""  # where a dream starts: a shipped start's name, DIR or DIR:FRAME of a recording, a picture
     )
