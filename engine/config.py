@@ -231,7 +231,7 @@ class PlayConfig:
     world: WorldConfig = field(default_factory=WorldConfig)
     game: str = "dream"  # dream: the network · true: the simulator
     display: str = "auto"  # auto · window · headless
-    policy: str = "keyboard"  # keyboard · scripted · random · idle · spin · walls · directory of a recording
+    policy: str = "keyboard"  # keyboard · one of POLICIES · directory of a recording
     # where a dream starts: a shipped start's name, DIR or DIR:FRAME of a recording, a picture
     start: str = ""
     frames: int = 0  # stop after so many; 0: when the player leaves

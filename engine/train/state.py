@@ -85,8 +85,8 @@ class StateLogs:
         return StateBatch(self.states[rows], self.actions[rows], warm)
 
     def batch(self, seed: int, stage: StageConfig) -> StateBatch:
-        """Games drawn by the seed: with nothing to unroll, or unrolled for as many frames as one of the lengths
-        that double from SHORTEST up to `stage.unroll`, the fewer games the longer these are.
+        """Games drawn by the seed: with nothing to unroll, or unrolled for as many frames as one of the
+        lengths that double from SHORTEST up to `stage.unroll`, the fewer games the longer these are.
         """
         random = torch.Generator().manual_seed(seed)
         lengths = [min(SHORTEST, stage.unroll)]
@@ -161,15 +161,6 @@ class StateLoss(nn.Module):
 
 def _huber(error: Tensor, delta: float) -> Tensor:
     return F.huber_loss(error, torch.zeros_like(error), delta=delta) / delta
-
-
-def _follow(share: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A moving average that forgets its beginning: short at first, then as long as `share` says."""
-
-    def average(mean: Tensor, value: Tensor, count: Tensor) -> Tensor:
-        return mean + (value - mean) * max(1 - share, 9 / (9 + float(count)))
-
-    return average
 
 
 class StateStage:
