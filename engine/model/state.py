@@ -21,6 +21,7 @@ STILL = 0.02  # changes below this share of a large one become nothing, so that 
 LARGEST = 3.0  # large steps: no change within a frame is beyond
 EDGE = 4.0  # large steps from the edge of the known map within which the walls' part is told of it
 FREE_SHARE = 0.8  # of all frames, those that are most nearly linear, tell how a free body moves
+FAR = 1e6  # beyond any angle; infinity would not survive a moving average
 UNTOUCHED = 2.0  # by which a wall is unlikely to matter at first
 
 
@@ -83,7 +84,7 @@ class StateModel(nn.Module):
         scales.fit(states, resets)
         self.low.copy_(self._inner(scales.low))
         self.high.copy_(self._inner(scales.high))
-        self.low[n : self.moved], self.high[n : self.moved] = -math.inf, math.inf  # angles go round
+        self.low[n : self.moved], self.high[n : self.moved] = -FAR, FAR  # angles go round
         self.unit.copy_(pick(scales.step / scales.scale, self.order))
         self.unit[self.added :] = 1.0  # velocities are set, not added to
         follows = ~(resets[1:-1] | resets[2:]).bool()
