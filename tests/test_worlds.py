@@ -1,5 +1,8 @@
 """The true games: same bytes for the same seed and keys, keys that do as they are called, clear refusals."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +199,28 @@ def test_mixture_shares():
     assert abs(shares["idle"] - 0.12) < 0.05 and abs(shares["walls"] + shares["spin"] - 0.18) < 0.08
     with pytest.raises(UserError, match="no policy 'keyboard'"):
         make_policy("keyboard", space, 0)
+
+
+def test_a_simulator_ends_with_a_player_that_is_killed():
+    """ViZDoom itself minds no signal to end and would play on."""
+    pytest.importorskip("vizdoom")
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("needs Linux")
+    code = (
+        "import sys, time, yaml; from engine.config import WorldConfig; from engine.worlds import make_world\n"
+        "from engine.worlds.guard import children\n"
+        "before, config = children(), yaml.safe_load(open(sys.argv[1]))\n"
+        "world = make_world(WorldConfig(**config))\n"
+        "print(*children() - before, flush=True); time.sleep(100)"
+    )
+    command = [sys.executable, "-c", code, str(CONFIGS / "doom_gathering.yaml")]
+    player = subprocess.Popen(command, cwd=CONFIGS.parent.parent, stdout=subprocess.PIPE, text=True)
+    started = [Path("/proc") / number for number in player.stdout.readline().split()]
+    simulators = [path for path in started if "vizdoom" in (path / "cmdline").read_text()]
+    assert simulators
+    player.kill()
+    player.wait()
+    until = time.monotonic() + 60
+    while any(path.exists() for path in simulators) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not any(path.exists() for path in simulators)

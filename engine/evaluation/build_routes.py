@@ -30,6 +30,7 @@ KINDS = {"open": 20, "turn": 20, "wall": 20, "random": 18, "scripted": 18}  # ro
 RETURNS = {5: 8, 10: 6, 20: 4}  # seconds until one is back → routes
 CLEAR = 130.0  # map units to the wall ahead at which a walk of a loop ends: who bumps does not come back
 ALIKE = 28.0  # decibels between the true views at the start and at the return; medkits may have come or gone
+AWAY = 24.0  # and between the view at the start and halfway, at most
 OPEN_SHARE = 0.9  # of the views of a walk in the open no wall fills
 WALKED, STOPPED = 3.0, 0.5  # map units a frame: more is walking, less is standing
 TRIALS = 50  # draws for each route that is wanted, at most
@@ -89,7 +90,7 @@ class Builder:
     def keeps(self, kind: str) -> Callable[[np.ndarray, list[dict]], bool]:
         """Whether frames and states, from the start of a route on, are what its kind promises."""
         if kind.startswith(RETURN):
-            return lambda frames, told: psnr(frames[:1], frames[-1:]) >= ALIKE and _went(told)
+            return lambda frames, told: _came_back(frames)
         rules = {"open": self._is_open, "wall": self._reaches_wall}
         return rules.get(kind, lambda frames, told: True)
 
@@ -186,10 +187,12 @@ class Builder:
         ahead, opposite = self.ahead(), {a: b for pair in OPPOSITES for a, b in (pair, pair[::-1])}
         if not ahead or self.pair() is None:
             return None
+        both = opposite[ahead] in self.space.names  # else one can only turn away and back
         parts, total, half = [], 0, (frames - REST - 1) // 2
         while total < half:
             walk = (ahead,) if self.rng.random() < 0.9 else (opposite[ahead],)
             for names, most in (((self.pair()[0],), self.frames(3, 16)), (walk, self.frames(8, 28))):
+                names = names if both else (self.pair()[0],)
                 length = self._walk(names, min(most, half - total), backward=names == (opposite[ahead],))
                 parts, total = [*parts, (names, length)], total + length
         back = [(tuple(opposite[name] for name in names), length) for names, length in reversed(parts)]
@@ -205,10 +208,11 @@ def _steps(told: list[dict]) -> np.ndarray | None:
     return np.hypot(*np.diff([(one["x"], one["y"]) for one in told], axis=0).T)
 
 
-def _went(told: list[dict]) -> bool:
-    """Whether one has been away at all."""
-    steps = _steps(told)
-    return steps is None or steps.sum() > WALKED * len(steps) / 2
+def _came_back(frames: np.ndarray) -> bool:
+    """Whether a view is left and found again."""
+    middle = len(frames) // 2
+    away, back = (psnr(frames[:1], frames[at : at + 1]) for at in (middle, len(frames) - 1))
+    return back >= ALIKE and away < AWAY
 
 
 def build_routes(config: TrainConfig) -> dict:

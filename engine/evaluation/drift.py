@@ -54,9 +54,10 @@ class Played(NamedTuple):
 def drift(scope: Scope) -> Section:
     """Games of a minute and two under each policy; more are played until both halves of them say the same."""
     size = scope.size
-    both, last = Played([], []), _segments(scope, size.minutes[-1])
+    both = Played([], [])
     for number in range(size.rounds):
         _play_round(scope, both, size.starts, size.minutes[-1], number * size.starts, "drift")
+        last = len(both.games[0].rows)
         if max(disagreement(of(p, both.games), last, _span(last)) for p in POLICIES) <= AGREEMENT:
             break
     section = _told(scope, "Drift", both, size.minutes)

@@ -45,7 +45,7 @@ def fidelity(scope: Scope) -> Section:
         figures |= {f"autoencoder_{k}": v for k, v in compared(best, true, str(horizon)).items()}
         for kind in dict.fromkeys(played.kinds):
             some = np.array(played.kinds) == kind
-            figures[f"psnr_{horizon}_{kind}"] = psnr(drawn[some], true[some])
+            figures[f"psnr_{horizon}_of_{kind}"] = psnr(drawn[some], true[some])
     flat = [x[:, ::EVERY].reshape(-1, *x.shape[2:]) for x in (made, played.true)]
     figures["frechet"] = frechet_distance(*flat)
     figures["frechet_autoencoder"] = frechet_distance(rebuilt(scope.player, flat[1]), flat[1])
@@ -128,7 +128,7 @@ def _tell(section: Section, played: Played, horizons: list[int]) -> None:
     section.table(["frames", *columns, "views", "repeated", "autoencoder"], rows)
     section.table(
         ["PSNR after", *map(str, horizons)],
-        [[kind, *(f[f"psnr_{horizon}_{kind}"] for horizon in horizons)] for kind in kinds],
+        [[kind, *(f[f"psnr_{horizon}_of_{kind}"] for horizon in horizons)] for kind in kinds],
     )
     section.say(
         f"Fréchet distance of fixed features to the same routes' true frames: {f['frechet']:.3g} generated, "

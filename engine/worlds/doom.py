@@ -11,6 +11,7 @@ import numpy as np
 
 from ..config import UserError, WorldConfig
 from .base import ActionSpace
+from .guard import Guard, children
 
 BUTTONS = {
     "forward": "MOVE_FORWARD",
@@ -48,13 +49,14 @@ class DoomWorld:
         self._variables = {name: getattr(vizdoom.GameVariable, value) for name, value in VARIABLES.items()}
         # unless told otherwise ViZDoom writes its .ini into the working directory, shared by all processes
         self._folder = tempfile.TemporaryDirectory(prefix="rollplay-doom-")
-        self._game = self._configure(vizdoom)
+        self._game, others = self._configure(vizdoom), children()
         try:
             self._game.init()
         except Exception as error:  # one class per cause; all mean that it did not start
             self._folder.cleanup()
             said = " ".join(str(error).split())
             raise UserError(f"ViZDoom did not start {config.scenario!r}: {said}") from None
+        self._guard = Guard(children() - others)
         with contextlib.suppress(OSError):  # ViZDoom makes an empty folder where it starts and never needs it
             os.rmdir("_vizdoom")
 
@@ -128,4 +130,5 @@ class DoomWorld:
     def close(self) -> None:
         """Ends the simulator."""
         self._game.close()
+        self._guard.close()
         self._folder.cleanup()
