@@ -3,7 +3,8 @@
 Stages: collect, autoencoder, motion, denoiser, rollout, distill, evaluate. Each reads what the one before it
 wrote, in this order, takes max_minutes=M and goes on where it was stopped. Besides: frontier times networks
 of several sizes here, precision times a checkpoint in each precision and compares the pictures, and ablate
-measures a checkpoint that plays without parts of the method: checkpoint=FILE out=docs/ablation.
+measures a checkpoint that plays without parts of the method: checkpoint=FILE out=docs/ablation. What evaluate
+measures: docs/evaluation.md; routes=FILE gives it other routes, quick=true takes some three minutes.
 Often used options:
   world=NAME        which game: doom_gathering doom_arena doom_defend doom_home gym (with world.id=...)
   preset=NAME       toy (seconds) · laptop (overnight on 2 cores) · gpu (under 25 minutes on one big GPU)
