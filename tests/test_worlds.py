@@ -207,7 +207,9 @@ def test_a_simulator_ends_with_a_player_that_is_killed():
     if not Path("/proc/self/task").is_dir():
         pytest.skip("needs Linux")
     code = (
-        "import sys, time, yaml\nfrom engine.config import WorldConfig\nfrom engine.worlds import make_world\n"
+        "import sys, time, yaml\n"
+        "from engine.config import WorldConfig\n"
+        "from engine.worlds import make_world\n"
         "from engine.worlds.guard import children\n"
         "before, config = children(), yaml.safe_load(open(sys.argv[1]))\n"
         "world = make_world(WorldConfig(**config))\n"
