@@ -24,7 +24,7 @@ from .watch import Watch, curves, disagreement, growth, mean
 POLICIES = ("scripted", "random", "idle")
 MOVING = POLICIES[:2]  # by whose games motion is judged
 AGREEMENT = 0.1  # by which the growths of both halves of the games may differ
-SPAN = 3  # segments at either end that are compared, a third of a game at most
+SPAN = 12  # segments at either end that are compared, a third of a game at most
 LONG = 1000  # where the numbers of the longest games begin
 STEPS = 2000  # idle frames over which flicker is taken, and random ones over which distance may not grow
 SHOWN = 12  # pictures of a game in its strip
@@ -245,8 +245,9 @@ def _told(scope: Scope, title: str, both: Played, minutes: tuple[int, ...]) -> S
         f"{each} games of {seconds:.0f} s under each of {len(POLICIES)} policies; their beginnings are the "
         "shorter games. Drift is how much farther from the nearest true frames (fixed features; median of a "
         f"segment of {scope.size.segment:g} s, mean over segments and games) they are at their ends than at "
-        f"their starts, {SPAN} segments each; halves: by how much two halves of the games disagree. What is "
-        "frozen does not drift, so motion at the end stands beside it, in shares of the true world's."
+        f"their starts, a third of a game each, {SPAN} segments at most; halves: by how much two halves of "
+        "the games disagree. What is frozen does not drift, so motion at the end stands beside it, in shares "
+        "of the true world's."
     )
     rows = []
     for key in [f"{minute}min_{policy}" for minute in minutes for policy in POLICIES]:

@@ -30,9 +30,9 @@ class Size:
     long_minutes: tuple[int, ...] = (10,)  # of a few that go on
     minute: float = 60.0  # seconds
     segment: float = 5.0  # seconds over which a long game's figures are taken
-    starts: int = 4  # games a policy and round
-    rounds: int = 2  # of them at most, until the halves agree
-    long_starts: int = 2  # of the long ones a policy
+    starts: int = 2  # games a policy and round
+    rounds: int = 3  # of them at most, until the halves agree
+    long_starts: int = 1  # of the long ones a policy
     steps: int = 300  # over which their time is taken
     states: int = 96  # for counterfactuals
     flips: int = 16  # keys that change, for latency
