@@ -184,7 +184,9 @@ class TrainConfig:
     weights: str = ""  # training: checkpoint whose weights a stage starts from; empty starts from nothing
     variants: list[str] = field(default_factory=list)  # ablate: which ones; empty: all
     row: str = ""  # ablate: what the row of another checkpoint is called
-    unseen: bool = False  # evaluate: all of data is new to the network, not only what training held out
+    routes: str = ""  # evaluate: file of routes; empty takes the one that ships for the world, or draws some
+    state: bool = True  # evaluate: the network may use what it knows of the world's state
+    unseen: bool = False  # evaluate without a simulator: all of data is new, not only what training held out
     quick: bool = False  # evaluate: games of a minute, under three minutes on two cores; ablate: of two
     frames: int = 200_000  # collect: how many; evaluate: frames per game
     workers: int = 0  # collect: processes; 0 takes one per core

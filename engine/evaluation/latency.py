@@ -52,8 +52,7 @@ def settings(window: int, correction: float) -> list[Setting]:
 def answer_ms(scope: Scope) -> float:
     """Median ms of steps that answer changed keys, all having been done before that can be."""
     session, keys = Session(scope.player), alternatives(len(scope.player.world.keys))
-    frames, actions = scope.clips.choose(scope.clips.places(scope.history), 1, scope.history, scope.seed)
-    session.reset(scope.seed, frames[0], actions[0].numpy())
+    session.reset(scope.seed, *scope.start())
     with threads(PlayConfig.threads):
         for number in range(ANSWERS):
             session.prepare()
@@ -61,9 +60,9 @@ def answer_ms(scope: Scope) -> float:
     return float(np.median(session.step_ms))
 
 
-def latency(scope: Scope, only_own: bool = False) -> Section:
+def latency(scope: Scope) -> Section:
     """Frames from a key to the first visible answer, to half and to all of the true one, as the checkpoint
-    plays and at all settings, or only as it plays.
+    plays and at all settings (`size.settings`), or only as it plays.
     """
     if scope.truth is None:
         return skipped("Latency", scope)
@@ -74,12 +73,16 @@ def latency(scope: Scope, only_own: bool = False) -> Section:
         return section
     config = scope.player.denoiser.config
     own = Setting(config.commit_position, config.correction)
-    every = [] if only_own else settings(config.window, config.correction or type(config)().correction)
+    every = (
+        []
+        if not scope.size.settings
+        else settings(config.window, config.correction or type(config)().correction)
+    )
     true = np.stack([one.frames for one in found])  # (flips, 2, t, h, w, 3)
     answers = {}
     for setting in [own, *(s for s in every if s != own)]:
         with played_with(scope.player.denoiser, setting.commit_position, setting.correction):
-            made = roll(scope.player, *starts(found, scope.seed), f"latency {setting.name(config.window)}")
+            made = roll(scope.player, starts(found, scope.seed), f"latency {setting.name(config.window)}")
         answers[setting] = answer(made.reshape(true.shape), true)
     seen = difference(true[:, 0], true[:, 1]) >= VISIBLE  # (flips, t)
     times = {setting: summary(made, seen) for setting, made in answers.items()}
