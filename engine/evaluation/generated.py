@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,8 +11,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..device import autocast
-from ..model.autoencoder import to_bytes
-from ..model.denoiser import Denoiser
 from ..rollout.session import Player
 
 BATCH = 32  # games that are played at once
@@ -38,7 +35,7 @@ class Games:
 
 def start_frames(player: Player) -> int:
     """True frames that a game begins with."""
-    return player.denoiser.config.sink + player.denoiser.config.recent
+    return player.denoiser.config.sink_frames + player.denoiser.config.context_frames
 
 
 def true_states(player: Player, games: Games) -> Tensor | None:
@@ -54,40 +51,40 @@ def true_states(player: Player, games: Games) -> Tensor | None:
     return torch.tensor(rows, dtype=torch.float32, device=player.device)
 
 
-def roll(player: Player, games: Games, name: str = "roll") -> np.ndarray:
-    """Plays all games to their ends → the generated frames, uint8 (b, t', h, w, 3)."""
+def roll(player: Player, games: Games, name: str = "roll", correction: float | None = None) -> np.ndarray:
+    """Plays all games to their ends → the generated frames, uint8 (b, t', h, w, 3); see Rollout for
+    `correction`.
+    """
     total = len(games) * (games.actions.shape[1] - games.frames.shape[1])
     made = []
     with tqdm(total=total, desc=name, unit="frame", disable=None) as progress:
         for at in range(0, len(games), BATCH):
             seen = []
-            for pictures in play(player, games.part(slice(at, at + BATCH))):
+            for pictures in play(player, games.part(slice(at, at + BATCH)), correction):
                 seen.append(pictures)
                 progress.update(len(pictures))
             made.append(np.stack(seen, 1))
     return np.concatenate(made)
 
 
-def play(player: Player, games: Games) -> Iterator[np.ndarray]:
+def play(player: Player, games: Games, correction: float | None = None) -> Iterator[np.ndarray]:
     """Plays games on → the next frame of each at a time, uint8 (b, h, w, 3). A game comes out as if it were
     played alone.
     """
-    rollout = player.make_rollout(len(games))
+    rollout = player.make_rollout(len(games), correction=correction)
     latents = _encoded(player, games.frames)
     actions, start, states = (
         games.actions.to(player.device),
         games.frames.shape[1],
         true_states(player, games),
     )
-    known = () if states is None else (states,)
     with torch.inference_mode(), autocast(player.device, player.dtype, cache=False):
-        rollout.reset(latents, actions[:, :start], games.seeds.to(player.device), *known)
+        rollout.reset(latents, actions[:, :start], games.seeds.to(player.device), states)
     for action in actions[:, start:].unbind(1):
         # entered anew for each frame: neither may hold for whoever takes it
         with torch.inference_mode(), autocast(player.device, player.dtype, cache=False):
-            rollout.step(action)
-            pictures = to_bytes(rollout.picture).permute(0, 2, 3, 1).cpu().numpy()
-        yield pictures
+            latents = rollout.step(action)
+        yield player.decode(latents)
 
 
 def _encoded(player: Player, frames: np.ndarray) -> Tensor:
@@ -103,16 +100,3 @@ def rebuilt(player: Player, frames: np.ndarray) -> np.ndarray:
     """True frames, uint8 (n, h, w, 3), encoded and decoded: the best that the network could show."""
     parts = [frames[at : at + BATCH] for at in range(0, len(frames), BATCH)]
     return np.concatenate([player.decode(player.encode(part)[0]) for part in parts])
-
-
-@contextmanager
-def played_with(denoiser: Denoiser, commit_position: int, correction: float) -> Iterator[None]:
-    """Rollouts made inside bind actions at another commit position and correct otherwise than the checkpoint
-    says.
-    """
-    own = denoiser.config
-    denoiser.config = replace(own, commit_position=commit_position, correction=correction)
-    try:
-        yield
-    finally:
-        denoiser.config = own

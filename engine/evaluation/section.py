@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..session import Player
+from ..rollout.session import Player
 from .branches import Truth
 from .clips import Clips
 from .features import Reference
