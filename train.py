@@ -11,7 +11,8 @@ wrote, takes max_minutes=M and goes on where it was stopped:
   decoder      crisp pictures, from true latents and the model's own
   evaluate     all figures of the report, against the true game
 Besides: pack makes the small file that ships (checkpoint=FILE out=FILE), precision compares arithmetic, and
-ablate measures a checkpoint that plays without parts of the method (checkpoint=FILE out=DIR).
+ablate measures a checkpoint that plays without parts of the method (checkpoint=FILE out=DIR). What evaluate
+measures: docs/evaluation.md; routes=FILE gives it other routes, quick=true takes some three minutes.
 
 Often used options:
   world=NAME    doom_gathering doom_arena doom_defend doom_home gym (with world.id=...)

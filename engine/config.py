@@ -182,7 +182,9 @@ class TrainConfig:
     weights: str = ""  # training: checkpoint whose weights a stage starts from; empty starts from nothing
     variants: list[str] = field(default_factory=list)  # ablate: which ones; empty: all
     row: str = ""  # ablate: what the row of another checkpoint is called
-    unseen: bool = False  # evaluate: all of data is new to the network, not only what training held out
+    routes: str = ""  # evaluate: file of routes; empty takes the one that ships for the world, or draws some
+    state: bool = True  # evaluate: the network may use what it knows of the world's state
+    unseen: bool = False  # evaluate without a simulator: all of data is new, not only what training held out
     quick: bool = False  # evaluate: games of a minute, under three minutes on two cores; ablate: of two
     frames: int = 200_000  # collect: how many; evaluate: frames per game
     workers: int = 0  # collect: processes; 0 takes one per core
@@ -231,7 +233,7 @@ class PlayConfig:
     world: WorldConfig = field(default_factory=WorldConfig)
     game: str = "dream"  # dream: the network · true: the simulator
     display: str = "auto"  # auto · window · headless
-    policy: str = "keyboard"  # keyboard · scripted · random · idle · spin · walls · directory of a recording
+    policy: str = "keyboard"  # keyboard · one of POLICIES · directory of a recording
     # where a dream starts: a shipped start's name, DIR or DIR:FRAME of a recording, a picture
     start: str = ""
     frames: int = 0  # stop after so many; 0: when the player leaves

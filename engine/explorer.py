@@ -53,10 +53,6 @@ class Explorer:
         keys = next(self.plan)
         return self.bursts(action_space.encode(name for name in keys if name in self.names))
 
-    def forget(self) -> None:
-        """Begins anew with the next frame; for those that another policy has moved meanwhile."""
-        self.plan = None
-
     def _explore(self) -> Iterator[Keys]:
         while True:
             begin = self.place[:2]

@@ -59,7 +59,7 @@ class Playthrough:
         return (
             None
             if config.policy == "keyboard"
-            else make_policy(config.policy, self.game.action_space, config.seed)
+            else make_policy(config.policy, self.game.action_space, config.seed, self.game.map_lines())
         )
 
     @property

@@ -1,5 +1,8 @@
 """The true games: same bytes for the same seed and keys, keys that do as they are called, clear refusals."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +219,30 @@ def test_fit_averages_areas_and_keeps_the_aspect():
     assert np.array_equal(frame[8:24], (mean + 8) // 16) and not frame[:8].any() and not frame[24:].any()
     small = np.full((3, 4, 3), 9, np.uint8)
     assert (fit(small, 96, 128) == 9).all()
+
+
+def test_a_simulator_ends_with_a_player_that_is_killed():
+    """ViZDoom itself minds no signal to end and would play on."""
+    pytest.importorskip("vizdoom")
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("needs Linux")
+    code = (
+        "import sys, time, yaml\n"
+        "from engine.config import WorldConfig\n"
+        "from engine.worlds import make_world\n"
+        "from engine.worlds.guard import children\n"
+        "before, config = children(), yaml.safe_load(open(sys.argv[1]))\n"
+        "world = make_world(WorldConfig(**config))\n"
+        "print(*children() - before, flush=True); time.sleep(100)"
+    )
+    command = [sys.executable, "-c", code, str(CONFIGS / "doom_gathering.yaml")]
+    player = subprocess.Popen(command, cwd=CONFIGS.parent.parent, stdout=subprocess.PIPE, text=True)
+    started = [Path("/proc") / number for number in player.stdout.readline().split()]
+    simulators = [path for path in started if "vizdoom" in (path / "cmdline").read_text()]
+    assert simulators
+    player.kill()
+    player.wait()
+    until = time.monotonic() + 60
+    while any(path.exists() for path in simulators) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not any(path.exists() for path in simulators)

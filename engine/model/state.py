@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from .state_spec import OCTAVES, StateScales, StateSpec, pick, turned, waves
 
 PERIODS = range(3, 21)  # frames; what swings with a fixed period (a walker's bob) follows one of these clocks
-STILL = 0.02  # changes far below this share of a large one become nothing, so that standing is standing
+STILL = 0.02  # changes below this share of a large one become nothing, so that standing is standing
+LARGEST = 3.0  # large steps: no change within a frame is beyond
 EDGE = 4.0  # large steps from the edge of the known map within which the walls' part is told of it
 FREE_SHARE = 0.8  # of all frames, those that are most nearly linear, tell how a free body moves
+FAR = 1e6  # beyond any angle; infinity would not survive a moving average
 UNTOUCHED = 2.0  # by which a wall is unlikely to matter at first
 
 
@@ -50,7 +52,8 @@ class StateModel(nn.Module):
         self.back = [every.index(i) for i in range(len(spec))]
         self.added = len(self.order) - self.velocities  # numbers that a frame adds to; velocities are set
         self.moved = self.positions + self.angles
-        told = keys + self.velocities + self.scalars + self.moved
+        self.known = self.positions if self.velocities else 0  # of a step: velocity tells as much
+        told = keys + self.velocities + self.scalars + self.moved - self.known
         self.kept = width + 2 * len(PERIODS)  # memory and clocks
         self.remember = nn.Linear(told + self.kept, 2 * width + 3 * len(PERIODS))
         self.clock_start = nn.Parameter(0.1 * torch.randn(2 * len(PERIODS)))
@@ -68,11 +71,11 @@ class StateModel(nn.Module):
 
     @property
     def hidden_width(self) -> int:
-        return self.kept + self.moved
+        return self.kept + self.moved - self.known
 
     @torch.no_grad()
     def fit(self, states: Tensor, actions: Tensor, resets: Tensor) -> None:
-        """Sets units and ranges from the data (n, S), (n, k), (n,), and what is linear in a free body's motion.
+        """Sets units, ranges and the linear part of free motion from the data (n, S), (n, k), (n,).
 
         The linear part is solved for, not trained: least squares of every number's change, twice, the second
         time without what the first could not explain (walls). See StateScales.fit for what is refused.
@@ -81,7 +84,7 @@ class StateModel(nn.Module):
         scales.fit(states, resets)
         self.low.copy_(self._inner(scales.low))
         self.high.copy_(self._inner(scales.high))
-        self.low[n : self.moved], self.high[n : self.moved] = -math.inf, math.inf  # angles go round
+        self.low[n : self.moved], self.high[n : self.moved] = -FAR, FAR  # angles go round
         self.unit.copy_(pick(scales.step / scales.scale, self.order))
         self.unit[self.added :] = 1.0  # velocities are set, not added to
         follows = ~(resets[1:-1] | resets[2:]).bool()
@@ -89,7 +92,7 @@ class StateModel(nn.Module):
             self._inner(part)[follows] for part in (states[:-2], states[1:-1], states[2:])
         )
         cos, sin = self._heading(before)
-        last = self._moved(first, before, *self._heading(first))
+        last = self._felt(first, before, *self._heading(first))
         told = self._told(last, before, actions[2:][follows], cos, sin)
         told = torch.cat([told, torch.ones_like(told[:, :1])], 1)  # (n, told + 1)
         change = [self._moved(before, after, cos, sin)]
@@ -99,7 +102,7 @@ class StateModel(nn.Module):
         ridge = 1e-6 * len(told) * torch.eye(told.shape[1], dtype=told.dtype)
         solved = torch.linalg.solve(told.T @ told + ridge, told.T @ change)
         off = (told @ solved - change).abs()
-        for column, bound in enumerate(off.sort(0).values[int(FREE_SHARE * len(off))]):
+        for column, bound in enumerate(off.sort(0).values[int(FREE_SHARE * len(off))].clamp_min(STILL)):
             a, b = (rows[off[:, column] <= bound] for rows in (told, change[:, column]))
             solved[:, column] = torch.linalg.solve(a.T @ a + ridge, a.T @ b)
         self.free.weight.zero_()
@@ -151,7 +154,7 @@ class StateModel(nn.Module):
 
     def _start(self, games: int) -> Tensor:
         """Hidden (b, H) before the first frame."""
-        return F.pad(self.clock_start, (self.width, self.moved)).expand(games, -1)
+        return F.pad(self.clock_start, (self.width, self.moved - self.known)).expand(games, -1)
 
     def _recall(
         self, hidden: Tensor, previous: Tensor, inner: Tensor, actions: Tensor
@@ -160,7 +163,7 @@ class StateModel(nn.Module):
         actions (b, t, k) → hidden after them, and what was known when each was due (b, t, ..).
         """
         cos, sin = self._heading(previous)
-        moved = self._moved(previous, inner, cos, sin)  # (b, t, moved)
+        moved = self._felt(previous, inner, cos, sin)
         last = torch.cat([hidden[:, None, self.kept :], moved[:, :-1]], 1)
         told = self._told(last, previous, actions, cos, sin)
         kept, rows = hidden[:, : self.kept], []
@@ -175,7 +178,7 @@ class StateModel(nn.Module):
         told = self._told(hidden[:, self.kept :], inner, action, cos, sin)
         kept = self._remember(hidden[:, : self.kept], told)
         new = self._move(inner, torch.cat([told, kept], 1), cos, sin)
-        return torch.cat([kept, self._moved(inner, new, cos, sin)], 1), new
+        return torch.cat([kept, self._felt(inner, new, cos, sin)], 1), new
 
     def _move(self, inner: Tensor, known: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Inner (b, M), all that is known (b, ..), cos and sin (b,) of the heading → the next inner."""
@@ -184,7 +187,8 @@ class StateModel(nn.Module):
         step, velocity = turned(out[:, :n], cos, sin), turned(out[:, self.added :], cos, sin)
         if n:
             step, velocity = self._against_walls(inner[:, :n], step, velocity)
-        change = _still(torch.cat([step, out[:, n : self.added], velocity], 1)) * self.unit
+        change = torch.cat([step, out[:, n : self.added], velocity], 1).clamp(-LARGEST, LARGEST)
+        change = _still(change) * self.unit
         new = torch.cat([inner[:, : self.added] + change[:, : self.added], change[:, self.added :]], 1)
         return torch.minimum(torch.maximum(new, self.low), self.high)  # nothing runs away
 
@@ -194,7 +198,7 @@ class StateModel(nn.Module):
         return angle.cos(), angle.sin()
 
     def _told(self, last: Tensor, inner: Tensor, action: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """What memory and free motion know (..., n): keys, velocity in the body's axes, scalars, last step."""
+        """What memory and free motion know (..., n): keys, velocity as the body feels it, scalars, last."""
         velocity = turned(inner[..., self.added :], cos, -sin)
         return torch.cat([action, velocity, inner[..., self.moved : self.added], last], -1)
 
@@ -205,6 +209,10 @@ class StateModel(nn.Module):
         turn = (change[..., n:] + 1) % 2 - 1
         return torch.cat([turned(change[..., :n], cos, -sin), turn], -1) / self.unit[: self.moved]
 
+    def _felt(self, inner: Tensor, new: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """What the body remembers of a move: `_moved` without what its velocity tells."""
+        return self._moved(inner, new, cos, sin)[..., self.known :]
+
     def _remember(self, kept: Tensor, told: Tensor) -> Tensor:
         """Memory and clocks (b, kept), told → the same one frame on."""
         width, count = self.width, len(PERIODS)
@@ -214,7 +222,7 @@ class StateModel(nn.Module):
         memory = memory + gate.sigmoid() * (fresh.tanh() - memory)
         x, y = clock.chunk(2, 1)
         clock = clock * self.clock_turn[0] + torch.cat([-y, x], 1) * self.clock_turn[1]
-        clock = clock + (clock_gate - 4).sigmoid().repeat(1, 2) * (clock_fresh - clock)
+        clock = clock + (clock_gate - 4).sigmoid().repeat(1, 2) * (clock_fresh.tanh() - clock)
         return torch.cat([memory, clock], 1)
 
     def _against_walls(self, here: Tensor, step: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,9 +247,8 @@ def _bent(bend: Tensor, vector: Tensor) -> Tensor:
 
 
 def _still(x: Tensor) -> Tensor:
-    """Values as they are, but those far below STILL vanish, with their gradient kept alive."""
-    square = x.square()
-    return x * square / (square + STILL**2)
+    """Values as they are, but those below STILL vanish, with some of their gradient kept alive."""
+    return x - x * STILL**4 / (x**4 + STILL**4)
 
 
 def _mlp(inputs: int, width: int, outputs: int, layers: int) -> nn.Sequential:

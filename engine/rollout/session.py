@@ -25,9 +25,15 @@ from .rollout import Rollout
 class Player:
     """The networks of a checkpoint, ready to play: autoencoder, denoiser and the state's predictor."""
 
-    rollout: type[Rollout] = Rollout  # how they play; ablations play otherwise
-
-    def __init__(self, checkpoint: str | Path, device: str = "auto", precision: str = "auto"):
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        device: str = "auto",
+        precision: str = "auto",
+        rollout: type[Rollout] = Rollout,
+    ):
+        """`rollout`: how they play; ablations play otherwise."""
+        self.rollout = rollout
         self.checkpoint = Checkpoint(checkpoint)
         self.world: WorldConfig = self.checkpoint.world
         self.device = pick_device(device)
@@ -52,9 +58,10 @@ class Player:
             pack_weights(module, self.precision)
         return module
 
-    def make_rollout(self, batch: int, folded: bool = True) -> Rollout:
+    def make_rollout(self, batch: int, folded: bool = True, correction: float | None = None) -> Rollout:
         """Games side by side in these networks."""
-        return self.rollout(self.denoiser, self.states, batch, self.dtype or torch.float32, folded)
+        dtype = self.dtype or torch.float32
+        return self.rollout(self.denoiser, self.states, batch, dtype, folded=folded, correction=correction)
 
     def laid_states(self, states: list[dict[str, float] | None] | None, frames: int) -> Tensor | None:
         """What was recorded of a world at some frames → (1, frames, s), NaN where it is not known."""

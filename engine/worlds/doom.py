@@ -13,6 +13,7 @@ import numpy as np
 
 from ..config import UserError, WorldConfig
 from .base import ActionSpace, short_seed
+from .guard import Guard, children
 
 BUTTONS = {
     "forward": "MOVE_FORWARD",
@@ -64,6 +65,7 @@ class DoomWorld:
             self._folder = tempfile.TemporaryDirectory(prefix="rollplay-doom-", ignore_cleanup_errors=True)
         except OSError as error:
             raise UserError(f"ViZDoom needs a temporary folder to start in: {error.strerror}.") from None
+        others = children()
         try:
             self._game = self._configure(vizdoom)
             with _inside(self._folder.name):
@@ -76,6 +78,7 @@ class DoomWorld:
             raise UserError(f"ViZDoom did not start {config.scenario!r}: {said}") from None
         self._lines = _walls(self._game.get_state().sectors)
         self._game.set_sectors_info_enabled(False)  # read once: in every state it costs a fifth of the speed
+        self._guard = Guard(children() - others)
 
     def _configure(self, vizdoom):
         config = self.config
@@ -152,6 +155,7 @@ class DoomWorld:
     def close(self) -> None:
         """Ends the simulator."""
         self._game.close()
+        self._guard.close()
         self._folder.cleanup()
 
 
