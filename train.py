@@ -11,7 +11,8 @@ wrote, takes max_minutes=M and goes on where it was stopped:
   decoder      crisp pictures, from true latents and the model's own
   evaluate     all figures of the report, against the true game
 Besides: pack makes the small file that ships (checkpoint=FILE out=FILE), precision compares arithmetic, and
-ablate measures a checkpoint that plays without parts of the method (checkpoint=FILE out=DIR).
+ablate measures a checkpoint that plays without parts of the method (checkpoint=FILE out=DIR). What evaluate
+measures: docs/evaluation.md; routes=FILE gives it other routes, quick=true takes some three minutes.
 
 Often used options:
   world=NAME    doom_gathering doom_arena doom_defend doom_home gym (with world.id=...)
@@ -19,8 +20,9 @@ Often used options:
   data=DIR      recordings         out=DIR    checkpoints, metrics and pictures
   frames=N      collect: how many  max_minutes=M  seed=N  device=auto|cpu|cuda  threads=N
   again=true    train anew what was made from something else than what is there now
-Ctrl-C and SIGTERM save before they stop; while a file `pause` lies in out=DIR, training waits. All options
-with their defaults: engine/config.py, TrainConfig. Several processes: torchrun --nproc-per-node N train.py ...
+Ctrl-C and SIGTERM save before they stop; while a file `pause` lies in out=DIR, training waits.
+All options with their defaults: engine/config.py, TrainConfig.
+Several processes: torchrun --nproc-per-node N train.py ...
 """
 
 from __future__ import annotations

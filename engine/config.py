@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,9 +58,8 @@ class WorldConfig:
         if self.kind not in ("doom", "gym"):
             raise UserError(f"world.kind must be doom or gym, not {self.kind!r}.")
         if self.height % 32 or self.width % 32:
-            raise UserError(
-                f"A frame must be a multiple of 32 on both sides, not {self.width}x{self.height}."
-            )
+            size = f"{self.width}x{self.height}"
+            raise UserError(f"A frame must be a multiple of 32 on both sides, not {size}.")
         if self.tics < 1 or self.fps <= 0 or self.episode_frames < 1:
             raise UserError("world.tics, world.fps and world.episode_frames must be positive.")
 
@@ -84,21 +84,20 @@ class DenoiserConfig:
     """The diffusion transformer over frame tokens and the geometry of its rolling window."""
 
     width: int = 256
-    layers: int = 4
+    layers: int = 3
     head_dim: int = 64
     mlp_ratio: int = 4
     patch: int = 4  # latents per token side
     conv_width: int = 64  # channels of the convolutions around the tokens
     conv_in_layers: int = 2
-    conv_out_layers: int = 6
+    conv_out_layers: int = 7
+    field_channels: int = 8  # of the input that keys and state draw by themselves
     action_history: int = 16  # frames whose keys a frame knows, its own included
     window_frames: int = 3  # in flight
     context_frames: int = 8  # finished ones remembered
     sink_frames: int = 1  # first ones remembered for ever; 0: none
     ladder: list[float] = field(default_factory=lambda: [0.5, 0.8, 1.0])  # oldest to newest
-    correction: float = (
-        0.9  # noise level to which the leaving frame is sent back after a key change; 0: never
-    )
+    correction: float = 0.9  # level to which the leaving frame is sent back when keys change; 0: never
 
     def __post_init__(self) -> None:
         if self.head_dim < 4 or self.width % self.head_dim or self.head_dim % 4:
@@ -183,11 +182,14 @@ class TrainConfig:
     weights: str = ""  # training: checkpoint whose weights a stage starts from; empty starts from nothing
     variants: list[str] = field(default_factory=list)  # ablate: which ones; empty: all
     row: str = ""  # ablate: what the row of another checkpoint is called
-    unseen: bool = False  # evaluate: all of data is new to the network, not only what training held out
+    routes: str = ""  # evaluate: file of routes; empty takes the one that ships for the world, or draws some
+    state: bool = True  # evaluate: the network may use what it knows of the world's state
+    unseen: bool = False  # evaluate without a simulator: all of data is new, not only what training held out
     quick: bool = False  # evaluate: games of a minute, under three minutes on two cores; ablate: of two
     frames: int = 200_000  # collect: how many; evaluate: frames per game
     workers: int = 0  # collect: processes; 0 takes one per core
     lossless: bool = False  # collect: store pixels exactly
+    starts: list[str] = field(default_factory=list)  # pack: where games start, DIR:FRAME of recordings
     again: bool = False  # train anew what was made from something else than what is there now; pack: replace
     seed: int = 0
     device: str = "auto"
@@ -208,6 +210,8 @@ class TrainConfig:
         if self.stage not in STAGES:
             raise UserError(f"There is no stage {self.stage!r}; choose one of {', '.join(STAGES)}.")
         _check_arithmetic(self.precision, self.kernels)
+        if not 0 <= self.seed < 2**31:  # any will do; generators take no larger ones
+            self.seed = int.from_bytes(hashlib.sha256(str(self.seed).encode()).digest()[:4], "big") // 2
         if self.precision in ("fp16", "fp8") and self.stage in ("all", "collect", *TRAINED):
             raise UserError(f"precision={self.precision} is for play and evaluation; train in bf16.")
 
@@ -229,7 +233,7 @@ class PlayConfig:
     world: WorldConfig = field(default_factory=WorldConfig)
     game: str = "dream"  # dream: the network · true: the simulator
     display: str = "auto"  # auto · window · headless
-    policy: str = "keyboard"  # keyboard · scripted · random · idle · spin · walls · directory of a recording
+    policy: str = "keyboard"  # keyboard · one of POLICIES · directory of a recording
     # where a dream starts: a shipped start's name, DIR or DIR:FRAME of a recording, a picture
     start: str = ""
     frames: int = 0  # stop after so many; 0: when the player leaves

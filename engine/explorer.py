@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from .floor import Floor
 from .sight import free_distances
 from .worlds.base import ActionSpace
 
@@ -31,6 +32,7 @@ class Explorer:
         """`lines` (m, 4) are the walls of the map: x1, y1, x2, y2."""
         self.rng = np.random.default_rng(seed)
         self.names, self.lines = action_space.names, lines
+        self.floor = Floor(lines)
         self.bursts = Bursts(action_space, self.rng)
         self.place = np.zeros(3)  # x, y, angle
         self.moved = 0.0  # map units in the last frame
@@ -51,21 +53,37 @@ class Explorer:
         keys = next(self.plan)
         return self.bursts(action_space.encode(name for name in keys if name in self.names))
 
-    def forget(self) -> None:
-        """Begins anew with the next frame; for those that another policy has moved meanwhile."""
-        self.plan = None
-
     def _explore(self) -> Iterator[Keys]:
         while True:
-            angle, free = self._way()
-            yield from self._turn_to(angle)
             begin = self.place[:2]
-            spare = min(SPARE, 0.3 * free) if self.rng.random() < 0.7 else 20.0
-            far = (free - spare) * self.rng.uniform(0.5, 1.0)
-            if far > ARRIVED:
-                gaze = np.deg2rad(angle)
-                yield from self._walk_to(begin + far * np.array([np.cos(gaze), np.sin(gaze)]))
+            if self.rng.random() < 0.4:
+                yield from self._follow(self.floor.route(begin, self.rng))
+            else:
+                yield from self._into_the_open()
             yield from self._after(begin)
+
+    def _follow(self, route: np.ndarray) -> Iterator[Keys]:
+        """Walks along the places of a route (n, 2), each time to the farthest that it can go to straight."""
+        at = 0
+        while at < len(route) - 1:
+            ahead = range(len(route) - 1, at, -4)  # every fourth is near enough
+            at = next((i for i in ahead if self.floor.clear(self.place[:2], route[i])), at + 1)
+            way = route[at] - self.place[:2]
+            yield from self._turn_to(float(np.rad2deg(np.arctan2(way[1], way[0]))))
+            yield from self._walk_to(route[at], near=16.0 if at < len(route) - 1 else ARRIVED)
+            if np.hypot(*(route[at] - self.place[:2])) > 2 * ARRIVED:  # it was stopped on the way
+                return
+
+    def _into_the_open(self) -> Iterator[Keys]:
+        """Looks in a direction with a long view and walks there, most often not up to the wall."""
+        begin = self.place[:2]
+        angle, free = self._way()
+        yield from self._turn_to(angle)
+        spare = min(SPARE, 0.3 * free) if self.rng.random() < 0.7 else 20.0
+        far = (free - spare) * self.rng.uniform(0.5, 1.0)
+        if far > ARRIVED:
+            gaze = np.deg2rad(angle)
+            yield from self._walk_to(begin + far * np.array([np.cos(gaze), np.sin(gaze)]))
 
     def _way(self) -> tuple[float, float]:
         """A direction to walk in, far ones most often → (angle in degrees, free map units)."""
@@ -95,13 +113,13 @@ class Explorer:
                 return
             yield ("turn_left" if off > 0 else "turn_right", *(walk if abs(off) < 70 else ()))
 
-    def _walk_to(self, target: np.ndarray, key: str = "forward") -> Iterator[Keys]:
+    def _walk_to(self, target: np.ndarray, key: str = "forward", near: float = ARRIVED) -> Iterator[Keys]:
         """Walks there, backwards with that key, and corrects its way; gives up where it is stuck."""
         stuck, aside, sway = 0, "", self.rng.random() < 0.25
         turned = 0.0 if key == "forward" else 180.0
         for count in range(240):
             way = target - self.place[:2]
-            if np.hypot(*way) < ARRIVED or stuck > 5:
+            if np.hypot(*way) < near or stuck > 5:
                 return
             off = self._off(np.rad2deg(np.arctan2(way[1], way[0])) + turned)
             if abs(off) > 100 and count > 3:  # it has gone past

@@ -59,7 +59,7 @@ class Playthrough:
         return (
             None
             if config.policy == "keyboard"
-            else make_policy(config.policy, self.game.action_space, config.seed)
+            else make_policy(config.policy, self.game.action_space, config.seed, self.game.map_lines())
         )
 
     @property
@@ -104,7 +104,10 @@ class Playthrough:
     def record(self, directory: str | Path, events: Sequence = ()) -> None:
         """Begins a recording with the frame that is shown now. Raises UserError where it cannot write."""
         world, names = self.game.world, self.game.action_space.names
-        self.recorder = Recorder(directory, world, self.game.source, self.seed, self.game.digest, names=names)
+        kinds = self.game.state_kinds
+        self.recorder = Recorder(
+            directory, world, self.game.source, self.seed, self.game.digest, names=names, state_kinds=kinds
+        )
         self._write(events, reset=True)
 
     def stop_recording(self) -> None:

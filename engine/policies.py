@@ -148,10 +148,13 @@ class Spin(Held):
 
 
 class Walls(Held):
-    """Runs straight until a wall stops it, then slides along it, keeps pushing, or backs off and turns."""
+    """Runs straight until a wall stops it, then slides along it, keeps pushing, or backs off and turns.
+
+    Where no state tells of a wall, it does so now and then.
+    """
 
     def choose(self) -> tuple[tuple[str, ...], int]:
-        if not self.stuck:
+        if not self.stuck and (self.position or self.rng.random() < 0.6):
             return (self.some("forward", "up") or self.some(*self.names),), self.frames(8, 30)
         kind = self.rng.random()
         if kind < 0.45:

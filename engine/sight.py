@@ -1,7 +1,4 @@
-"""What can be seen on a map of walls: free distances by casting rays, and how many views a wall fills.
-
-`python -m engine.sight DIR` prints the share of wall views in the recordings below DIR.
-"""
+"""What can be seen on a map of walls: free distances by casting rays, and how many views a wall fills."""
 
 from __future__ import annotations
 
@@ -37,11 +34,10 @@ def filled_views(lines: np.ndarray, places: np.ndarray) -> np.ndarray:
     return (free_distances(lines, origins, angles).reshape(len(places), -1) < NEAR).all(axis=1)
 
 
-def wall_share(states: list[dict | None], lines: np.ndarray) -> float:
-    """Share of the frames with a known place whose view a wall fills; nan where there are none."""
-    places = [
-        [state["x"], state["y"], state["angle"]]
-        for state in states
-        if state and {"x", "y", "angle"} <= state.keys()
-    ]
-    return float(filled_views(lines, np.array(places)).mean()) if places and len(lines) else float("nan")
+def wall_share(states: list[dict | None], lines: np.ndarray) -> float | None:
+    """Share of the frames with a known place whose view a wall fills; None where no place or map is known."""
+    known = [state for state in states if state and {"x", "y", "angle"} <= state.keys()]
+    if not known or not len(lines):
+        return None
+    places = np.array([[state["x"], state["y"], state["angle"]] for state in known])
+    return float(filled_views(lines, places).mean())

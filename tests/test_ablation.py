@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from engine.denoiser import Denoiser
-from engine.distillation import DistillLoss
-from engine.session import Session
 from torch import Tensor
 
 from engine.config import DenoiserConfig, StageConfig, TrainConfig, UserError, load_config
+from engine.denoiser import Denoiser
+from engine.distillation import DistillLoss
 from engine.evaluation import ablate, ablation, table, variants
 from engine.evaluation.section import Section
 from engine.evaluation.variants import VARIANTS, FrameByFrame, OnePass, SinkAtIndex, Sinkless, SinkRefreshed
 from engine.recording import Recorder
 from engine.rollout import Rollout
+from engine.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS, SHAPE = 3, (2, 4, 6)
@@ -164,7 +165,7 @@ def measured(monkeypatch) -> list[str]:
     calls = []
 
     def fake(scope, **options) -> Section:
-        assert options in ({}, {"only_own": True})
+        assert options == {} and not scope.size.settings, "latency as it plays, and no other way"
         return Section("", {"psnr_64": 20.0 + len(calls), "drift_1min_true": 1.5})
 
     def drift(scope) -> Section:
@@ -178,10 +179,11 @@ def measured(monkeypatch) -> list[str]:
 
 
 @pytest.fixture
-def options(tiny_checkpoint, tmp_path):
-    """`train.py`'s options, for a short recording."""
-    from engine.model.checkpoint import Checkpoint
+def options(tiny_checkpoint, tmp_path, monkeypatch):
+    """`train.py`'s options, for a short recording and no simulator."""
+    from engine.checkpoint import Checkpoint
 
+    monkeypatch.setitem(sys.modules, "vizdoom", None)
     world = Checkpoint(tiny_checkpoint).world
     with Recorder(tmp_path / "data" / "a", world, "true", 0, lossless=True) as recorder:
         for number in range(40):
@@ -203,7 +205,7 @@ def test_rows_are_written_one_by_one_and_skipped_when_they_are_there(
     again = ablate(options(some))
     assert again["measured"] == ["full", "no_sink"] and again["skipped"] == ["ladder_2"]
     row = json.loads((out / "ladder_2.json").read_text())
-    assert row["figures"]["window"] == 2 and row["machine"] and row["size"]["clips"] == ablation.SHORT.clips
+    assert row["figures"]["window"] == 2 and row["machine"] and row["size"]["routes"] == ablation.SHORT.routes
     assert ablate(options(some, "seed=1"))["measured"] == ["full", "ladder_2", "no_sink"], "another seed"
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine.model.autoencoder import Autoencoder
 from engine.config import AutoencoderConfig
+from engine.model.autoencoder import Autoencoder
 from engine.rollout.inference_weights import (
     Float8Linear,
     PackedConv,

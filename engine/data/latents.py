@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ class Frames(IterableDataset):
 
 
 def laid_states(recording: Recording) -> tuple[list[str], np.ndarray]:
-    """What a recording tells of its world: the names, and their values (n, s), NaN where a frame lacks them."""
+    """What a recording tells of its world: names, and values (n, s), NaN where a frame lacks them."""
     names = list(recording.state_kinds)
     rows = [[(state or {}).get(name, np.nan) for name in names] for state in recording.states]
     return names, np.array(rows, np.float32).reshape(len(rows), len(names))
@@ -139,15 +140,23 @@ class Latents:
     def __init__(self, file: Path, shape: tuple[int, ...]):
         self.partial, self.file = file.with_suffix(".npy.tmp"), file.with_suffix(".npy")
         self.out = open(self.partial, "wb")  # noqa: SIM115
+        try:
+            self._reserve(shape)
+        except OSError:
+            self.drop()
+            raise
+
+    def _reserve(self, shape: tuple[int, ...]) -> None:
         head = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False}
         np.lib.format.write_array_header_1_0(self.out, head | {"shape": shape})
         self.out.flush()
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(self.out.fileno(), self.out.tell(), 2 * int(np.prod(shape)))
-            except OSError as error:
-                if error.errno in FULL:  # otherwise this file system cannot reserve, and writing will tell
-                    raise
+        if not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(self.out.fileno(), self.out.tell(), 2 * int(np.prod(shape)))
+        except OSError as error:
+            if error.errno in FULL:  # otherwise this file system cannot reserve, and writing will tell
+                raise
 
     def write(self, part: np.ndarray) -> None:
         """The next frames' latents, float16 (n, c, h, w)."""
@@ -158,7 +167,8 @@ class Latents:
         os.replace(self.partial, self.file)
 
     def drop(self) -> None:
-        self.out.close()
+        with suppress(OSError):  # what is still to be written has no place either
+            self.out.close()
         self.partial.unlink(missing_ok=True)
 
 

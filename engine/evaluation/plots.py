@@ -61,11 +61,11 @@ def draw_drift(path: Path, games: dict[str, dict[str, np.ndarray]], seconds: flo
     names end in "true" are dashed, in the colour of their generated ones.
     """
     panels = {
-        "frechet": "Fréchet distance to true frames",
+        "nearest": "distance to the nearest true frames (features)",
         "sharpness": "sharpness, grey levels",
         "motion": "motion, grey levels a frame",
         "deviation": "deviation of colours, grey levels",
-        "stray": "distance to the nearest true frames (features)",
+        "away": "wandered since the first segment, grey levels",
         "red": "mean red, grey levels",
     }
     figure, axes = _figure(14, 7.5, 2, 3)

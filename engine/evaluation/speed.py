@@ -15,8 +15,7 @@ def speed(scope: Scope) -> Section:
     """Milliseconds of a step under the script, at the median and the 99th percentile."""
     session = Session(scope.player)
     policy = make_policy("scripted", session.action_space, scope.seed)
-    frames, actions = scope.clips.choose(scope.clips.places(scope.history), 1, scope.history, scope.seed)
-    session.reset(scope.seed, frames[0], actions[0].numpy())
+    session.reset(scope.seed, *scope.start())
     count = min(scope.size.steps, session.step_ms.maxlen)
     with threads(PlayConfig.threads):
         for _ in range(count):

@@ -1,1 +1,1 @@
-"""The networks, and the file that holds them."""
+"""The networks: what they compute, not how they are trained or played."""

@@ -26,8 +26,7 @@ from torch.nn.modules.module import (
 
 from ..config import ModelConfig, UserError, WorldConfig
 
-FORMAT = 2  # 1: like it, but always packed
-READABLE = (1, FORMAT)
+FORMAT = 2  # 1: the networks with a flow, always packed
 SCALE = "#scale"  # behind the name of a tensor kept in 8 bits: that of its rows' scales
 EXTRAS = "extras"  # before the names of tensors that are no network's
 LARGEST = 4096  # that a size in a header may be; a million frames remembered fit into no memory
@@ -66,6 +65,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], head: dict[str, Any]) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, beside, metadata={"rollplay": json.dumps(head | {"format": FORMAT})})
+        os.umask(mask := os.umask(0))
+        os.chmod(beside, 0o666 & ~mask)  # it comes readable for its owner alone
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         if path.parent.is_dir():
@@ -103,9 +104,10 @@ class Checkpoint:
         head, self.tensors = _read(self.path)
         try:
             self.about: dict[str, Any] = json.loads(head)
-            if self.about["format"] not in READABLE:
-                known = " and ".join(map(str, READABLE))
-                raise UserError(f"{self.path} has format {self.about['format']}; this version reads {known}.")
+            if self.about["format"] != FORMAT:
+                raise UserError(
+                    f"{self.path} has format {self.about['format']}; this version reads {FORMAT}."
+                )
             self.modules = list(self.about["modules"])
             parts, world, kinds = self.about["model"], self.about["world"], get_type_hints(ModelConfig)
             _check_sizes([parts, [world.get(side, 0) for side in ("height", "width")]])

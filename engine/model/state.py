@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from .state_spec import OCTAVES, StateScales, StateSpec, pick, turned, waves
 
 PERIODS = range(3, 21)  # frames; what swings with a fixed period (a walker's bob) follows one of these clocks
-STILL = 0.02  # changes far below this share of a large one become nothing, so that standing is standing
+STILL = 0.02  # changes below this share of a large one become nothing, so that standing is standing
+LARGEST = 3.0  # large steps: no change within a frame is beyond
 EDGE = 4.0  # large steps from the edge of the known map within which the walls' part is told of it
+FREE_SHARE = 0.8  # of all frames, those that are most nearly linear, tell how a free body moves
+FAR = 1e6  # beyond any angle; infinity would not survive a moving average
 UNTOUCHED = 2.0  # by which a wall is unlikely to matter at first
 
 
@@ -36,7 +39,7 @@ class StateModel(nn.Module):
     half turns, not wrapped), scalars, velocities. `hidden` is memory, clocks, and the last step and turn.
     """
 
-    def __init__(self, spec: StateSpec, keys: int, width: int = 64, wall_width: int = 128) -> None:
+    def __init__(self, spec: StateSpec, keys: int, width: int = 48, wall_width: int = 128) -> None:
         super().__init__()
         self.spec, self.keys, self.width = spec, keys, width
         self.scales = StateScales(spec)
@@ -49,7 +52,8 @@ class StateModel(nn.Module):
         self.back = [every.index(i) for i in range(len(spec))]
         self.added = len(self.order) - self.velocities  # numbers that a frame adds to; velocities are set
         self.moved = self.positions + self.angles
-        told = keys + self.velocities + self.scalars + self.moved
+        self.known = self.positions if self.velocities else 0  # of a step: velocity tells as much
+        told = keys + self.velocities + self.scalars + self.moved - self.known
         self.kept = width + 2 * len(PERIODS)  # memory and clocks
         self.remember = nn.Linear(told + self.kept, 2 * width + 3 * len(PERIODS))
         self.clock_start = nn.Parameter(0.1 * torch.randn(2 * len(PERIODS)))
@@ -57,7 +61,7 @@ class StateModel(nn.Module):
         self.free_rest = _mlp(told + self.kept, 2 * width, len(self.order), layers=2)
         near = 2 * self.positions * (2 * OCTAVES + 2) + self.positions + self.velocities
         self.bends = [n * n + n for n in (self.positions, self.velocities)]
-        self.walls = _mlp(near, wall_width, sum(self.bends) + 1, layers=3)
+        self.walls = _mlp(near, wall_width, sum(self.bends) + 1, layers=2)
         for name in ("low", "high", "unit"):  # range of the data and large steps, as inner numbers
             self.register_buffer(name, torch.ones(len(self.order)))
         turn = 2 * math.pi / torch.tensor(list(PERIODS)).repeat(2)
@@ -67,33 +71,61 @@ class StateModel(nn.Module):
 
     @property
     def hidden_width(self) -> int:
-        return self.kept + self.moved
+        return self.kept + self.moved - self.known
 
-    def empty_carry(self, batch: int, device: torch.device) -> StateCarry:
-        """Room for the carry of games side by side."""
-        hidden = torch.zeros(batch, self.hidden_width, device=device)
-        return StateCarry(hidden, torch.zeros(batch, len(self.spec), device=device))
+    @torch.no_grad()
+    def fit(self, states: Tensor, actions: Tensor, resets: Tensor) -> None:
+        """Sets units, ranges and the linear part of free motion from the data (n, S), (n, k), (n,).
 
-    def fit(self, states: Tensor, resets: Tensor) -> None:
-        """Sets units and ranges from the data; see StateScales.fit."""
+        The linear part is solved for, not trained: least squares of every number's change, twice, the second
+        time without what the first could not explain (walls). See StateScales.fit for what is refused.
+        """
         scales, n = self.scales, self.positions
         scales.fit(states, resets)
         self.low.copy_(self._inner(scales.low))
         self.high.copy_(self._inner(scales.high))
-        self.low[n : self.moved], self.high[n : self.moved] = -math.inf, math.inf  # angles go round
+        self.low[n : self.moved], self.high[n : self.moved] = -FAR, FAR  # angles go round
         self.unit.copy_(pick(scales.step / scales.scale, self.order))
         self.unit[self.added :] = 1.0  # velocities are set, not added to
+        follows = ~(resets[1:-1] | resets[2:]).bool()
+        first, before, after = (
+            self._inner(part)[follows] for part in (states[:-2], states[1:-1], states[2:])
+        )
+        cos, sin = self._heading(before)
+        last = self._felt(first, before, *self._heading(first))
+        told = self._told(last, before, actions[2:][follows], cos, sin)
+        told = torch.cat([told, torch.ones_like(told[:, :1])], 1)  # (n, told + 1)
+        change = [self._moved(before, after, cos, sin)]
+        change += [((after - before) / self.unit)[:, self.moved : self.added]]
+        change = torch.cat([*change, turned(after[:, self.added :], cos, -sin)], 1)
+        told, change = told.double(), change.double()
+        ridge = 1e-6 * len(told) * torch.eye(told.shape[1], dtype=told.dtype)
+        solved = torch.linalg.solve(told.T @ told + ridge, told.T @ change)
+        off = (told @ solved - change).abs()
+        for column, bound in enumerate(off.sort(0).values[int(FREE_SHARE * len(off))].clamp_min(STILL)):
+            a, b = (rows[off[:, column] <= bound] for rows in (told, change[:, column]))
+            solved[:, column] = torch.linalg.solve(a.T @ a + ridge, a.T @ b)
+        self.free.weight.zero_()
+        self.free.weight[:, : told.shape[1] - 1] = solved[:-1].T.float()
+        self.free.bias.copy_(solved[-1])
 
     def begin(self, states: Tensor, actions: Tensor) -> StateCarry:
         """Recorded states (b, t, S) and the actions (b, t, k) that caused them, t >= 1 → carry."""
         inner = self._inner(states)
-        hidden = F.pad(self.clock_start, (self.width, self.moved)).expand(len(states), -1)
-        previous = inner[:, 0]
-        for now, action in zip(inner.unbind(1), actions.unbind(1), strict=True):
-            told, cos, sin = self._told(hidden, previous, action)
-            hidden = torch.cat([self._remember(hidden, told), self._moved(previous, now, cos, sin)], 1)
-            previous = now
+        previous = torch.cat([inner[:, :1], inner[:, :-1]], 1)
+        hidden, _ = self._recall(self._start(len(states)), previous, inner, actions)
         return StateCarry(hidden, states[:, -1])
+
+    def next_states(self, states: Tensor, actions: Tensor) -> Tensor:
+        """Recorded states (b, t + 1, S) and actions (b, t + 1, k) → what each of the last t frames would be,
+        predicted from the recorded ones before it (b, t, S). All frames at once: cheap to learn from.
+        """
+        inner = self._inner(states)
+        previous = torch.cat([inner[:, :1], inner[:, :-1]], 1)
+        _, known = self._recall(self._start(len(states)), previous, inner, actions)
+        before = inner[:, :-1].flatten(0, 1)
+        made = self._move(before, known[:, 1:].flatten(0, 1), *self._heading(before))
+        return self._outer(made.unflatten(0, (len(states), -1)), states[:, 1:])
 
     def step(self, carry: StateCarry, action: Tensor) -> StateCarry:
         """Carry and the action (b, k) that causes the next frame → the next frame's carry."""
@@ -120,49 +152,77 @@ class StateModel(nn.Module):
         parts = [state[..., :n], wrapped, state[..., n + a :], pick(last, self.spec.pictured_indices)]
         return pick(torch.cat(parts, -1), self.back)
 
+    def _start(self, games: int) -> Tensor:
+        """Hidden (b, H) before the first frame."""
+        return F.pad(self.clock_start, (self.width, self.moved - self.known)).expand(games, -1)
+
+    def _recall(
+        self, hidden: Tensor, previous: Tensor, inner: Tensor, actions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden (b, H) before a run of given inner states (b, t, M), the states before each of them, and
+        actions (b, t, k) → hidden after them, and what was known when each was due (b, t, ..).
+        """
+        cos, sin = self._heading(previous)
+        moved = self._felt(previous, inner, cos, sin)
+        last = torch.cat([hidden[:, None, self.kept :], moved[:, :-1]], 1)
+        told = self._told(last, previous, actions, cos, sin)
+        kept, rows = hidden[:, : self.kept], []
+        for now in told.unbind(1):
+            kept = self._remember(kept, now)
+            rows.append(kept)
+        return torch.cat([kept, moved[:, -1]], 1), torch.cat([told, torch.stack(rows, 1)], 2)
+
     def _advance(self, hidden: Tensor, inner: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """One frame: hidden (b, H), inner (b, M), action (b, k) → the next hidden and inner."""
-        told, cos, sin = self._told(hidden, inner, action)
-        kept = self._remember(hidden, told)
-        known = torch.cat([told, kept], 1)
+        cos, sin = self._heading(inner)
+        told = self._told(hidden[:, self.kept :], inner, action, cos, sin)
+        kept = self._remember(hidden[:, : self.kept], told)
+        new = self._move(inner, torch.cat([told, kept], 1), cos, sin)
+        return torch.cat([kept, self._felt(inner, new, cos, sin)], 1), new
+
+    def _move(self, inner: Tensor, known: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Inner (b, M), all that is known (b, ..), cos and sin (b,) of the heading → the next inner."""
         out = self.free(known) + self.free_rest(known)
         n = self.positions
         step, velocity = turned(out[:, :n], cos, sin), turned(out[:, self.added :], cos, sin)
         if n:
             step, velocity = self._against_walls(inner[:, :n], step, velocity)
-        change = _still(torch.cat([step, out[:, n : self.added], velocity], 1)) * self.unit
+        change = torch.cat([step, out[:, n : self.added], velocity], 1).clamp(-LARGEST, LARGEST)
+        change = _still(change) * self.unit
         new = torch.cat([inner[:, : self.added] + change[:, : self.added], change[:, self.added :]], 1)
-        new = torch.minimum(torch.maximum(new, self.low), self.high)  # nothing runs away
-        return torch.cat([kept, self._moved(inner, new, cos, sin)], 1), new
+        return torch.minimum(torch.maximum(new, self.low), self.high)  # nothing runs away
 
-    def _told(self, hidden: Tensor, inner: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What memory and free motion know (b, ..): keys, velocity in the body's axes, scalars, last step;
-        and cos and sin (b,) of the heading.
-        """
-        n, a = self.positions, self.angles
-        angle = inner[:, n] * math.pi if a else torch.zeros_like(inner[:, 0])
-        cos, sin = angle.cos(), angle.sin()
-        velocity = turned(inner[:, self.added :], cos, -sin)
-        parts = [action, velocity, inner[:, n + a : self.added], hidden[:, self.kept :]]
-        return torch.cat(parts, 1), cos, sin
+    def _heading(self, inner: Tensor) -> tuple[Tensor, Tensor]:
+        """Inner (..., M) → cos and sin (...,)."""
+        angle = inner[..., self.positions] * math.pi if self.angles else torch.zeros_like(inner[..., 0])
+        return angle.cos(), angle.sin()
+
+    def _told(self, last: Tensor, inner: Tensor, action: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """What memory and free motion know (..., n): keys, velocity as the body feels it, scalars, last."""
+        velocity = turned(inner[..., self.added :], cos, -sin)
+        return torch.cat([action, velocity, inner[..., self.moved : self.added], last], -1)
 
     def _moved(self, inner: Tensor, new: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Step in the body's axes and turn (b, moved) from one inner state to the next, in large steps."""
-        change = (new - inner)[:, : self.moved]
+        """Step in the body's axes and turn (..., moved) from one inner state to the next, in large steps."""
+        change = (new - inner)[..., : self.moved]
         n = self.positions
-        turn = (change[:, n:] + 1) % 2 - 1
-        return torch.cat([turned(change[:, :n], cos, -sin), turn], 1) / self.unit[: self.moved]
+        turn = (change[..., n:] + 1) % 2 - 1
+        return torch.cat([turned(change[..., :n], cos, -sin), turn], -1) / self.unit[: self.moved]
 
-    def _remember(self, hidden: Tensor, told: Tensor) -> Tensor:
-        """Hidden (b, H), told → memory and clocks (b, kept), one frame on."""
+    def _felt(self, inner: Tensor, new: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """What the body remembers of a move: `_moved` without what its velocity tells."""
+        return self._moved(inner, new, cos, sin)[..., self.known :]
+
+    def _remember(self, kept: Tensor, told: Tensor) -> Tensor:
+        """Memory and clocks (b, kept), told → the same one frame on."""
         width, count = self.width, len(PERIODS)
-        memory, clock = hidden[:, :width], hidden[:, width : self.kept]
-        out = self.remember(torch.cat([told, hidden[:, : self.kept]], 1))
+        memory, clock = kept[:, :width], kept[:, width:]
+        out = self.remember(torch.cat([told, kept], 1))
         gate, fresh, clock_gate, clock_fresh = out.split([width, width, count, 2 * count], 1)
         memory = memory + gate.sigmoid() * (fresh.tanh() - memory)
         x, y = clock.chunk(2, 1)
         clock = clock * self.clock_turn[0] + torch.cat([-y, x], 1) * self.clock_turn[1]
-        clock = clock + (clock_gate - 4).sigmoid().repeat(1, 2) * (clock_fresh - clock)
+        clock = clock + (clock_gate - 4).sigmoid().repeat(1, 2) * (clock_fresh.tanh() - clock)
         return torch.cat([memory, clock], 1)
 
     def _against_walls(self, here: Tensor, step: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,9 +247,8 @@ def _bent(bend: Tensor, vector: Tensor) -> Tensor:
 
 
 def _still(x: Tensor) -> Tensor:
-    """Values as they are, but those far below STILL vanish, with their gradient kept alive."""
-    square = x.square()
-    return x * square / (square + STILL**2)
+    """Values as they are, but those below STILL vanish, with some of their gradient kept alive."""
+    return x - x * STILL**4 / (x**4 + STILL**4)
 
 
 def _mlp(inputs: int, width: int, outputs: int, layers: int) -> nn.Sequential:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UserError
+from ..worlds.base import STATE_KINDS
 
-KINDS = ("position", "angle", "velocity", "scalar")
+PICTURED = ("health", "ammo")  # scalars that keys do not decide
 OCTAVES = 7  # of a position's Fourier features: the finest wave is a 32nd of the map
 HARMONICS = 8  # of an angle
 STEP_HARMONICS = 2  # of a step between two frames
@@ -35,8 +36,10 @@ class StateSpec:
     def __post_init__(self) -> None:
         if len(self.names) != len(self.kinds) or len(set(self.names)) != len(self.names):
             raise UserError("A state needs one kind for each of its names, and each name once.")
-        if unknown := set(self.kinds) - set(KINDS):
-            raise UserError(f"A state's kinds are {', '.join(KINDS)}, not {', '.join(sorted(unknown))}.")
+        if unknown := set(self.kinds) - set(STATE_KINDS):
+            raise UserError(
+                f"A state's kinds are {', '.join(STATE_KINDS)}, not {', '.join(sorted(unknown))}."
+            )
         scalars = {name for name, kind in zip(self.names, self.kinds, strict=True) if kind == "scalar"}
         if wrong := set(self.pictured) - scalars:
             raise UserError(f"Only scalars are read off pictures, not {', '.join(sorted(wrong))}.")
@@ -55,6 +58,12 @@ class StateSpec:
 
     def to_dict(self) -> dict[str, Any]:
         return {key: list(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, kinds: Mapping[str, str], pictured: Sequence[str] = PICTURED) -> StateSpec:
+        """From a recording's or world's `state_kinds`, in their order."""
+        scalars = [name for name, kind in kinds.items() if kind == "scalar" and name in pictured]
+        return cls(tuple(kinds), tuple(kinds.values()), tuple(scalars))
 
     @classmethod
     def from_dict(cls, plain: dict[str, Sequence[str]]) -> StateSpec:

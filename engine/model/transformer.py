@@ -30,9 +30,10 @@ class Transformer(nn.Module):
         self.rows, self.columns = rows // self.patch, columns // self.patch
         self.tokens = 1 + self.rows * self.columns  # a frame
         width, fine = config.width, config.conv_width
-        self.read = nn.Conv2d(2 * channels, fine, 3, padding=1)
-        # where a latent lies tells much of what it can be: sky above, ground below
-        self.where = nn.Parameter(0.02 * torch.randn(fine, rows, columns))
+        # a few channels that keys and state draw by themselves: convolutions that are told the same
+        # everywhere cannot know what stands where
+        self.field = nn.Linear(width, config.field_channels * rows * columns)
+        self.read = nn.Conv2d(2 * channels + config.field_channels, fine, 3, padding=1)
         self.conv_in = nn.ModuleList(ConvLayer(fine, width) for _ in range(config.conv_in_layers))
         self.patch_in = nn.Linear(fine * self.patch**2, width)
         self.sigma = SigmaEncoder(width)
@@ -66,9 +67,9 @@ class Transformer(nn.Module):
         """
         b, t = latents.shape[:2]
         condition = F.silu(self.sigma(sigma) + token)  # (b, t, d)
-        given = torch.cat([latents, before], 2).flatten(0, 1)
+        field = self.field(F.silu(token)).view(b, t, -1, *latents.shape[3:])
+        given = torch.cat([latents, before, field.to(latents.dtype)], 2).flatten(0, 1)
         fine = self.read(given.contiguous(memory_format=torch.channels_last))  # (b t, f, y, x)
-        fine = fine + self.where.to(fine.dtype)
         for conv in self.conv_in:
             fine = conv(fine, condition)
         p = self.patch

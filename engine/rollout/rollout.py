@@ -8,7 +8,7 @@ from torch import Tensor
 from ..model.denoiser import Denoiser, Finished
 from ..model.kv_cache import KVRecorder
 from ..model.noise import add_noise, counter_noise, ramp
-from ..model.state import StateModel
+from ..model.state import StateCarry, StateModel
 from ..model.state_spec import state_features
 from .window import RollingWindow
 
@@ -40,8 +40,11 @@ class Rollout:
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
         folded: bool = True,
+        correction: float | None = None,
     ):
+        """`correction`: the level to which leaving frames are sent back, where not the config's."""
         self.denoiser, self.config, self.folded = denoiser, denoiser.config, folded
+        self.correction = self.config.correction if correction is None else correction
         self.states = states
         device, c = denoiser.ladder.device, self.config
         self.cache = denoiser.make_cache(batch, device, dtype)
@@ -57,7 +60,12 @@ class Rollout:
         self.last = torch.zeros(batch, 2, *denoiser.shape, device=device)  # the last two finished frames
         self.condition = torch.zeros(batch, 1, c.width, device=device)  # of the last one
         self.has_state = torch.zeros(batch, device=device)
-        self.carry = None if states is None else states.empty_carry(batch, device)
+        self.carry: StateCarry | None = None
+        if states is not None:
+            nothing = torch.zeros(batch, 1, len(states.spec), device=device)
+            with torch.no_grad():
+                carry = states.begin(nothing, self.actions[:, -1:])
+            self.carry = StateCarry(*(part.clone() for part in carry))
         self.pending = False  # the last frame's keys and values are yet to be written, by the next pass
         # the window's estimates under the keys held before, where they are made already
         self.speculated: Tensor | None = None
@@ -113,14 +121,14 @@ class Rollout:
     @torch.no_grad()
     def speculate(self) -> None:
         """Denoises the next window under the keys held now; to be called when there is time."""
-        if self.speculated is None and self.config.correction:
+        if self.speculated is None and self.correction:
             self.speculated = self.predict(self.held)
 
     def assumed_action(self, action: Tensor) -> Tensor:
         """The keys (b, k) under which the window is denoised before `action` is held: those of before, as
         `action` is not known yet; it itself where no correction could make up for that.
         """
-        return self.held.clone() if self.config.correction else action
+        return self.held.clone() if self.correction else action
 
     def predict(self, action: Tensor) -> Tensor:
         """Bind, state, noise, denoise: the window's clean estimates (b, w, c, y, x) under the newest keys
@@ -140,9 +148,9 @@ class Rollout:
         """The leaving frame's estimate (b, 1, c, y, x) sent back to a higher level and denoised alone under
         its true keys (b, k).
         """
-        condition = self._window_condition(action[:, None])
+        condition = self.window_condition(action[:, None])
         noise = counter_noise(self.seed, self.cache.frame, self.level[:1], self.denoiser.shape)
-        sigma = self.config.correction * self.one
+        sigma = self.correction * self.one
         return self._pass(add_noise(head, noise, sigma), sigma, condition)
 
     @torch.no_grad()
@@ -156,7 +164,7 @@ class Rollout:
         back = self.needs_renoise(action)
         self.frames_since_change.copy_(torch.where(changed, 0, self.frames_since_change + 1))
         stale = bool(back.any()) if stale is None else stale
-        if self.config.correction and stale:
+        if self.correction and stale:
             head = self.correct(clean[:, :1], action) if corrected is None else corrected.detach()
             head = torch.where(back[:, None, None, None, None], head, clean[:, :1])
             clean = torch.cat([head, clean[:, 1:]], 1)
@@ -170,7 +178,7 @@ class Rollout:
 
     def _finish(self, head: Tensor, action: Tensor) -> None:
         """The leaving frame (b, c, y, x) and its keys (b, k) become the last finished frame's."""
-        self.condition.copy_(self._window_condition(action[:, None]))
+        self.condition.copy_(self.window_condition(action[:, None]))
         if self.carry:
             for kept, new in zip(self.carry, self.states.step(self.carry, action), strict=True):
                 kept.copy_(new)
@@ -180,7 +188,7 @@ class Rollout:
         self.pending = True
 
     def _denoise(self, action: Tensor, sigma: Tensor) -> Tensor:
-        condition = self._window_condition(self.window.bind(action))
+        condition = self.window_condition(self.window.bind(action))
         noise = counter_noise(self.seed, self.cache.frame, self.level, self.denoiser.shape)
         return self._pass(add_noise(self.window.clean, noise, sigma), sigma, condition)
 
@@ -232,7 +240,7 @@ class Rollout:
         ahead = torch.zeros(count, dtype=torch.int64, device=actions.device)
         return self._encode(actions, features, ahead)
 
-    def _window_condition(self, bound: Tensor) -> Tensor:
+    def window_condition(self, bound: Tensor) -> Tensor:
         """Conditions (b, t, d) of the frames behind the last finished one, under the keys (b, t, k)."""
         count, features = bound.shape[1], None
         if self.carry:

@@ -15,6 +15,7 @@ from ..config import UserError, WorldConfig
 from ..device import AUTOCAST, autocast, pick_device, pick_precision
 from ..model.checkpoint import Checkpoint
 from ..model.networks import load_autoencoder, load_denoiser, load_states
+from ..starts import Start
 from ..worlds.base import ActionSpace
 from .cuda_graph import StepGraph
 from .inference_weights import cast_weights, pack_weights
@@ -24,9 +25,15 @@ from .rollout import Rollout
 class Player:
     """The networks of a checkpoint, ready to play: autoencoder, denoiser and the state's predictor."""
 
-    rollout: type[Rollout] = Rollout  # how they play; ablations play otherwise
-
-    def __init__(self, checkpoint: str | Path, device: str = "auto", precision: str = "auto"):
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        device: str = "auto",
+        precision: str = "auto",
+        rollout: type[Rollout] = Rollout,
+    ):
+        """`rollout`: how they play; ablations play otherwise."""
+        self.rollout = rollout
         self.checkpoint = Checkpoint(checkpoint)
         self.world: WorldConfig = self.checkpoint.world
         self.device = pick_device(device)
@@ -38,6 +45,11 @@ class Player:
         if self.states is not None:  # tiny: it stays in float32
             self.states.to(self.device).eval().requires_grad_(False)
 
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """What the network knows its world to tell of itself."""
+        return self.states.spec.names if self.states else ()
+
     def ready(self, module: Module) -> Module:
         """A network with its weights, brought to the device and laid out for play there."""
         module.to(self.device).eval().requires_grad_(False)
@@ -46,9 +58,10 @@ class Player:
             pack_weights(module, self.precision)
         return module
 
-    def make_rollout(self, batch: int, folded: bool = True) -> Rollout:
+    def make_rollout(self, batch: int, folded: bool = True, correction: float | None = None) -> Rollout:
         """Games side by side in these networks."""
-        return self.rollout(self.denoiser, self.states, batch, self.dtype or torch.float32, folded)
+        dtype = self.dtype or torch.float32
+        return self.rollout(self.denoiser, self.states, batch, dtype, folded=folded, correction=correction)
 
     def laid_states(self, states: list[dict[str, float] | None] | None, frames: int) -> Tensor | None:
         """What was recorded of a world at some frames → (1, frames, s), NaN where it is not known."""
@@ -82,6 +95,8 @@ class Session:
         keys = self.world.keys
         self.action_space = ActionSpace(tuple(keys), tuple(tuple(codes) for codes in keys.values()))
         self.fps, self.done = self.world.fps, False
+        spec = player.states.spec if player.states else None
+        self.state_kinds = dict(zip(spec.names, spec.kinds, strict=True)) if spec else {}
         self.rollout = player.make_rollout(1, folded)
         on_gpu = player.device.type == "cuda"
         self.graph = StepGraph(self._draw, len(keys), player.device) if graph and on_gpu else None
@@ -97,8 +112,8 @@ class Session:
         actions: np.ndarray | None = None,
         states: list[dict[str, float] | None] | None = None,
     ) -> np.ndarray:
-        """Starts from true frames, uint8 (t, h, w, 3), the actions that caused them (t, k), and what the world
-        told of itself at each → the last of them. A state that is not known is done without.
+        """Starts from true frames, uint8 (t, h, w, 3), the actions that caused them (t, k), and what the
+        world told of itself at each → the last of them. A state that is not known is done without.
         """
         shape = (self.world.height, self.world.width, 3)
         if frames.shape[1:] != shape:
@@ -108,10 +123,21 @@ class Session:
             )
         if actions is None:
             actions = np.zeros((len(frames), len(self.action_space)), np.float32)
-        latents = self.player.encode(frames)
+        return self._begin(seed, frames[-1], self.player.encode(frames), actions, states)
+
+    def begin(self, seed: int, start: Start) -> np.ndarray:
+        """Starts where `start` (starts.py) says → its last frame."""
+        if start.latents is None:
+            return self.reset(seed, start.frames, start.actions, start.states)
+        latents = start.latents[None].to(self.player.device)
+        return self._begin(seed, start.frames[-1], latents, start.actions, start.states)
+
+    def _begin(
+        self, seed: int, frame: np.ndarray, latents: Tensor, actions: np.ndarray, states
+    ) -> np.ndarray:
         held = torch.from_numpy(np.asarray(actions, np.float32)).to(self.player.device)[None]
         seeds = torch.tensor([seed], dtype=torch.int64, device=self.player.device)
-        known = self.player.laid_states(states, len(frames))
+        known = self.player.laid_states(states, latents.shape[1])
         with torch.inference_mode(), autocast(self.player.device, self.player.dtype, cache=False):
             self.rollout.reset(latents, held, seeds, known)
             if self.graph and not self.graph.captured:
@@ -120,7 +146,7 @@ class Session:
         self.held, self.since = actions[-1], self.rollout.config.window_frames
         self.frames = 0
         self.step_ms.clear()
-        return frames[-1]
+        return frame
 
     def speculate(self) -> None:
         """Does what can be done before it is known which keys are held next; a GPU has no need for it."""
@@ -156,6 +182,10 @@ class Session:
         if carry is None or not self.rollout.has_state[0]:
             return {}
         return dict(zip(self.player.states.spec.names, carry.state[0].tolist(), strict=True))
+
+    def map_lines(self) -> np.ndarray:
+        """Empty (0, 4): a network has no map."""
+        return np.zeros((0, 4))
 
     def close(self) -> None:
         """Nothing is held open."""

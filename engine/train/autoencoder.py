@@ -23,6 +23,8 @@ from .stage import LICENCE
 class AutoencoderStage:
     """Trains the autoencoder on a spread-out sample of all recorded frames."""
 
+    trains = True
+
     def __init__(
         self, config: TrainConfig, device: torch.device, dtype: torch.dtype | None, rank: int, ranks: int
     ):

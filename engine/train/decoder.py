@@ -76,6 +76,7 @@ class DecoderStage(DenoiserStage):
         self.frozen(self.generator)
         self.player = Batches(self.segments(self.caches[0], PICTURED), GAMES, self.config.seed + 1)
         self.own: tuple[int, Tensor, Tensor] = (-1, torch.empty(0), torch.empty(0))
+        self.recordings: dict[str, Recording] = {}  # opened once
         decoder = copy.deepcopy(self.autoencoder.decoder).requires_grad_(True)
         return DecoderLoss(decoder, self.config.pace())
 
@@ -92,21 +93,21 @@ class DecoderStage(DenoiserStage):
     def _own_frames(self, turn: int) -> tuple[Tensor, Tensor]:
         """Latents of games of the model's own and the true frames of the same moments (n, ...)."""
         made = self.play(self.generator, self.player, turn)[1]
-        first = self.segments_start(self.player, turn)
-        frames = [self._pictures(number, start, made.shape[1]) for number, start in first]
+        frames = self._true_pictures(self.player, turn, made.shape[1])
         return made.flatten(0, 1).float(), torch.stack(frames).flatten(0, 1).to(self.device)
 
-    def segments_start(self, batches: Batches, turn: int) -> list[tuple[int, int]]:
-        """(recording, first made frame) of the segments of a batch."""
-        c = self.model.denoiser
-        start = c.sink_frames + c.context_frames
-        places = batches.segments.places[batches.indices(turn)]
-        return [(int(number), int(first) + start) for number, first in places]
-
-    def _pictures(self, number: int, start: int, count: int) -> Tensor:
-        """Frames of a recording of the training cache, uint8 (count, 3, h, w)."""
-        recording = Recording(self.caches[0].directories[number])
-        return torch.from_numpy(recording.frames(start, start + count)).permute(0, 3, 1, 2)
+    def _true_pictures(self, batches: Batches, turn: int, count: int) -> list[Tensor]:
+        """The frames that own games from the segments of a batch are to make, uint8 (count, 3, h, w) each."""
+        c, segments = self.model.denoiser, batches.segments
+        pictures = []
+        for number, first in segments.places[batches.indices(turn)].tolist():
+            directory = segments.cache.directories[number]
+            if directory not in self.recordings:
+                self.recordings[directory] = Recording(directory)
+            start = first + c.sink_frames + c.context_frames
+            frames = self.recordings[directory].frames(start, start + count)
+            pictures.append(torch.from_numpy(frames).permute(0, 3, 1, 2))
+        return pictures
 
     def _true_frames(self, step: int, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Latents of true frames, a little noisy, and these; from the runs that the own games began with, so
@@ -146,10 +147,7 @@ class DecoderStage(DenoiserStage):
     def held_out(self, module: DecoderLoss) -> dict[str, Tensor]:
         """Held-out pictures (n, 3, h, w) float: true, decoded from their latents, and from own games'."""
         made = self.play(self.generator, self.shown)[1]
-        starts = self.segments_start(self.shown, 0)
-        caches, self.caches = self.caches, self.caches[::-1]  # pictures of the held-out recordings
-        true = torch.stack([self._pictures(n, s, made.shape[1]) for n, s in starts]).to(self.device)
-        self.caches = caches
+        true = torch.stack(self._true_pictures(self.shown, 0, made.shape[1])).to(self.device)
         autoencoder = self.frozen(self.drawn(module))
         with autocast(self.device, self.dtype):
             read = [autoencoder.encode(x) for x in true]

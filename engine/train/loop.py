@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import PRECISIONS, TrainConfig, UserError
+from ..data.cache import stable_hash
 from ..device import AUTOCAST, autocast, pick_device, pick_precision
 from ..model.checkpoint import read_about
 from ..picture import save_picture
@@ -45,7 +45,7 @@ class Training:
         self.step, self.seconds, self.skipped = 0, 0.0, 0
         if state:
             self._restore(state)
-        self.runner = self.ranks.share(self.module, unused=config.stage == "distill")
+        self.runner = self.ranks.share(self.module)
         if config.compile:
             self.runner = torch.compile(self.runner)
 
@@ -58,11 +58,12 @@ class Training:
 
     def _seed(self, step: int) -> None:
         """Each process draws numbers of its own, whatever the seed's size."""
-        text = f"{self.config.seed} {self.ranks.rank} {step}"
-        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+        torch.manual_seed(stable_hash(f"{self.config.seed} {self.ranks.rank} {step}"))
 
     def progress(self) -> float:
         """Share of the run that is done, by steps or by minutes, whichever is further; this process's."""
+        if not self.stage.trains:
+            return 1.0
         return min(1.0, max(self.step / self.pace.steps, self.seconds / 60 / self.pace.max_minutes))
 
     def iterate(self, progress: float) -> dict[str, Tensor]:
@@ -98,14 +99,14 @@ class Training:
         """The stage's checkpoint and then what an exact continuation needs, which so never tells of a step
         that the checkpoint does not have; all processes at the same step.
         """
-        if self.ranks.first:
-            about = {"stage": self.config.stage, "origin": self.origin | {"precision": self.precision}}
-            about |= {"steps": self.step, "minutes": round(self.seconds / 60, 2), "device": str(self.device)}
-            self.stage.save(checkpoint_of(self.config, self.config.stage), self.average.module, about)
         if not self.ranks.same(list(self.module.parameters())):
             raise UserError(
                 f"At step {self.step} the processes have other weights; start again from the last save."
             )
+        if self.ranks.first:
+            about = {"stage": self.config.stage, "origin": self.origin | {"precision": self.precision}}
+            about |= {"steps": self.step, "minutes": round(self.seconds / 60, 2), "device": str(self.device)}
+            self.stage.save(checkpoint_of(self.config, self.config.stage), self.average.module, about)
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state: dict[str, Any] = {"step": self.step, "random": torch.get_rng_state(), "cuda_random": cuda}
         if self.ranks.first:
@@ -142,7 +143,9 @@ class Training:
         except (*UNREADABLE, AttributeError) as error:
             raise unfit(state_file(self.config)) from error
 
-    def picture(self) -> None:
+    def show(self, metrics: Metrics) -> None:
+        """Measures and draws what the averaged weights make of held-out data."""
+        metrics.measured(self.stage.validate(self.average.module), self.step, self.seconds)
         name = Path(self.config.out) / f"{self.config.stage}.png"
         save_picture(name, self.stage.picture(self.average.module))
 
@@ -172,7 +175,7 @@ def train_stage(
             _run(training, metrics, stop)
             training.save()
             if ranks.first:
-                training.picture()
+                training.show(metrics)
             ranks.agree(0)  # what is to be read is written
     finally:
         metrics.close()
@@ -200,7 +203,7 @@ def _run(training: Training, metrics: Metrics, stop: Stop) -> None:
             raise Stopped(int(signal), said)
         if picture:
             if ranks.first:
-                training.picture()
+                training.show(metrics)
             shown = time.perf_counter()
         if pause:
             seconds = _wait(ranks, folder, stop)

@@ -67,6 +67,15 @@ class Metrics:
         shown = (f"{name} {value:.4g}" for name, value in self.last.items() if name != "skipped" or value)
         self.bar.set_postfix_str(" ".join(shown))
 
+    def measured(self, figures: dict[str, float], step: int, seconds: float) -> None:
+        """What was measured on held-out data with the averaged weights, as a line of its own."""
+        figures = rounded(figures)
+        line = {"step": step, "minutes": round(seconds / 60, 2), "held_out": figures}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in figures.items() if self._board else ():
+            self._board.add_scalar(f"held_out/{name}", value, step)
+
     def waited(self, seconds: float) -> None:
         """Time that is no part of the rate."""
         self._since += seconds

@@ -57,14 +57,12 @@ class Ranks:
             torch.cuda.set_device(device)
         return device
 
-    def share(self, module: nn.Module, unused: bool) -> nn.Module:
-        """The module with its gradients averaged over all processes. `unused`: in turns some weights have
-        none.
-        """
+    def share(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over all processes."""
         if self.count == 1:
             return module
-        # buffers are each process's own, as its games are
-        return DistributedDataParallel(module, find_unused_parameters=unused, broadcast_buffers=False)
+        # in turns some weights have no gradient; and buffers are each process's own, as its games are
+        return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
 
     def apart(self, runner: nn.Module, last: bool) -> AbstractContextManager:
         """A context in which gradients are only summed up here, but for the `last` batch before a step."""

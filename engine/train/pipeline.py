@@ -51,7 +51,8 @@ def train_all(config: TrainConfig, ranks: Ranks, stop: Stop) -> dict[str, Any]:
             made = train_stage(own, ranks, stop, standing)
         if stop.signal:  # it came while the stage's last files were written
             raise Stopped(stop.signal, f"stopped after {name}, which is saved; the same command continues.")
-        figures |= {"checkpoint": made.pop("checkpoint"), name: made}
+        figures["checkpoint"] = made.pop("checkpoint")
+        figures[name] = {key: value for key, value in made.items() if key != "stage"}
         gc.collect()  # networks, data and optimiser of the stage
     return figures | {"minutes": {name: round(value, 2) for name, value in plan.spent.items()}}
 

@@ -62,7 +62,7 @@ class RolloutLoss(PlainLoss):
         right = (actions == assumed[:, None]).all(-1).to(error.dtype).cumprod(1)
         back = rollout.needs_renoise(actions[:, 0])
         corrected = None
-        if rollout.config.correction and back.any():
+        if rollout.correction and back.any():
             corrected = rollout.correct(made[:, :1].detach(), actions[:, 0])
             again = (corrected - true[:, :1]).square().mean((2, 3, 4))
             error, right = torch.cat([error, again], 1), torch.cat([right, back[:, None].float()], 1)

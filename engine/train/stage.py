@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TRAINED, TrainConfig, UserError
+from ..config import TRAINED, ModelConfig, TrainConfig, UserError
 from ..data.cache import cache_place, drop_old
 from ..data.latents import LatentsCache
 from ..data.segments import Batches, Clip, Segments
 from ..dataset import split
 from ..device import autocast
 from ..model.autoencoder import Autoencoder
-from ..model.checkpoint import Checkpoint, save_checkpoint, weights_digest
+from ..model.checkpoint import Checkpoint, kept, save_checkpoint, weights_digest
 from ..model.networks import load_autoencoder
 from ..recording import find_recordings
 
+FREE = ("ladder", "correction")  # how weights are used, which may be chosen anew in any later stage
 LICENCE = "Weights and start frames derive from ViZDoom (MIT) with Freedoom art (BSD-3-Clause); see NOTICE."
 
 
@@ -29,6 +30,7 @@ class LatentsStage(ABC):
     """A stage whose batches are runs of latents, keys and states; `module` is what it trains."""
 
     module: nn.Module
+    trains = True  # whether there is anything to train
 
     def __init__(
         self, config: TrainConfig, device: torch.device, dtype: torch.dtype | None, rank: int, ranks: int
@@ -40,14 +42,24 @@ class LatentsStage(ABC):
             said = f"{self.before.path} was trained for {self.before.world.name}"
             said = f"{said}, whose keys {config.world.name} has not"
             raise UserError(f"{said}; give another out=DIR, or world={self.before.world.name}.")
-        made = {name: getattr(config.model, name) for name in TRAINED[config.stage].makes}
-        self.model = replace(self.before.model, **made)
+        self.model = self._model()
         self.autoencoder: Autoencoder = self.frozen(load_autoencoder(self.before))
         self.caches = self._open_caches()
         length, tail = self.segment()
         near = device if device.type == "cuda" else None
         segments = self.segments(self.caches[0], length, near)
         self.batches = Batches(segments, config.pace().batch, config.seed, rank, ranks, tail=tail)
+
+    def _model(self) -> ModelConfig:
+        """The parts that this stage makes as they are wanted; the others as they were made, but for what of
+        their use was chosen on the command line.
+        """
+        wanted, made = self.config.model, self.before.model
+        changes = {name: getattr(wanted, name) for name in TRAINED[self.config.stage].makes}
+        for name in {field.name for field in fields(made)} - changes.keys():
+            own = getattr(made, name), getattr(wanted, name)
+            changes[name] = kept(*own, self.config.given, f"model.{name}", FREE)
+        return replace(made, **changes)
 
     def _source(self) -> Path:
         """The checkpoint of the stage before."""

@@ -18,12 +18,13 @@ from ..model.checkpoint import Checkpoint, save_checkpoint
 from ..model.networks import load_autoencoder, make_states
 from ..model.state import StateModel
 from ..model.state_spec import StateSpec, difference, heading, pick, turned
-from ..picture import grid
 from ..recording import Recording, find_recordings
 from .stage import LICENCE
 
-PICTURED = ("health", "ammo")  # what keys do not decide
 WARM = 16  # at most so many recorded frames before those that are predicted
+APART_SHARE = 0.4  # of the iterations, in which frames are predicted from recorded ones
+APART = 24  # frames of a game in these
+SHORTEST = 8  # frames that are unrolled
 RESET_SHARE = 0.15  # of games that begin where an episode does
 NOISE_SHARE = 0.2  # of games that begin a little beside the truth, so that it learns to return
 NOISE = 0.3  # standard deviation of that, in large steps
@@ -84,25 +85,28 @@ class StateLogs:
         return StateBatch(self.states[rows], self.actions[rows], warm)
 
     def batch(self, seed: int, stage: StageConfig) -> StateBatch:
-        """Games drawn by the seed: unrolled for as many frames as one of the lengths that double from 8 up to
-        `stage.unroll`, the more games the shorter these are.
+        """Games drawn by the seed: with nothing to unroll, or unrolled for as many frames as one of the
+        lengths that double from SHORTEST up to `stage.unroll`, the fewer games the longer these are.
         """
         random = torch.Generator().manual_seed(seed)
-        lengths = [8]
+        lengths = [min(SHORTEST, stage.unroll)]
         while lengths[-1] < stage.unroll:
             lengths.append(min(2 * lengths[-1], stage.unroll))
         unroll = lengths[int(torch.randint(len(lengths), (), generator=random))]
-        warm = int(torch.randint(1, WARM + 1, (), generator=random))
-        fits = self.left >= warm + unroll
+        if float(torch.rand((), generator=random)) < APART_SHARE:
+            unroll = 0
+        warm = int(torch.randint(1, WARM + 1, (), generator=random)) if unroll else 0
+        length = warm + (unroll or APART)
+        fits = self.left >= length
         anywhere, begun = fits.nonzero()[:, 0], (fits & self.resets).nonzero()[:, 0]
         if not len(anywhere):
-            raise UserError(f"No recorded episode has {warm + unroll} frames; collect longer ones.")
-        count = max(stage.batch // 4, stage.batch * 8 // unroll)
+            raise UserError(f"No recorded episode has {length} frames; collect longer ones.")
+        count = max(stage.batch // 4, stage.batch * lengths[0] // unroll) if unroll else stage.batch
         starts = anywhere[torch.randint(len(anywhere), (count,), generator=random)]
         if len(begun):
             early = begun[torch.randint(len(begun), (count,), generator=random)]
             starts = torch.where(torch.rand(count, generator=random) < RESET_SHARE, early, starts)
-        return self.cut(starts, warm + unroll, warm)
+        return self.cut(starts, length, warm)
 
 
 class StateLoss(nn.Module):
@@ -113,26 +117,28 @@ class StateLoss(nn.Module):
         self.model = model
 
     def forward(self, batch: StateBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """→ loss, and its parts: where the state is, and how it changed since the frame before."""
-        model, spec, warm = self.model, self.model.spec, batch.warm
+        """→ loss, and its parts: where the state is, and how it changed since the frame before.
+
+        Where nothing is to be unrolled (warm 0), each frame is predicted from the recorded ones before it.
+        """
+        model, warm = self.model, batch.warm
+        if not warm:
+            made = model.next_states(batch.states, batch.actions)
+            error = self._error(made, batch.states[:, 1:], batch.states[:, 1:])
+            pace = _huber(error, HUBER / 4)
+            return pace, {"pace": pace.detach()}
         true = batch.states[:, warm:]
         carry = model.begin(batch.states[:, :warm], batch.actions[:, :warm])
         carry = carry._replace(state=self._beside(carry.state))
         made = model.unroll(carry, batch.actions[:, warm:])
-        follows = [i for i in range(len(spec)) if spec.names[i] not in spec.pictured]
-        error = self._error(made, true, true)
-        made_before = torch.cat([carry.state[:, None], made[:, :-1]], 1)
-        true_before = batch.states[:, warm - 1 : -1]
-        change = difference(spec, made, made_before)
-        true_change = difference(spec, true, true_before)
-        change_error = self._error(change, true_change, true)
-        delta = HUBER
-        place = _huber(pick(error, follows), delta)
-        pace = _huber(pick(change_error, follows), delta / 4)
+        made_change = difference(model.spec, made, torch.cat([carry.state[:, None], made[:, :-1]], 1))
+        true_change = difference(model.spec, true, batch.states[:, warm - 1 : -1])
+        place = _huber(self._error(made, true, true), HUBER)
+        pace = _huber(self._error(made_change, true_change, true), HUBER / 4)
         return place + pace, {"place": place.detach(), "pace": pace.detach()}
 
     def _error(self, made: Tensor, true: Tensor, seen_from: Tensor) -> Tensor:
-        """(b, t, S) in large steps, angles the short way round, positions in the true body's axes."""
+        """(b, t, follows) in large steps, angles the short way round, positions in the true body's axes."""
         spec, scales = self.model.spec, self.model.scales
         error = difference(spec, made, true) / scales.step
         places = spec.indices("position")
@@ -141,7 +147,8 @@ class StateLoss(nn.Module):
         columns = list(error.unbind(-1))
         for column, place in enumerate(places):
             columns[place] = body[..., column]
-        return torch.stack(columns, -1)
+        follows = [i for i, name in enumerate(spec.names) if name not in spec.pictured]
+        return torch.stack([columns[i] for i in follows], -1)
 
     def _beside(self, state: Tensor) -> Tensor:
         """Some of the games begin a little beside the truth."""
@@ -171,11 +178,14 @@ class StateStage:
         parts = [[Recording(path) for path in part] for part in split(find_recordings(config.data))]
         spec = common_spec(parts[0])
         self.model = replace(before.model, state=StateConfig(**spec.to_dict()) if spec else StateConfig())
-        states = make_states(self.model, config.world) or StateModel(StateSpec((), ()), 1)
-        if spec:
-            keys = tuple(config.world.keys)
-            self.logs, self.held_out = (StateLogs.read(part or parts[0], spec, keys) for part in parts)
-            states.fit(self.logs.states, self.logs.resets)
+        self.trains = spec is not None
+        if spec is None:
+            self.module = nn.Linear(1, 1)  # stands in for what there is nothing to train of
+            return
+        states = make_states(self.model, config.world)
+        keys = tuple(config.world.keys)
+        self.logs, self.held_out = (StateLogs.read(part or parts[0], spec, keys) for part in parts)
+        states.fit(self.logs.states, self.logs.actions, self.logs.resets)
         self.module = StateLoss(states)
 
     def batch(self, step: int) -> StateBatch:
@@ -194,6 +204,8 @@ class StateStage:
 
     def validate(self, module: StateLoss) -> dict[str, float]:
         """Median and 95th percentile of the errors of held-out games after some frames, raw units."""
+        if not self.trains:
+            return {}
         true, made = self.unrolled(module, 64)
         spec = module.model.spec
         error = difference(spec, made, true)
@@ -211,9 +223,11 @@ class StateStage:
 
     def picture(self, module: StateLoss) -> np.ndarray:
         """Paths of held-out games seen from above, true ones bright, own ones red."""
+        picture = np.zeros((256, 256, 3), np.uint8)
+        if not self.trains:
+            return picture
         true, made = (x.cpu().numpy() for x in self.unrolled(module, 64))
         places = module.model.spec.indices("position")
-        picture = np.zeros((256, 256, 3), np.uint8)
         if len(places) >= 2:
             low, high = (
                 x[places[:2]].cpu().numpy() for x in (module.model.scales.low, module.model.scales.high)
@@ -222,11 +236,11 @@ class StateStage:
                 at = (states[:64, :, places[:2]] - low) / np.maximum(high - low, 1e-6) * 255
                 column, row = np.nan_to_num(at).reshape(-1, 2).clip(0, 255).astype(int).T
                 picture[255 - row, column] = colour
-        return grid([picture[None]])
+        return picture
 
     def save(self, path: Path, module: StateLoss, about: dict[str, Any]) -> None:
         scores = {name: round(value, 2) for name, value in self.validate(module).items()}
-        modules = {"autoencoder": self.autoencoder, "states": module.model}
+        modules = {"autoencoder": self.autoencoder} | ({"states": module.model} if self.trains else {})
         world = self.config.world
         save_checkpoint(path, modules, self.model, world, licence=LICENCE, scores=scores, **about)
 
@@ -237,5 +251,4 @@ def common_spec(recordings: list[Recording]) -> StateSpec | None:
     names = [name for name in kinds[0] if all(name in other for other in kinds)]
     if not names:
         return None
-    pictured = tuple(name for name in names if name in PICTURED)
-    return StateSpec(tuple(names), tuple(kinds[0][name] for name in names), pictured)
+    return StateSpec.of({name: kinds[0][name] for name in names})

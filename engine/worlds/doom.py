@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ..config import UserError, WorldConfig
-from .base import ActionSpace
+from .base import ActionSpace, short_seed
+from .guard import Guard, children
 
 BUTTONS = {
     "forward": "MOVE_FORWARD",
@@ -33,6 +36,7 @@ VARIABLES = {
 }
 KINDS = {"x": "position", "y": "position", "angle": "angle", "vx": "velocity", "vy": "velocity"}
 STEP, DOORWAY = 24, 56  # map units: the highest step and the lowest gap that a player passes
+_starting = threading.Lock()  # the working directory belongs to all threads
 START_TICS = 14  # by then the weapon is raised in every scenario
 
 
@@ -57,19 +61,24 @@ class DoomWorld:
         told = [name for name in VARIABLES if name != "ammo" or "attack" in config.keys]
         self.state_kinds = {name: KINDS.get(name, "scalar") for name in told}
         self._variables = {name: getattr(vizdoom.GameVariable, VARIABLES[name]) for name in told}
-        # unless told otherwise ViZDoom writes its .ini into the working directory, shared by all processes
-        self._folder = tempfile.TemporaryDirectory(prefix="rollplay-doom-")
-        self._game = self._configure(vizdoom)
         try:
-            self._game.init()
+            self._folder = tempfile.TemporaryDirectory(prefix="rollplay-doom-", ignore_cleanup_errors=True)
+        except OSError as error:
+            raise UserError(f"ViZDoom needs a temporary folder to start in: {error.strerror}.") from None
+        others = children()
+        try:
+            self._game = self._configure(vizdoom)
+            with _inside(self._folder.name):
+                self._game.init()
         except Exception as error:  # one class per cause; all mean that it did not start
             self._folder.cleanup()
+            if isinstance(error, UserError):
+                raise
             said = " ".join(str(error).split())
             raise UserError(f"ViZDoom did not start {config.scenario!r}: {said}") from None
         self._lines = _walls(self._game.get_state().sectors)
         self._game.set_sectors_info_enabled(False)  # read once: in every state it costs a fifth of the speed
-        with contextlib.suppress(OSError):  # ViZDoom makes an empty folder where it starts and never needs it
-            os.rmdir("_vizdoom")
+        self._guard = Guard(children() - others)
 
     def _configure(self, vizdoom):
         config = self.config
@@ -109,7 +118,7 @@ class DoomWorld:
 
     def reset(self, seed: int) -> np.ndarray:
         """Starts an episode → first frame, uint8 (h, w, 3)."""
-        self._game.set_seed(seed & 0x7FFFFFFF)
+        self._game.set_seed(short_seed(seed))
         self._game.new_episode()
         self.done = False
         self._frames = 0
@@ -146,7 +155,25 @@ class DoomWorld:
     def close(self) -> None:
         """Ends the simulator."""
         self._game.close()
+        self._guard.close()
         self._folder.cleanup()
+
+
+@contextlib.contextmanager
+def _inside(folder: str) -> Iterator[None]:
+    """Works in `folder` for a moment. ViZDoom writes into the directory that it starts in, and without leave
+    to write there, or where several start at once, it may crash.
+    """
+    with _starting:
+        try:
+            before = os.getcwd()
+        except OSError:  # it has been deleted
+            before = tempfile.gettempdir()
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
 
 
 def _walls(sectors) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..config import UserError, WorldConfig
-from .base import ActionSpace
+from .base import ActionSpace, short_seed
 
 NATURAL = {
     "left": ("Left", "A"),
@@ -53,7 +53,7 @@ class GymWorld:
 
     def reset(self, seed: int) -> np.ndarray:
         """Starts an episode → first frame, uint8 (h, w, 3)."""
-        self._env.reset(seed=seed)
+        self._env.reset(seed=short_seed(seed))
         self.done = False
         self._frames = 0
         return self._frame()

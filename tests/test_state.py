@@ -1,0 +1,332 @@
+"""The state network, its reader, its training and its measure, on a toy body in a square room."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.config import UserError
+from engine.evaluation.state import escapes, evaluate_state
+from engine.model.state import StateCarry, StateModel
+from engine.model.state_reader import StateReader
+from engine.model.state_spec import StateScales, StateSpec, features_width, state_features
+from engine.train.state import StateLogs, StateLoss, StateTraining, train_state
+
+KINDS = {"x": "position", "y": "position", "angle": "angle", "eye": "scalar"}
+KINDS |= {"vx": "velocity", "vy": "velocity", "health": "scalar"}
+SPEC = StateSpec.of(KINDS)
+KEYS = ("forward", "turn_left", "turn_right")
+ROOM = 100.0
+
+
+def play(frames: int, seed: int, episode: int = 300) -> StateLogs:
+    """A body with thrust and friction in a room of 200 x 200: keys held 10 frames; a reset every episode."""
+    rng = np.random.default_rng(seed)
+    states, actions, resets = [], [], []
+    for frame in range(frames):
+        reset = frame % episode == 0
+        if reset:
+            place, speed, angle = rng.uniform(-ROOM / 2, ROOM / 2, 2), np.zeros(2), rng.uniform(0, 360)
+        if frame % 10 == 0:
+            held = (rng.random(3) < (0.7, 0.3, 0.3)).astype(np.float32) * (rng.random() < 0.7)
+        action = np.zeros(3, np.float32) if reset else held
+        angle = (angle + 5 * (action[1] - action[2])) % 360
+        radians = math.radians(angle)
+        speed = 0.8 * speed + 2 * action[0] * np.array([math.cos(radians), math.sin(radians)])
+        moved = np.clip(place + speed, -ROOM, ROOM)
+        speed = np.where(np.abs(place + speed) > ROOM, 0.0, speed)
+        place = moved
+        states.append([*place, angle, 41 + np.abs(speed).sum(), *speed, 100 - frame % episode % 50])
+        actions.append(action)
+        resets.append(reset)
+    parts = (np.array(states, np.float32), np.array(actions), np.array(resets))
+    return StateLogs(*map(torch.from_numpy, parts))
+
+
+@pytest.fixture(scope="module")
+def logs() -> StateLogs:
+    return play(6000, seed=1)
+
+
+@pytest.fixture
+def model(logs: StateLogs) -> StateModel:
+    """Units and linear motion from the data, nothing trained."""
+    torch.manual_seed(0)
+    model = StateModel(SPEC, len(KEYS))
+    model.fit(logs.states, logs.actions, logs.resets)
+    return model
+
+
+@pytest.fixture(scope="module")
+def trained(logs: StateLogs) -> StateModel:
+    torch.manual_seed(0)
+    config = StateTraining(steps=150, max_minutes=60, batch=32, unroll=4, longest=8, warm=4, apart=12)
+    return train_state(StateModel(SPEC, len(KEYS)), logs, config)
+
+
+def body(x: float, y: float, angle: float, speed: float = 0.0) -> torch.Tensor:
+    """(1, 1, S): a body that moves along its heading."""
+    radians = math.radians(angle)
+    velocity = [speed * math.cos(radians), speed * math.sin(radians)]
+    return torch.tensor([[[x, y, angle, 41.0 + sum(map(abs, velocity)), *velocity, 80.0]]])
+
+
+def keys(*held: str, games: int = 1) -> torch.Tensor:
+    return torch.tensor([[float(name in held) for name in KEYS]]).expand(games, -1)
+
+
+def test_spec_survives_the_checkpoints_config() -> None:
+    assert StateSpec.from_dict(SPEC.to_dict()) == SPEC
+    assert SPEC.pictured == ("health",)
+    assert [SPEC.names[i] for i in SPEC.indices("scalar")] == ["eye"]
+
+
+@pytest.mark.parametrize(
+    "names, kinds, pictured",
+    [
+        (("x",), ("place",), ()),
+        (("x", "x"), ("position", "position"), ()),
+        (("x", "y"), ("position",), ()),
+        (("x", "angle"), ("position", "angle"), ("angle",)),
+        (("x",), ("position",), ("health",)),
+    ],
+)
+def test_spec_refuses(names, kinds, pictured) -> None:
+    with pytest.raises(UserError):
+        StateSpec(names, kinds, pictured)
+
+
+def test_unroll_is_repeated_steps(model: StateModel, logs: StateLogs) -> None:
+    with torch.no_grad():
+        for value in model.parameters():
+            value += 0.02 * torch.randn_like(value)
+    batch = logs.cut(torch.tensor([3, 301]), 24, 4)
+    carry = model.begin(batch.states[:, :4], batch.actions[:, :4])
+    assert carry.hidden.shape == (2, model.hidden_width)
+    made = model.unroll(carry, batch.actions[:, 4:])
+    for t in range(20):
+        carry = model.step(carry, batch.actions[:, 4 + t])
+        torch.testing.assert_close(carry.state, made[:, t], atol=1e-3, rtol=1e-4)
+    assert (made[..., SPEC.names.index("health")] == batch.states[:, 3, -1:]).all(), "keys decide no health"
+
+
+def test_what_was_played_before_matters(model: StateModel, logs: StateLogs) -> None:
+    """Two starts from one state with other keys before it are told apart."""
+    batch = logs.cut(torch.tensor([30]), 8, 8)
+    other = 1 - batch.actions
+    a, b = (model.begin(batch.states, actions).hidden for actions in (batch.actions, other))
+    assert not torch.allclose(a, b)
+
+
+def test_frames_apart_are_the_first_of_an_unroll(model: StateModel, logs: StateLogs) -> None:
+    batch = logs.cut(torch.tensor([40, 340]), 7, 6)
+    apart = model.next_states(batch.states, batch.actions)  # (2, 6, S)
+    carry = model.begin(batch.states[:, :6], batch.actions[:, :6])
+    torch.testing.assert_close(
+        model.step(carry, batch.actions[:, 6]).state[:, :6], apart[:, -1, :6], atol=1e-3, rtol=1e-4
+    )
+
+
+def test_free_motion_is_solved_for(model: StateModel) -> None:
+    """Without a step of training, a body in the open does what the toy's equations say."""
+    start = body(0, 0, 30, speed=8.0)
+    state = model.step(model.begin(start, keys("forward")[:, None]), keys("forward")).state[0]
+    speed = 0.8 * 8.0 + 2
+    radians = math.radians(30)
+    assert state[0].item() == pytest.approx(speed * math.cos(radians), abs=0.1)
+    assert state[1].item() == pytest.approx(speed * math.sin(radians), abs=0.1)
+
+
+@pytest.mark.parametrize("angle", [90.0, 210.0])
+def test_motion_is_the_bodys_own(model: StateModel, angle: float) -> None:
+    """A turned body in the open makes the same step, turned."""
+    steps = []
+    for heading in (0.0, angle):
+        start = body(0, 0, heading, speed=5.0)
+        state = model.step(model.begin(start, keys("forward")[:, None]), keys("forward", "turn_left")).state[
+            0
+        ]
+        step = complex(state[0].item(), state[1].item())
+        steps.append(step * complex(math.cos(-math.radians(heading)), math.sin(-math.radians(heading))))
+    assert abs(steps[0] - steps[1]) < 0.05 and abs(steps[0]) > 4
+
+
+def test_angles_go_round(model: StateModel) -> None:
+    carry = model.begin(body(0, 0, 358), keys()[:, None])
+    turned = [(carry := model.step(carry, keys("turn_left"))).state[0, 2].item() for _ in range(4)]
+    assert all(0 <= angle < 360 for angle in turned)
+    assert turned[-1] == pytest.approx(18, abs=1.5)
+
+
+def test_standing_is_standing(trained: StateModel) -> None:
+    carry = trained.begin(body(10, -20, 77), keys()[:, None])
+    with torch.no_grad():
+        for _ in range(2000):
+            carry = trained.step(carry, keys())
+    assert (carry.state[0, :2] - torch.tensor([10.0, -20.0])).norm() < 3
+
+
+def test_nothing_runs_away(model: StateModel) -> None:
+    """Whatever the weights say, the body stays on the known map and every number finite."""
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(torch.randn_like(value))
+        carry = model.begin(body(0, 0, 0).expand(4, -1, -1), keys("forward", games=4)[:, None])
+        states = model.unroll(carry, (torch.rand(4, 300, 3) > 0.5).float())
+    assert torch.isfinite(states).all()
+    assert (states[..., :2].abs() <= ROOM + 1e-3).all()
+    assert (states[..., 2] >= 0).all() and (states[..., 2] <= 360).all()
+
+
+def test_a_step_is_cheap(model: StateModel) -> None:
+    carry = model.begin(body(0, 0, 0), keys()[:, None])
+    with FlopCounterMode(display=False) as counter:
+        model.step(carry, keys())
+    assert 0 < counter.get_total_flops() < 0.01e9
+
+
+def test_gradients_reach_every_weight(model: StateModel, logs: StateLogs) -> None:
+    loss = StateLoss(model, StateTraining())
+    with torch.no_grad():
+        for value in model.parameters():
+            value += 0.02 * torch.randn_like(value)
+    loss(logs.cut(torch.tensor([0, 700, 1500]), 28, 4))[0].backward()
+    dead = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
+    assert not dead
+
+
+def test_games_lie_inside_an_episode(logs: StateLogs) -> None:
+    config = StateTraining(batch=64)
+    assert (logs.left[:3] == torch.tensor([300, 299, 298])).all() and logs.left[-1] == 1
+    for step, progress in ((0, 0.0), (1, 0.6), (2, 0.95)):
+        batch = logs.batch(step, progress, config)
+        assert bool(batch.warm) == bool(config.unroll_at(progress))
+        ages = batch.states[..., 6]  # health says how old an episode is, modulo 50
+        assert (((ages[:, :-1] - ages[:, 1:]) % 50) == 1).all()
+        again = logs.batch(step, progress, config)
+        assert torch.equal(batch.states, again.states) and torch.equal(batch.actions, again.actions)
+    assert config.unroll_at(1.0) == config.longest >= 32
+
+
+def test_episodes_that_are_too_short_are_told() -> None:
+    with pytest.raises(UserError, match="frames"):
+        play(60, seed=0, episode=10).batch(0, 0.9, StateTraining())
+
+
+def recording(states: list, resets=None, names=("turn_left", "forward")) -> SimpleNamespace:
+    actions = np.arange(len(states) * 2, dtype=np.float32).reshape(-1, 2)
+    resets = np.array(resets or [i == 0 for i in range(len(states))])
+    return SimpleNamespace(states=states, actions=actions, resets=resets, names=names, directory="there")
+
+
+def test_logs_are_read_from_recordings() -> None:
+    spec = StateSpec(("x", "angle"), ("position", "angle"))
+    states = [{"x": i, "angle": 2 * i, "more": 0} for i in range(5)]
+    whole, holed = recording(states), recording([states[0], None, states[2], states[3]])
+    logs = StateLogs.read([whole, recording([None, None]), holed], spec, ("forward", "turn_left", "jump"))
+    assert logs.states.tolist() == [[i, 2 * i] for i in (0, 1, 2, 3, 4, 0, 2, 3)]
+    assert logs.actions[1].tolist() == [3, 2, 0], "keys by name; one that the recording lacks is not held"
+    assert logs.resets.nonzero()[:, 0].tolist() == [0, 5, 6], "what follows a frame without state begins anew"
+
+
+def test_recordings_without_the_state_are_told() -> None:
+    spec = StateSpec(("x", "vx"), ("position", "velocity"))
+    with pytest.raises(UserError, match="vx"):
+        StateLogs.read([recording([{"x": 1.0}])], spec, ("forward",))
+    with pytest.raises(UserError, match="state"):
+        StateLogs.read([recording([None])], spec, ("forward",))
+
+
+def test_training_learns_the_walls(logs: StateLogs, model: StateModel, trained: StateModel) -> None:
+    """A few seconds of training, unrolled part included, predict unseen games better than linear motion."""
+    unseen = play(1500, seed=2)
+    figures = [evaluate_state(m, unseen, logs, horizons=(8,), warm=4, minutes=0.1) for m in (model, trained)]
+    before, after = figures
+    assert after["velocity_8_p95"] < 0.7 * before["velocity_8_p95"]
+    assert after["position_8_median"] < 2
+
+
+def test_worlds_without_positions_or_angles() -> None:
+    """A turret that only turns, and a ball on a line."""
+    for spec in (StateSpec(("angle",), ("angle",)), StateSpec(("x", "vx"), ("position", "velocity"))):
+        states = torch.cumsum(torch.rand(64, len(spec)), 0)
+        model = StateModel(spec, 2)
+        actions, resets = torch.rand(64, 2), torch.arange(64) == 0
+        model.fit(states, actions, resets)
+        carry = model.begin(states[None, :4], actions[None, :4])
+        assert model.unroll(carry, actions[None, 4:]).shape == (1, 60, len(spec))
+        features = state_features(model.scales, states[1:], states[:-1])
+        assert features.shape == (63, features_width(spec)) and torch.isfinite(features).all()
+
+
+def test_features_are_of_the_step_in_the_bodys_axes(logs: StateLogs) -> None:
+    scales = StateScales(SPEC)
+    scales.fit(logs.states, logs.resets)
+    before = torch.cat([body(0, 0, 0), body(0, 0, 90)])[:, 0]
+    after = torch.cat([body(6, 0, 0), body(0, 6, 90)])[:, 0]
+    features = state_features(scales, after, before)
+    assert features.shape == (2, features_width(SPEC))
+    moved = features[:, -15:]  # step, turn, and two sines and cosines of each
+    torch.testing.assert_close(moved[0], moved[1])
+    assert moved[0, 0] > 0.1 and abs(moved[0, 1]) < 1e-5
+    still = state_features(scales, before, before)[:, -15:]
+    assert (still[:, :3] == 0).all()
+
+
+def test_unusable_states_are_told() -> None:
+    scales = StateScales(SPEC)
+    with pytest.raises(UserError):
+        scales.fit(torch.full((10, 7), torch.nan), torch.zeros(10, dtype=torch.bool))
+    with pytest.raises(UserError):
+        scales.fit(torch.zeros(10, 7), torch.ones(10, dtype=torch.bool))
+
+
+def test_the_reader_learns(logs: StateLogs) -> None:
+    """Latents that show the state: after some steps it is read off ones that were not shown."""
+    torch.manual_seed(0)
+    reader = StateReader(4, 6, 8, SPEC, width=16)
+    reader.fit(logs.states, logs.resets)
+    show = torch.randn(8, 4 * 6 * 8)
+    radians = torch.deg2rad(logs.states[:, 2:3])
+    plain = reader.scales.normalise(logs.states)
+    seen = torch.cat([plain[:, [0, 1, 3, 4, 5, 6]], radians.cos(), radians.sin()], 1)
+    latents = (seen @ show).view(-1, 4, 6, 8)
+    optimiser = torch.optim.AdamW(reader.parameters(), 3e-3)
+    for step in range(200):
+        rows = torch.arange(64) * 70 + step
+        loss = reader.loss(latents[rows], logs.states[rows])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        read = reader(latents[-1000:])
+    off = (read - logs.states[-1000:]).abs()
+    turn = 180 - (off[:, 2] - 180).abs()
+    assert off[:, :2].median() < 12 and off[:, 6].median() < 5 and turn.median() < 12
+    assert (read[:, 2] >= 0).all() and (read[:, 2] < 360).all()
+
+
+def test_escapes_are_seen(model: StateModel, logs: StateLogs) -> None:
+    """The room that a player saw half of is left for ever by a body that walks through the other half."""
+    forward = copy.deepcopy(logs)
+    forward.actions[:] = keys("forward")[0]
+    whole = escapes(model, forward, logs, warm=2, fps=17.5, minutes=0.5)
+    assert whole["escapes_per_ten_minutes"] == 0 and whole["never_returned"] == 0
+    half = StateLogs(logs.states.clone(), logs.actions, logs.resets)
+    half.states[:, 0] = -half.states[:, 0].abs()
+    outside = escapes(model, forward, half, warm=2, fps=17.5, minutes=0.5)
+    assert outside["escapes_per_ten_minutes"] > 0 and outside["never_returned"] > 0
+
+
+def test_carry_can_be_picked_apart(model: StateModel) -> None:
+    """The generator keeps carries and writes what it reads off pictures into them."""
+    carry = model.begin(body(1, 2, 3), keys()[:, None])
+    state = carry.state.clone()
+    state[0, 6] = 12.0
+    assert model.step(StateCarry(carry.hidden, state), keys()).state[0, 6] == 12.0
