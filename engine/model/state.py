@@ -20,7 +20,7 @@ PERIODS = range(3, 21)  # frames; what swings with a fixed period (a walker's bo
 STILL = 0.02  # changes below this share of a large one become nothing, so that standing is standing
 LARGEST = 3.0  # large steps: no change within a frame is beyond
 EDGE = 4.0  # large steps from the edge of the known map within which the walls' part is told of it
-FREE_SHARE = 0.8  # of all frames, those that are most nearly linear, tell how a free body moves
+SOLVED_FRAMES = 50_000  # at most so many tell how a free body moves
 UNTOUCHED = 2.0  # by which a wall is unlikely to matter at first
 
 
@@ -76,8 +76,8 @@ class StateModel(nn.Module):
     def fit(self, states: Tensor, actions: Tensor, resets: Tensor) -> None:
         """Sets units, ranges and the linear part of free motion from the data (n, S), (n, k), (n,).
 
-        The linear part is solved for, not trained: least squares of every number's change, twice, the second
-        time without what the first could not explain (walls). See StateScales.fit for what is refused.
+        The linear part is solved for, not trained: least squares over frames that begin away from the edge of
+        the known map. See StateScales.fit for what is refused.
         """
         scales, n = self.scales, self.positions
         scales.fit(states, resets)
@@ -86,7 +86,11 @@ class StateModel(nn.Module):
         self.low[n : self.moved], self.high[n : self.moved] = -math.inf, math.inf  # angles go round
         self.unit.copy_(pick(scales.step / scales.scale, self.order))
         self.unit[self.added :] = 1.0  # velocities are set, not added to
-        follows = ~(resets[1:-1] | resets[2:]).bool()
+        place = self._inner(states[1:-1])[:, :n]
+        edge = (EDGE * self.unit[:n]).clamp_max(0.5)
+        open_ = ((place - self.low[:n] > edge) & (self.high[:n] - place > edge)).all(1)
+        follows = (~(resets[1:-1] | resets[2:]).bool() & open_).nonzero()[:, 0]
+        follows = follows[:: -(-len(follows) // SOLVED_FRAMES)]
         first, before, after = (
             self._inner(part)[follows] for part in (states[:-2], states[1:-1], states[2:])
         )
@@ -98,14 +102,10 @@ class StateModel(nn.Module):
         change += [((after - before) / self.unit)[:, self.moved : self.added]]
         change = torch.cat([*change, turned(after[:, self.added :], cos, -sin)], 1)
         told, change = told.double(), change.double()
-        ridge = 1e-6 * len(told) * torch.eye(told.shape[1], dtype=told.dtype)
-        solved = torch.linalg.solve(told.T @ told + ridge, told.T @ change)
-        off = (told @ solved - change).abs()
-        for column, bound in enumerate(off.sort(0).values[int(FREE_SHARE * len(off))].clamp_min(STILL)):
-            a, b = (rows[off[:, column] <= bound] for rows in (told, change[:, column]))
-            solved[:, column] = torch.linalg.solve(a.T @ a + ridge, a.T @ b)
+        ridge = 1e-7 * len(told) * torch.eye(told.shape[1], dtype=told.dtype, device=told.device)
+        solved = torch.linalg.solve(told.T @ told + ridge, told.T @ change).float()
         self.free.weight.zero_()
-        self.free.weight[:, : told.shape[1] - 1] = solved[:-1].T.float()
+        self.free.weight[:, : told.shape[1] - 1] = solved[:-1].T
         self.free.bias.copy_(solved[-1])
 
     def begin(self, states: Tensor, actions: Tensor) -> StateCarry:
