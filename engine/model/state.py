@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .state_spec import OCTAVES, StateScales, StateSpec, pick, turned, waves
 
 PERIODS = range(3, 21)  # frames; what swings with a fixed period (a walker's bob) follows one of these clocks
+AGEING = 0.25  # share by which a held key's age comes nearer to 1 in a frame: many turn slowly at first
 STILL = 0.02  # changes below this share of a large one become nothing, so that standing is standing
 LARGEST = 3.0  # large steps: no change within a frame is beyond
 EDGE = 4.0  # large steps from the edge of the known map within which the walls' part is told of it
@@ -35,7 +36,7 @@ class StateModel(nn.Module):
     """Keys → next state. Pictured scalars are left as they are: whoever reads pictures writes them in.
 
     Inside, a state is (b, M) without the pictured scalars and in normalised units: positions, angles (in
-    half turns, not wrapped), scalars, velocities. `hidden` is memory, clocks, and the last step and turn.
+    half turns, not wrapped), scalars, velocities. `hidden` is memory, clocks, ages of keys, and the last turn (and step).
     """
 
     def __init__(self, spec: StateSpec, keys: int, width: int = 48, wall_width: int = 128) -> None:
@@ -53,7 +54,7 @@ class StateModel(nn.Module):
         self.moved = self.positions + self.angles
         self.known = self.positions if self.velocities else 0  # of a step: velocity tells as much
         told = keys + self.velocities + self.scalars + self.moved - self.known
-        self.kept = width + 2 * len(PERIODS)  # memory and clocks
+        self.kept = width + 2 * len(PERIODS) + keys  # memory, clocks, and how long each key is held
         self.remember = nn.Linear(told + self.kept, 2 * width + 3 * len(PERIODS))
         self.clock_start = nn.Parameter(0.1 * torch.randn(2 * len(PERIODS)))
         self.free = nn.Linear(told + self.kept, len(self.order))  # a free body's motion is nearly linear
@@ -153,7 +154,7 @@ class StateModel(nn.Module):
 
     def _start(self, games: int) -> Tensor:
         """Hidden (b, H) before the first frame."""
-        return F.pad(self.clock_start, (self.width, self.moved - self.known)).expand(games, -1)
+        return F.pad(self.clock_start, (self.width, self.keys + self.moved - self.known)).expand(games, -1)
 
     def _recall(
         self, hidden: Tensor, previous: Tensor, inner: Tensor, actions: Tensor
@@ -213,16 +214,17 @@ class StateModel(nn.Module):
         return self._moved(inner, new, cos, sin)[..., self.known :]
 
     def _remember(self, kept: Tensor, told: Tensor) -> Tensor:
-        """Memory and clocks (b, kept), told → the same one frame on."""
+        """Memory, clocks and ages of held keys (b, kept), told → the same one frame on."""
         width, count = self.width, len(PERIODS)
-        memory, clock = kept[:, :width], kept[:, width:]
+        memory, clock, age = kept.split([width, 2 * count, self.keys], 1)
         out = self.remember(torch.cat([told, kept], 1))
         gate, fresh, clock_gate, clock_fresh = out.split([width, width, count, 2 * count], 1)
         memory = memory + gate.sigmoid() * (fresh.tanh() - memory)
         x, y = clock.chunk(2, 1)
         clock = clock * self.clock_turn[0] + torch.cat([-y, x], 1) * self.clock_turn[1]
         clock = clock + (clock_gate - 4).sigmoid().repeat(1, 2) * (clock_fresh.tanh() - clock)
-        return torch.cat([memory, clock], 1)
+        age = told[:, : self.keys] * (age + AGEING * (1 - age))  # a key let go is young again
+        return torch.cat([memory, clock, age], 1)
 
     def _against_walls(self, here: Tensor, step: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised position (b, n), step and velocity in the open along the map's axes, in large steps and
