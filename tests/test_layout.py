@@ -16,9 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground up. A file imports only from files of lower lines: never sideways, never up.
 LEVELS = [
-    "engine/__init__.py  engine/config.py",
+    "engine/__init__.py  engine/config.py  engine/model/__init__.py  engine/train/__init__.py",
     "engine/worlds/base.py  engine/device.py  engine/picture.py  engine/optim.py  engine/sampler.py",
     "engine/film.py  engine/pace.py  engine/video.py  engine/sight.py  engine/schema.py",
+    "engine/model/state_spec.py",
+    "engine/model/state.py  engine/model/state_reader.py",
+    "engine/train/state.py",
     "kernels/reference.py  kernels/norm.py  kernels/rope_triton.py",
     "kernels/attention.py  kernels/rope.py  engine/floor.py",
     "kernels/libraries.py  engine/explorer.py",
@@ -46,7 +49,7 @@ LEVELS = [
     "engine/evaluation/section.py  engine/evaluation/watch.py  engine/evaluation/variants.py",
     "engine/evaluation/control.py  engine/evaluation/drift.py  engine/evaluation/endurance.py",
     "engine/evaluation/fidelity.py  engine/evaluation/turning.py  engine/evaluation/report.py",
-    "engine/evaluation/speed.py",
+    "engine/evaluation/speed.py  engine/evaluation/state.py",
     "engine/evaluation/behaviour.py  engine/evaluation/latency.py  engine/evaluation/parts.py",
     "engine/evaluation/stage.py  engine/evaluation/table.py",
     "engine/evaluation/ablation.py",

@@ -150,6 +150,7 @@ class StateModel(nn.Module):
         scales, n, a = self.scales, self.positions, self.angles
         state = inner * pick(scales.scale, self.order) + pick(scales.offset, self.order)
         wrapped = state[..., n : n + a] % 360
+        wrapped = wrapped * (wrapped < 360)  # of a tiny negative angle the remainder is 360 itself
         parts = [state[..., :n], wrapped, state[..., n + a :], pick(last, self.spec.pictured_indices)]
         return pick(torch.cat(parts, -1), self.back)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -96,6 +97,12 @@ class StateLogs:
     def __len__(self) -> int:
         return len(self.states)
 
+    def to(self, device: torch.device) -> StateLogs:
+        """The same with states and actions in the memory of `device`; games are still drawn on the CPU."""
+        moved = copy.copy(self)
+        moved.states, moved.actions = self.states.to(device), self.actions.to(device)
+        return moved
+
     def cut(self, starts: Tensor, length: int, warm: int) -> StateBatch:
         """Games that begin at the frames `starts` (b,) and are `length` frames long."""
         rows = starts[:, None] + torch.arange(length)
@@ -186,7 +193,9 @@ def train_state(
     model: StateModel, logs: StateLogs, config: StateTraining, tell: Callable[[dict], None] | None = None
 ) -> StateModel:
     """Fits the units of `model` to `logs`, trains it and returns the moving average of its weights."""
-    model.fit(logs.states, logs.actions, logs.resets)
+    device = next(model.parameters()).device
+    logs = logs.to(device)
+    model.fit(logs.states, logs.actions, logs.resets.to(device))
     loss = StateLoss(model, config)
     weights = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim <= 1]
