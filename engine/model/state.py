@@ -20,6 +20,7 @@ PERIODS = range(3, 21)  # frames; what swings with a fixed period (a walker's bo
 AGEING = 0.25  # share by which a held key's age comes nearer to 1 in a frame: many turn slowly at first
 STILL = 0.02  # changes below this share of a large one become nothing, so that standing is standing
 LARGEST = 3.0  # large steps: no change within a frame is beyond
+FAR = 1e6  # beyond any angle; infinity would not survive a moving average
 EDGE = 4.0  # large steps from the edge of the known map within which the walls' part is told of it
 SOLVED_FRAMES = 50_000  # at most so many tell how a free body moves
 UNTOUCHED = 2.0  # by which a wall is unlikely to matter at first
@@ -85,7 +86,7 @@ class StateModel(nn.Module):
         scales.fit(states, resets)
         self.low.copy_(self._inner(scales.low))
         self.high.copy_(self._inner(scales.high))
-        self.low[n : self.moved], self.high[n : self.moved] = -math.inf, math.inf  # angles go round
+        self.low[n : self.moved], self.high[n : self.moved] = -FAR, FAR  # angles go round
         self.unit.copy_(pick(scales.step / scales.scale, self.order))
         self.unit[self.added :] = 1.0  # velocities are set, not added to
         place = self._inner(states[1:-1])[:, :n]
