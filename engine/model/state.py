@@ -37,8 +37,8 @@ class StateModel(nn.Module):
     """Keys → next state. Pictured scalars are left as they are: whoever reads pictures writes them in.
 
     Inside, a state is (b, M) without the pictured scalars and in normalised units: positions, angles (in
-    half turns, not wrapped), scalars, velocities. `hidden` is memory, clocks, ages of keys, and the last turn
-    (and step).
+    half turns, not wrapped), scalars, velocities. `hidden` is memory, clocks, ages of held keys, and the last
+    turn (where no velocity is known, also the last step).
     """
 
     def __init__(self, spec: StateSpec, keys: int, width: int = 48, wall_width: int = 128) -> None:
@@ -151,6 +151,7 @@ class StateModel(nn.Module):
         scales, n, a = self.scales, self.positions, self.angles
         state = inner * pick(scales.scale, self.order) + pick(scales.offset, self.order)
         wrapped = state[..., n : n + a] % 360
+        wrapped = wrapped * (wrapped < 360)  # of a tiny negative angle the remainder is 360 itself
         parts = [state[..., :n], wrapped, state[..., n + a :], pick(last, self.spec.pictured_indices)]
         return pick(torch.cat(parts, -1), self.back)
 
