@@ -1,4 +1,4 @@
-"""Tiny games for tests of the model: a denoiser whose every weight matters, a state's predictor, keys, starts."""
+"""Tiny games for tests of the model: a denoiser whose every weight matters, a predictor, keys, starts."""
 
 from __future__ import annotations
 

@@ -159,6 +159,8 @@ def test_a_cut_start_is_exact_and_stays_in_its_episode(tiny_checkpoint, tmp_path
     cut = Recording(cut_start(walk, 25, tmp_path / "s"))
     np.testing.assert_array_equal(cut.frames(), walk.frames(20, 26))  # the episode began at 20
     np.testing.assert_array_equal(cut.actions, walk.actions[20:26])
+    assert cut.states == walk.states[20:26] and cut.states[5]["x"] == 225
+    assert cut.state_kinds == walk.state_kinds
     cut_start(walk, 15, tmp_path / "s")
     assert len(Recording(tmp_path / "s")) == 16
 

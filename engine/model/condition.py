@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -43,6 +42,8 @@ class ConditionEncoder(nn.Module):
         """
         windows = action_windows(actions, self.history)
         has = has_state[..., None].to(windows.dtype)
-        place = F.one_hot(ahead, self.ahead).to(windows.dtype).expand(len(windows), -1, -1)
+        # not one_hot, which reads on the host, where a step is to be captured
+        place = (ahead[:, None] == torch.arange(self.ahead, device=ahead.device)).to(windows.dtype)
+        place = place.expand(len(windows), -1, -1)
         parts = [windows, features.to(windows.dtype) * has, has, place, before_sigma[..., None]]
         return self.mlp(torch.cat(parts, -1))
