@@ -785,7 +785,7 @@ def test_a_stopped_evaluation_leaves_no_simulator_and_what_it_finished(tiny_chec
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-    assert child.returncode == 130 and "the same command continues" in said
+    assert child.returncode == 143 and "the same command continues" in said
     assert finished.exists()
 
 
