@@ -20,12 +20,8 @@ from ..device import autocast
 from ..model.autoencoder import Autoencoder
 from ..model.checkpoint import Checkpoint, kept, save_checkpoint, weights_digest
 from ..model.networks import load_autoencoder
-<<<<<<< HEAD
 from ..recording import Recording, find_recordings
-=======
-from ..recording import find_recordings
 from .stop import hold
->>>>>>> ground
 
 FREE = ("ladder", "correction")  # how weights are used, which may be chosen anew in any later stage
 LICENCE = "Weights and start frames derive from ViZDoom (MIT) with Freedoom art (BSD-3-Clause); see NOTICE."
