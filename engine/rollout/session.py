@@ -31,8 +31,11 @@ class Player:
         device: str = "auto",
         precision: str = "auto",
         rollout: type[Rollout] = Rollout,
+        state: bool = True,
     ):
-        """`rollout`: how they play; ablations play otherwise."""
+        """`rollout`: how they play; ablations play otherwise. `state`: whether games may have one; without,
+        they are played as in a world that tells none.
+        """
         self.rollout = rollout
         self.checkpoint = Checkpoint(checkpoint)
         self.world: WorldConfig = self.checkpoint.world
@@ -41,14 +44,9 @@ class Player:
         self.dtype = AUTOCAST[self.precision]
         self.autoencoder = self.ready(load_autoencoder(self.checkpoint))
         self.denoiser = self.ready(load_denoiser(self.checkpoint))
-        self.states = load_states(self.checkpoint)
+        self.states = load_states(self.checkpoint) if state else None
         if self.states is not None:  # tiny: it stays in float32
             self.states.to(self.device).eval().requires_grad_(False)
-
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        """What the network knows its world to tell of itself."""
-        return self.states.spec.names if self.states else ()
 
     def ready(self, module: Module) -> Module:
         """A network with its weights, brought to the device and laid out for play there."""
