@@ -30,8 +30,8 @@ class Clips:
     def choose(
         self, places: list[tuple[int, int]], count: int, length: int, seed: int
     ) -> tuple[np.ndarray, Tensor, list[list[dict | None]]]:
-        """`count` of the places at random → frames uint8 (b, length, h, w, 3), actions (b, length, k), and the
-        recorded states (b)(length).
+        """`count` of the places at random → frames uint8 (b, length, h, w, 3), actions (b, length, k), and
+        the recorded states (b)(length).
         """
         if not places:
             raise UserError(
