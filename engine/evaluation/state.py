@@ -29,8 +29,8 @@ def evaluate_state(
     """Median and 95th percentile of the error after each horizon, and escapes, on logs not trained on.
 
     Every stretch begins with `warm` recorded frames; from there on the network has nothing but keys. A
-    horizon that no episode is long enough for is left out. Position errors in map units, angles in degrees,
-    the rest in raw units. `visited` are all logs that show where rooms are; see `escapes`.
+    horizon that no episode is long enough for is left out. Position errors and `idle_drift` in map units,
+    angles in degrees, the rest in raw units. `visited` are all logs that show where rooms are; see `escapes`.
     """
     figures: dict[str, float] = {}
     model.eval()
@@ -47,6 +47,7 @@ def evaluate_state(
             figures[f"{name}_{horizon}_p95"] = round(error.quantile(0.95).item(), 3)
     if model.spec.indices("position"):
         figures |= escapes(model, logs, visited, warm, fps, minutes)
+        figures["idle_drift"] = idle_drift(model, logs, warm, round(12 * minutes * fps))
     return figures
 
 
@@ -103,6 +104,24 @@ def escapes(
         "longest_escape_seconds": round(longest.max().item() / fps, 2),
         "never_returned": int(never.sum()),
     }
+
+
+@torch.no_grad()
+def idle_drift(
+    model: StateModel, logs: StateLogs, warm: int = 16, frames: int = 2000, rest: int = 64
+) -> float:
+    """Median way in map units that a body strays in `frames` without keys, having come to rest before."""
+    begun = (logs.left >= warm).nonzero()[:, 0]
+    starts = begun[torch.linspace(0, len(begun) - 1, 32).long()]
+    first = logs.cut(starts, warm, warm)
+    carry = model.begin(first.states, first.actions)
+    still = torch.zeros_like(first.actions[:, 0])
+    for frame in range(rest + frames):
+        carry = model.step(carry, still)
+        if frame == rest - 1:
+            rested = carry.state
+    off = pick(carry.state - rested, model.spec.indices("position"))
+    return round(off.norm(dim=-1).median().item(), 3)
 
 
 class Rooms:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from .state_spec import OCTAVES, StateScales, StateSpec, pick, turned, waves
 
 PERIODS = range(3, 21)  # frames; what swings with a fixed period (a walker's bob) follows one of these clocks
+AGEING = 0.25  # share by which a held key's age comes nearer to 1 in a frame: many turn slowly at first
 STILL = 0.02  # changes below this share of a large one become nothing, so that standing is standing
 LARGEST = 3.0  # large steps: no change within a frame is beyond
 EDGE = 4.0  # large steps from the edge of the known map within which the walls' part is told of it
-FREE_SHARE = 0.8  # of all frames, those that are most nearly linear, tell how a free body moves
+SOLVED_FRAMES = 50_000  # at most so many tell how a free body moves
 FAR = 1e6  # beyond any angle; infinity would not survive a moving average
 UNTOUCHED = 2.0  # by which a wall is unlikely to matter at first
 
@@ -36,7 +37,8 @@ class StateModel(nn.Module):
     """Keys → next state. Pictured scalars are left as they are: whoever reads pictures writes them in.
 
     Inside, a state is (b, M) without the pictured scalars and in normalised units: positions, angles (in
-    half turns, not wrapped), scalars, velocities. `hidden` is memory, clocks, and the last step and turn.
+    half turns, not wrapped), scalars, velocities. `hidden` is memory, clocks, ages of held keys, and the last
+    turn (where no velocity is known, also the last step).
     """
 
     def __init__(self, spec: StateSpec, keys: int, width: int = 48, wall_width: int = 128) -> None:
@@ -54,7 +56,7 @@ class StateModel(nn.Module):
         self.moved = self.positions + self.angles
         self.known = self.positions if self.velocities else 0  # of a step: velocity tells as much
         told = keys + self.velocities + self.scalars + self.moved - self.known
-        self.kept = width + 2 * len(PERIODS)  # memory and clocks
+        self.kept = width + 2 * len(PERIODS) + keys  # memory, clocks, and how long each key is held
         self.remember = nn.Linear(told + self.kept, 2 * width + 3 * len(PERIODS))
         self.clock_start = nn.Parameter(0.1 * torch.randn(2 * len(PERIODS)))
         self.free = nn.Linear(told + self.kept, len(self.order))  # a free body's motion is nearly linear
@@ -77,8 +79,8 @@ class StateModel(nn.Module):
     def fit(self, states: Tensor, actions: Tensor, resets: Tensor) -> None:
         """Sets units, ranges and the linear part of free motion from the data (n, S), (n, k), (n,).
 
-        The linear part is solved for, not trained: least squares of every number's change, twice, the second
-        time without what the first could not explain (walls). See StateScales.fit for what is refused.
+        The linear part is solved for, not trained: least squares over frames that begin away from the edge of
+        the known map. See StateScales.fit for what is refused.
         """
         scales, n = self.scales, self.positions
         scales.fit(states, resets)
@@ -87,7 +89,11 @@ class StateModel(nn.Module):
         self.low[n : self.moved], self.high[n : self.moved] = -FAR, FAR  # angles go round
         self.unit.copy_(pick(scales.step / scales.scale, self.order))
         self.unit[self.added :] = 1.0  # velocities are set, not added to
-        follows = ~(resets[1:-1] | resets[2:]).bool()
+        place = self._inner(states[1:-1])[:, :n]
+        edge = (EDGE * self.unit[:n]).clamp_max(0.5)
+        open_ = ((place - self.low[:n] > edge) & (self.high[:n] - place > edge)).all(1)
+        follows = (~(resets[1:-1] | resets[2:]).bool() & open_).nonzero()[:, 0]
+        follows = follows[:: -(-len(follows) // SOLVED_FRAMES)]
         first, before, after = (
             self._inner(part)[follows] for part in (states[:-2], states[1:-1], states[2:])
         )
@@ -99,14 +105,10 @@ class StateModel(nn.Module):
         change += [((after - before) / self.unit)[:, self.moved : self.added]]
         change = torch.cat([*change, turned(after[:, self.added :], cos, -sin)], 1)
         told, change = told.double(), change.double()
-        ridge = 1e-6 * len(told) * torch.eye(told.shape[1], dtype=told.dtype)
-        solved = torch.linalg.solve(told.T @ told + ridge, told.T @ change)
-        off = (told @ solved - change).abs()
-        for column, bound in enumerate(off.sort(0).values[int(FREE_SHARE * len(off))].clamp_min(STILL)):
-            a, b = (rows[off[:, column] <= bound] for rows in (told, change[:, column]))
-            solved[:, column] = torch.linalg.solve(a.T @ a + ridge, a.T @ b)
+        ridge = 1e-7 * len(told) * torch.eye(told.shape[1], dtype=told.dtype, device=told.device)
+        solved = torch.linalg.solve(told.T @ told + ridge, told.T @ change).float()
         self.free.weight.zero_()
-        self.free.weight[:, : told.shape[1] - 1] = solved[:-1].T.float()
+        self.free.weight[:, : told.shape[1] - 1] = solved[:-1].T
         self.free.bias.copy_(solved[-1])
 
     def begin(self, states: Tensor, actions: Tensor) -> StateCarry:
@@ -149,12 +151,13 @@ class StateModel(nn.Module):
         scales, n, a = self.scales, self.positions, self.angles
         state = inner * pick(scales.scale, self.order) + pick(scales.offset, self.order)
         wrapped = state[..., n : n + a] % 360
+        wrapped = wrapped * (wrapped < 360)  # of a tiny negative angle the remainder is 360 itself
         parts = [state[..., :n], wrapped, state[..., n + a :], pick(last, self.spec.pictured_indices)]
         return pick(torch.cat(parts, -1), self.back)
 
     def _start(self, games: int) -> Tensor:
         """Hidden (b, H) before the first frame."""
-        return F.pad(self.clock_start, (self.width, self.moved - self.known)).expand(games, -1)
+        return F.pad(self.clock_start, (self.width, self.keys + self.moved - self.known)).expand(games, -1)
 
     def _recall(
         self, hidden: Tensor, previous: Tensor, inner: Tensor, actions: Tensor
@@ -214,16 +217,17 @@ class StateModel(nn.Module):
         return self._moved(inner, new, cos, sin)[..., self.known :]
 
     def _remember(self, kept: Tensor, told: Tensor) -> Tensor:
-        """Memory and clocks (b, kept), told → the same one frame on."""
+        """Memory, clocks and ages of held keys (b, kept), told → the same one frame on."""
         width, count = self.width, len(PERIODS)
-        memory, clock = kept[:, :width], kept[:, width:]
+        memory, clock, age = kept.split([width, 2 * count, self.keys], 1)
         out = self.remember(torch.cat([told, kept], 1))
         gate, fresh, clock_gate, clock_fresh = out.split([width, width, count, 2 * count], 1)
         memory = memory + gate.sigmoid() * (fresh.tanh() - memory)
         x, y = clock.chunk(2, 1)
         clock = clock * self.clock_turn[0] + torch.cat([-y, x], 1) * self.clock_turn[1]
         clock = clock + (clock_gate - 4).sigmoid().repeat(1, 2) * (clock_fresh.tanh() - clock)
-        return torch.cat([memory, clock], 1)
+        age = told[:, : self.keys] * (age + AGEING * (1 - age))  # a key let go is young again
+        return torch.cat([memory, clock, age], 1)
 
     def _against_walls(self, here: Tensor, step: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised position (b, n), step and velocity in the open along the map's axes, in large steps and

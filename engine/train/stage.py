@@ -21,6 +21,7 @@ from ..model.autoencoder import Autoencoder
 from ..model.checkpoint import Checkpoint, kept, save_checkpoint, weights_digest
 from ..model.networks import load_autoencoder
 from ..recording import Recording, find_recordings
+from .stop import hold
 
 FREE = ("ladder", "correction")  # how weights are used, which may be chosen anew in any later stage
 LICENCE = "Weights and start frames derive from ViZDoom (MIT) with Freedoom art (BSD-3-Clause); see NOTICE."
@@ -110,6 +111,7 @@ class LatentsStage(ABC):
 
     @torch.inference_mode()
     def _encode(self, frames: Tensor) -> Tensor:
+        hold(Path(self.config.out))
         with autocast(self.device, self.dtype):
             return self.autoencoder.encode(frames.to(self.device)).cpu()
 
