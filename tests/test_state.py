@@ -11,12 +11,25 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.config import UserError
-from engine.evaluation.state import escapes, evaluate_state
+from engine.config import (
+    AutoencoderConfig,
+    ModelConfig,
+    StageConfig,
+    TrainConfig,
+    UserError,
+    WorldConfig,
+)
+from engine.data.state_logs import StateLogs, StatePictures
+from engine.evaluation.state import escapes, evaluate_state, idle_drift
+from engine.model.autoencoder import Autoencoder
+from engine.model.checkpoint import Checkpoint, save_checkpoint
+from engine.model.networks import load_reader, load_states
 from engine.model.state import StateCarry, StateModel
 from engine.model.state_reader import StateReader
 from engine.model.state_spec import StateScales, StateSpec, features_width, state_features
-from engine.train.state import StateLogs, StateLoss, StateTraining, train_state
+from engine.recording import Recorder
+from engine.train.optim import moving_average
+from engine.train.state import Given, StateLoss, StateStage
 
 KINDS = {"x": "position", "y": "position", "angle": "angle", "eye": "scalar"}
 KINDS |= {"vx": "velocity", "vy": "velocity", "health": "scalar"}
@@ -63,11 +76,25 @@ def model(logs: StateLogs) -> StateModel:
     return model
 
 
+def make_reader(logs: StateLogs, width: int = 16) -> StateReader:
+    """Of latents (4, 6, 8)."""
+    reader = StateReader(4, 6, 8, SPEC, width)
+    reader.fit(logs.states, logs.resets)
+    return reader
+
+
 @pytest.fixture(scope="module")
 def trained(logs: StateLogs) -> StateModel:
     torch.manual_seed(0)
-    config = StateTraining(steps=150, max_minutes=60, batch=32, unroll=4, longest=8, warm=4, apart=12)
-    return train_state(StateModel(SPEC, len(KEYS)), logs, config)
+    model = StateModel(SPEC, len(KEYS))
+    model.fit(logs.states, logs.actions, logs.resets)
+    loss, pace = StateLoss(model, make_reader(logs)), StageConfig(batch=32, unroll=8)
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(50):
+        loss.predict(logs.batch(step, pace))[0].backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return model.requires_grad_(False)
 
 
 def body(x: float, y: float, angle: float, speed: float = 0.0) -> torch.Tensor:
@@ -154,7 +181,7 @@ def test_motion_is_the_bodys_own(model: StateModel, angle: float) -> None:
         ]
         step = complex(state[0].item(), state[1].item())
         steps.append(step * complex(math.cos(-math.radians(heading)), math.sin(-math.radians(heading))))
-    assert abs(steps[0] - steps[1]) < 0.05 and abs(steps[0]) > 4
+    assert abs(steps[0] - steps[1]) < 0.2 and abs(steps[0]) > 4, "but for the smallest steps, which vanish"
 
 
 def test_angles_go_round(model: StateModel) -> None:
@@ -167,7 +194,7 @@ def test_angles_go_round(model: StateModel) -> None:
 def test_standing_is_standing(model: StateModel) -> None:
     carry = model.begin(body(10, -20, 77), keys()[:, None])
     with torch.no_grad():
-        for _ in range(2000):
+        for _ in range(500):
             carry = model.step(carry, keys())
     assert (carry.state[0, :2] - torch.tensor([10.0, -20.0])).norm() < 3
 
@@ -192,31 +219,63 @@ def test_a_step_is_cheap(model: StateModel) -> None:
 
 
 def test_gradients_reach_every_weight(model: StateModel, logs: StateLogs) -> None:
-    loss = StateLoss(model, StateTraining())
+    loss = StateLoss(model, make_reader(logs))
     with torch.no_grad():
         for value in model.parameters():
             value += 0.02 * torch.randn_like(value)
-    loss(logs.cut(torch.tensor([0, 700, 1500]), 28, 4))[0].backward()
-    dead = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
+    pictures = StatePictures(torch.randn(5, 4, 6, 8), logs.states[:5])
+    value, parts = loss(Given(logs.cut(torch.tensor([0, 700, 1500]), 28, 4), pictures))
+    value.backward()
+    assert {"place", "pace", "read"} == parts.keys() and value > max(parts.values())
+    dead = [name for name, value in loss.named_parameters() if value.grad is None or not value.grad.any()]
     assert not dead
 
 
+def test_a_perfect_prediction_costs_nothing(model: StateModel, logs: StateLogs) -> None:
+    """Against what the network itself makes, loss and slope vanish; one angle beside the border does not."""
+    loss, batch = StateLoss(model, make_reader(logs)), logs.cut(torch.tensor([2, 333]), 16, 16)
+    carry = model.begin(batch.states[:, :4], batch.actions[:, :4])
+    own = torch.cat([batch.states[:, :4], model.unroll(carry, batch.actions[:, 4:])], 1).detach()
+    torch.manual_seed(1)  # draws no noise on these two games
+    with torch.no_grad():
+        right = loss.predict(batch._replace(states=own, warm=4))[0]
+        own[:, 4:, 2] = (own[:, 4:, 2] + 20) % 360
+        wrong = loss.predict(batch._replace(states=own, warm=4))[0]
+    assert right < 1e-3 < 0.5 < wrong
+
+
+def test_the_moving_average_stays_finite(model: StateModel, logs: StateLogs) -> None:
+    """Buffers are averaged as weights are: an infinite bound would become no number."""
+    loss = StateLoss(model, make_reader(logs))
+    average = moving_average(loss, 0.9)
+    for _ in range(3):
+        average.update_parameters(loss)
+    kept, own = average.module.state_dict(), loss.state_dict()
+    assert all(torch.isfinite(value).all() for value in kept.values())
+    for name in own:
+        torch.testing.assert_close(kept[name], own[name])
+
+
 def test_games_lie_inside_an_episode(logs: StateLogs) -> None:
-    config = StateTraining(batch=64)
     assert (logs.left[:3] == torch.tensor([300, 299, 298])).all() and logs.left[-1] == 1
-    for step, progress in ((0, 0.0), (1, 0.6), (2, 0.95)):
-        batch = logs.batch(step, progress, config)
-        assert bool(batch.warm) == bool(config.unroll_at(progress))
+    pace, lengths, begun = StageConfig(batch=64, unroll=32), set(), 0
+    for seed in range(24):
+        batch = logs.batch(seed, pace)
+        lengths.add(batch.states.shape[1] - batch.warm if batch.warm else 0)
         ages = batch.states[..., 6]  # health says how old an episode is, modulo 50
         assert (((ages[:, :-1] - ages[:, 1:]) % 50) == 1).all()
-        again = logs.batch(step, progress, config)
+        begun += int((batch.actions[:, 0] == 0).all(1).sum())
+        again = logs.batch(seed, pace)
         assert torch.equal(batch.states, again.states) and torch.equal(batch.actions, again.actions)
-    assert config.unroll_at(1.0) == config.longest >= 32
+    assert lengths == {0, 8, 16, 32}, "frames apart, and every length up to `unroll`"
+    assert begun > 24
 
 
 def test_episodes_that_are_too_short_are_told() -> None:
+    short = play(60, seed=0, episode=10)
     with pytest.raises(UserError, match="frames"):
-        play(60, seed=0, episode=10).batch(0, 0.9, StateTraining())
+        for seed in range(8):
+            short.batch(seed, StageConfig(batch=4, unroll=8))
 
 
 def recording(states: list, resets=None, names=("turn_left", "forward")) -> SimpleNamespace:
@@ -226,21 +285,19 @@ def recording(states: list, resets=None, names=("turn_left", "forward")) -> Simp
 
 
 def test_logs_are_read_from_recordings() -> None:
-    spec = StateSpec(("x", "angle"), ("position", "angle"))
+    names = ("x", "angle")
     states = [{"x": i, "angle": 2 * i, "more": 0} for i in range(5)]
     whole, holed = recording(states), recording([states[0], None, states[2], states[3]])
-    logs = StateLogs.read([whole, recording([None, None]), holed], spec, ("forward", "turn_left", "jump"))
+    logs = StateLogs.read([whole, recording([None, None]), holed], names, ("forward", "turn_left", "jump"))
     assert logs.states.tolist() == [[i, 2 * i] for i in (0, 1, 2, 3, 4, 0, 2, 3)]
     assert logs.actions[1].tolist() == [3, 2, 0], "keys by name; one that the recording lacks is not held"
     assert logs.resets.nonzero()[:, 0].tolist() == [0, 5, 6], "what follows a frame without state begins anew"
 
 
 def test_recordings_without_the_state_are_told() -> None:
-    spec = StateSpec(("x", "vx"), ("position", "velocity"))
     with pytest.raises(UserError, match="vx"):
-        StateLogs.read([recording([{"x": 1.0}])], spec, ("forward",))
-    with pytest.raises(UserError, match="state"):
-        StateLogs.read([recording([None])], spec, ("forward",))
+        StateLogs.read([recording([{"x": 1.0}])], ("x", "vx"), ("forward",))
+    assert StateLogs.read([recording([None])], ("x", "vx"), ("forward",)) is None
 
 
 def test_training_learns_the_walls(logs: StateLogs, model: StateModel, trained: StateModel) -> None:
@@ -290,8 +347,7 @@ def test_unusable_states_are_told() -> None:
 def test_the_reader_learns(logs: StateLogs) -> None:
     """Latents that show the state: after some steps it is read off ones that were not shown."""
     torch.manual_seed(0)
-    reader = StateReader(4, 6, 8, SPEC, width=16)
-    reader.fit(logs.states, logs.resets)
+    reader = make_reader(logs)
     show = torch.randn(8, 4 * 6 * 8)
     radians = torch.deg2rad(logs.states[:, 2:3])
     plain = reader.scales.normalise(logs.states)
@@ -316,11 +372,11 @@ def test_escapes_are_seen(model: StateModel, logs: StateLogs) -> None:
     """The room that a player saw half of is left for ever by a body that walks through the other half."""
     forward = copy.deepcopy(logs)
     forward.actions[:] = keys("forward")[0]
-    whole = escapes(model, forward, logs, warm=2, fps=17.5, minutes=0.5)
+    whole = escapes(model, forward, logs, warm=2, fps=17.5, minutes=0.15)
     assert whole["escapes_per_ten_minutes"] == 0 and whole["never_returned"] == 0
     half = StateLogs(logs.states.clone(), logs.actions, logs.resets)
     half.states[:, 0] = -half.states[:, 0].abs()
-    outside = escapes(model, forward, half, warm=2, fps=17.5, minutes=0.5)
+    outside = escapes(model, forward, half, warm=2, fps=17.5, minutes=0.15)
     assert outside["escapes_per_ten_minutes"] > 0 and outside["never_returned"] > 0
 
 
