@@ -20,14 +20,14 @@ from engine.config import (
     WorldConfig,
 )
 from engine.data.state_logs import StateLogs, StatePictures
-from engine.evaluation.state import escapes, evaluate_state, idle_drift
+from engine.evaluation.state import escapes, evaluate_state
 from engine.model.autoencoder import Autoencoder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.model.networks import load_reader, load_states
 from engine.model.state import StateCarry, StateModel
-from engine.model.state_reader import StateReader
+from engine.model.state_reader import StateReader, completed
 from engine.model.state_spec import StateScales, StateSpec, features_width, state_features
-from engine.recording import Recorder
+from engine.recording import Recorder, Recording
 from engine.train.optim import moving_average
 from engine.train.state import Given, StateLoss, StateStage
 
@@ -226,7 +226,7 @@ def test_gradients_reach_every_weight(model: StateModel, logs: StateLogs) -> Non
     pictures = StatePictures(torch.randn(5, 4, 6, 8), logs.states[:5])
     value, parts = loss(Given(logs.cut(torch.tensor([0, 700, 1500]), 28, 4), pictures))
     value.backward()
-    assert {"place", "pace", "read"} == parts.keys() and value > max(parts.values())
+    assert {"place", "pace", "read"} == parts.keys()
     dead = [name for name, value in loss.named_parameters() if value.grad is None or not value.grad.any()]
     assert not dead
 
@@ -366,6 +366,149 @@ def test_the_reader_learns(logs: StateLogs) -> None:
     turn = 180 - (off[:, 2] - 180).abs()
     assert off[:, :2].median() < 12 and off[:, 6].median() < 5 and turn.median() < 12
     assert (read[:, 2] >= 0).all() and (read[:, 2] <= 360).all()
+
+
+def test_a_place_that_looks_like_another_is_one_of_both(logs: StateLogs) -> None:
+    """Two places of one look: the reader tells one of them, not what lies between."""
+    torch.manual_seed(0)
+    reader, show = make_reader(logs), torch.randn(3, 4, 6, 8)
+    optimiser = torch.optim.AdamW(reader.parameters(), 3e-3)
+    for _ in range(150):
+        number, left = torch.randint(3, (32,)), torch.randint(2, (32,))
+        states = logs.states[:1].repeat(32, 1)
+        states[:, 0], states[:, 2] = 30 * number + 10 - 100 * left, 90.0 + 180 * left
+        loss = reader.loss(show[number], states)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    read = reader(show).detach()
+    for number, state in enumerate(read):
+        near = [abs(state[0] - 30 * number - 10 + 100 * left) for left in (0, 1)]
+        assert min(near) < 12, state
+        assert abs(state[2] - (90, 270)[near.index(min(near))]) < 15
+
+
+class Seer(StateReader):
+    """Sees one state, whatever it is shown, and health in the first latent."""
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        state = torch.tensor([10.0, 20, 30, 41, 7, 7, 0]).repeat(len(latents), 1)
+        state[:, 6] = latents[:, 0, 0, 0]
+        return state
+
+
+def test_gaps_of_a_start_are_filled(model: StateModel, logs: StateLogs) -> None:
+    """What is known stays; what is not is read off the first frame, at rest, and then follows the keys."""
+    seer = Seer(4, 6, 8, SPEC)
+    latents = torch.arange(5.0)[None, :, None, None, None].expand(2, 5, 4, 6, 8)
+    actions = keys("forward")[None].expand(2, 5, -1)
+    states = torch.full((2, 5, 7), torch.nan)
+    states[1, :, :3] = torch.tensor([-50.0, 5, 200])
+    made = completed(model, seer, latents, actions, states)
+    assert torch.equal(made[1, :, :3], states[1, :, :3]) and torch.isfinite(made).all()
+    torch.testing.assert_close(made[0, 0], torch.tensor([10.0, 20, 30, 41, 0, 0, 0]))
+    start = made[:1, :1]
+    torch.testing.assert_close(
+        made[0, 1:, :6], model.unroll(model.begin(start, actions[:1, :1]), actions[:1, 1:])[0, :, :6]
+    )
+    assert made[0, 4, 0] > 12, "it walks"
+    assert torch.equal(made[0, :, 6], torch.arange(5.0))
+    whole = logs.states[None, :5].repeat(2, 1, 1)
+    assert torch.equal(completed(model, seer, latents, actions, whole), whole)
+    picture = completed(model, seer, latents[:, :1], actions[:, :1], states[:, :1])
+    torch.testing.assert_close(picture[0, 0], made[0, 0])
+
+
+def test_what_is_not_seen_is_left_alone(logs: StateLogs) -> None:
+    """The share that is read is measured, and only a large one counts."""
+    seer = Seer(4, 6, 8, SPEC)
+    states = logs.states[:200]
+    latents = states[:, 6, None, None, None].expand(-1, 4, 6, 8)
+    shown = seer.measured(latents, states)
+    hidden = seer.measured(latents.flip(0), states)
+    assert shown[6] == 1 and hidden[6] < 0.3 and shown[0] < 0.3
+    assert seer.seen == []
+    seer.share.copy_(shown)
+    assert seer.seen == [6]
+
+
+WORLD = WorldConfig("yard", height=32, width=32, keys={name: ["W"] for name in KEYS})
+
+
+def collected(folder, told: bool, source: str = "true", recordings: int = 3) -> None:
+    """Recordings of 60 frames of the toy."""
+    kinds = KINDS if told else {}
+    for number in range(recordings):
+        logs = play(60, seed=number)
+        where = folder / f"{source}-{told}-{number}"
+        with Recorder(where, WORLD, source, number, lossless=True, state_kinds=kinds) as recorder:
+            for row, state in enumerate(logs.states.tolist()):
+                frame = np.full((32, 32, 3), row, np.uint8)
+                given = dict(zip(KINDS, state, strict=True)) if told else None
+                recorder.add(frame, logs.actions[row].numpy(), reset=row == 0, state=given)
+
+
+def stage_of(folder) -> StateStage:
+    """Stage `state` on the recordings in `folder`."""
+    autoencoder = AutoencoderConfig(4, [4, 4, 4], 1)
+    model = ModelConfig(autoencoder=autoencoder)
+    save_checkpoint(
+        folder / "autoencoder.safetensors", {"autoencoder": Autoencoder(autoencoder)}, model, WORLD
+    )
+    pace = StageConfig(batch=8, unroll=8, frames=50)
+    config = TrainConfig("state", world=WORLD, model=model, stages={"state": pace})
+    config.data = config.out = str(folder)
+    return StateStage(config, torch.device("cpu"), None, 0, 1)
+
+
+def test_the_stage_trains_predictor_and_reader(tmp_path) -> None:
+    collected(tmp_path, True)
+    collected(tmp_path, False, recordings=1)  # tells nothing, and spoils nothing
+    collected(tmp_path, True, "dream", recordings=2)  # tells what a network believed
+    stage = stage_of(tmp_path)
+    frames = {60 * count for count in range(1, 4)}  # of the true ones that tell
+    assert stage.trains and {len(stage.logs), len(stage.held_out)} <= frames
+    given, again = stage.batch(5), stage.batch(5)
+    assert torch.equal(given.games.states, again.games.states)
+    assert torch.equal(given.pictures.latents, again.pictures.latents)
+    before = copy.deepcopy(stage.module.state_dict())
+    loss, parts = stage.module(given)
+    loss.backward()
+    assert torch.isfinite(loss) and "read" in parts
+    scores = stage.validate(stage.module)
+    assert np.isfinite(list(scores.values())).all() and {"position_read", "health_r2"} <= scores.keys()
+    assert stage.picture(stage.module).ndim == 3
+    stage.save(tmp_path / "state.safetensors", stage.module, {})
+    written = Checkpoint(tmp_path / "state.safetensors")
+    assert written.modules == ["autoencoder", "states", "reader"] and written.model.state.names == [*KINDS]
+    reader, states = load_reader(written), load_states(written)
+    for name, value in reader.state_dict().items():
+        assert name == "share" or torch.equal(value, before[f"reader.{name}"]), name
+    for name, value in states.state_dict().items():
+        assert torch.equal(value, before[f"model.{name}"]), name
+
+
+def test_pictures_and_states_belong_together(tmp_path) -> None:
+    """Frame n of the toy has the grey level n, and health tells its number."""
+    collected(tmp_path, True)
+    stage = stage_of(tmp_path)
+    recordings = [Recording(path) for path in sorted(tmp_path.glob("true-*"))]
+    read = StatePictures.read(recordings, tuple(KINDS), lambda x: x[:, :1, :1, :1].float(), 70, 1)
+    assert len(read.latents) == 70
+    number = read.latents[:, 0, 0, 0].float()
+    torch.testing.assert_close(100 - number % 50, read.states[:, 6])
+    assert len(stage.pictures.latents) == 50
+
+
+def test_a_world_without_state_has_nothing_to_train(tmp_path) -> None:
+    collected(tmp_path, False)
+    stage = stage_of(tmp_path)
+    assert not stage.trains and stage.validate(stage.module) == {}
+    assert stage.picture(stage.module).ndim == 3
+    stage.save(tmp_path / "state.safetensors", stage.module, {})
+    written = Checkpoint(tmp_path / "state.safetensors")
+    assert written.modules == ["autoencoder"] and written.model.state.names == []
+    assert load_states(written) is None and load_reader(written) is None
 
 
 def test_escapes_are_seen(model: StateModel, logs: StateLogs) -> None:

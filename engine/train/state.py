@@ -1,5 +1,5 @@
-"""Stage `state`: the network that predicts a world's state from keys, on logs alone, and beside it the one that
-reads a state off a picture.
+"""Stage `state`: the network that predicts a world's state from keys, on logs alone, and beside it the one
+that reads a state off a picture.
 """
 
 from __future__ import annotations
