@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
+import games
 import numpy as np
 import pytest
 import torch
@@ -23,11 +25,13 @@ from engine.data.state_logs import StateLogs, StatePictures
 from engine.evaluation.state import escapes, evaluate_state
 from engine.model.autoencoder import Autoencoder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
-from engine.model.networks import load_reader, load_states
+from engine.model.networks import load_autoencoder, load_reader, load_states, make_denoiser
 from engine.model.state import StateCarry, StateModel
 from engine.model.state_reader import StateReader, completed
 from engine.model.state_spec import StateScales, StateSpec, features_width, state_features
 from engine.recording import Recorder, Recording
+from engine.rollout.rollout import Rollout
+from engine.rollout.session import Player, Session
 from engine.train.optim import moving_average
 from engine.train.state import Given, StateLoss, StateStage
 
@@ -509,6 +513,52 @@ def test_a_world_without_state_has_nothing_to_train(tmp_path) -> None:
     written = Checkpoint(tmp_path / "state.safetensors")
     assert written.modules == ["autoencoder"] and written.model.state.names == []
     assert load_states(written) is None and load_reader(written) is None
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_play_goes_by_what_is_seen(sees: bool) -> None:
+    """Health is read off every finished frame where the reader was found to see it, and else stays."""
+    game, spec = games.make_game(), games.SPEC
+    health = spec.names.index("health")
+
+    class Reader(StateReader):
+        def forward(self, latents: torch.Tensor) -> torch.Tensor:
+            return latents.mean((1, 2, 3))[:, None].repeat(1, len(spec)) + 500
+
+    reader = Reader(*games.SHAPE, spec)
+    reader.share[health] = 0.9 if sees else 0.1
+    told = [Rollout(games.make_denoiser(True), games.make_states(), 2, reader=r) for r in (reader, None)]
+    for rollout in told:
+        rollout.reset(game.latents, game.before, game.seed, game.states)
+    head, _ = (rollout.step(game.played[0]) for rollout in told)
+    here, without = (rollout.carry.state for rollout in told)
+    if sees:
+        torch.testing.assert_close(here[:, health], reader(head)[:, health])
+        assert torch.equal(here[:, :health], without[:, :health])
+    else:
+        assert torch.equal(here, without)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_start_picture_gets_a_state(tmp_path, reads: bool) -> None:
+    """A checkpoint without reader still plays, without state."""
+    collected(tmp_path, True)
+    stage = stage_of(tmp_path)
+    stage.save(tmp_path / "state.safetensors", stage.module, {})
+    before = Checkpoint(tmp_path / "state.safetensors")
+    model = replace(before.model, denoiser=replace(games.SMALL, patch=4))
+    modules = {"autoencoder": load_autoencoder(before), "states": load_states(before)}
+    modules |= {"reader": load_reader(before)} if reads else {}
+    modules |= {"denoiser": make_denoiser(model, WORLD)}
+    save_checkpoint(tmp_path / "denoiser.safetensors", modules, model, WORLD)
+    session = Session(Player(tmp_path / "denoiser.safetensors", "cpu", "fp32"))
+    session.reset(0, np.zeros((1, 32, 32, 3), np.uint8))
+    assert set(session.state()) == (set(KINDS) if reads else set())
+    session.step(np.array([1, 0, 0], np.float32))
+    assert np.isfinite(list(session.state().values())).all()
+    known = dict(zip(KINDS, body(3, 4, 50)[0, 0].tolist(), strict=True))
+    session.reset(0, np.zeros((1, 32, 32, 3), np.uint8), None, [known])
+    assert session.state() == pytest.approx(known), "what the world told is believed"
 
 
 def test_escapes_are_seen(model: StateModel, logs: StateLogs) -> None:

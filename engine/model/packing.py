@@ -20,7 +20,7 @@ STARTS = 5  # unless they are named
 SMALLEST = 4096  # elements of a tensor that is worth a scale for each of its rows
 # 16 bits for what makes pixels, as the eye sees what rounding does there, and for the state's predictor,
 # whose errors add up
-HALF = ("autoencoder.decoder", "states", "reader")
+HALF = ("autoencoder.decoder", "states")
 
 
 def pack(config: TrainConfig) -> dict:

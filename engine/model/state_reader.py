@@ -38,7 +38,7 @@ class StateReader(nn.Module):
         layers += [nn.Conv2d(width, width, 3, 2, 1), nn.SiLU(), nn.Conv2d(width, width, 3, 2, 1), nn.SiLU()]
         left = -(-rows // 4) * -(-columns // 4) * width
         layers += [nn.Flatten(), nn.Linear(left, 4 * width), nn.SiLU()]
-        self.layers = nn.Sequential(*layers)
+        self.trunk = nn.Sequential(*layers)
         self.out = nn.Linear(4 * width, guesses * (self.pose + 2) + len(self.plain))
         self.register_buffer("share", torch.zeros(len(spec)))
 
@@ -90,7 +90,7 @@ class StateReader(nn.Module):
         """→ of each guess the logarithm of its weight (n, g), its numbers (n, g, pose), and the logarithm of
         its spread (n, g); the plain numbers, normalised (n, ..).
         """
-        guesses, plain = self.out(self.layers(latents)).tensor_split([self.guesses * (self.pose + 2)], 1)
+        guesses, plain = self.out(self.trunk(latents)).tensor_split([self.guesses * (self.pose + 2)], 1)
         weight, spread, guess = guesses.unflatten(1, (self.guesses, -1)).split([1, 1, self.pose], 2)
         return weight[..., 0].log_softmax(1), guess, spread[..., 0].clamp(NARROW, WIDE), plain
 
