@@ -52,13 +52,16 @@ def doom_config() -> WorldConfig:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of doom_gathering: tiny networks that learned nothing, with starts a and b beside it."""
+    """A checkpoint of doom_gathering: tiny networks that learned nothing, with starts a and b, which come
+    from the recording `walk` beside it; `startless.safetensors` is the same one without starts.
+    """
     from engine.config import AutoencoderConfig, DenoiserConfig, ModelConfig, StateConfig
     from engine.model.autoencoder import Autoencoder
     from engine.model.checkpoint import save_checkpoint
     from engine.model.networks import make_denoiser, make_states
     from engine.recording import Recorder, Recording
     from engine.starts import cut_start
+    from engine.worlds.base import ActionSpace
 
     keys = {"forward": ["W", "Up"], "turn_left": ["Left"], "turn_right": ["Right"]}
     world = WorldConfig("doom_gathering", "doom", "health_gathering", keys=keys)
@@ -72,22 +75,31 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "states": make_states(model, world),
         "denoiser": make_denoiser(model, world),
     }
-    walk = torch.rand(200, 3) * torch.tensor([500, 300, 360.0])
-    networks["states"].fit(walk, torch.zeros(200, dtype=torch.bool))
+    places = torch.rand(200, 3) * torch.tensor([500, 300, 360.0])
+    networks["states"].fit(places, torch.rand(200, 3).round(), torch.zeros(200, dtype=torch.bool))
     for weights in networks["denoiser"].parameters():
         # fresh ones may be zero: noise and keys would change nothing
         torch.nn.init.normal_(weights, std=0.04 if weights.ndim == 4 else 0.2)
     folder = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(folder / "tiny.safetensors", networks, model, world)
-
     frames = np.random.default_rng(0).integers(0, 255, (1, 6, 8, 3), np.uint8).repeat(16, 1).repeat(16, 2)
     with Recorder(folder / "walk", world, "true", 0, lossless=True) as recorder:
         for number in range(30):
             moved = np.roll(frames[0], 4 * number, 1)
-            state = {"x": 9.0 * number, "y": 40.0, "angle": 7.0 * number}
-            recorder.add(moved, [number > 0, number % 3 == 1, 0], reset=number in (0, 20), state=state)
-    for name, frame in (("a", 12), ("b", 25)):
-        cut_start(Recording(folder / "walk"), frame, folder / "starts" / "doom_gathering" / name)
+            told = {"x": 9.0 * number, "y": 40.0, "angle": 7.0 * number}
+            recorder.add(moved, [number > 0, number % 3 == 1, 0], reset=number in (0, 20), state=told)
+    walk, space = Recording(folder / "walk"), ActionSpace(tuple(keys), tuple(map(tuple, keys.values())))
+    extras = {}
+    for name, last in (("a", 12), ("b", 25)):
+        start = cut_start(walk, last, space, 16, name)
+        with torch.no_grad():
+            pixels = torch.from_numpy(start.frames).permute(0, 3, 1, 2)
+            latents = networks["autoencoder"].eval().encode(pixels)
+        states = torch.tensor([[told[key] for key in state.names] for told in start.states])
+        parts = {"latents": latents, "frame": torch.from_numpy(start.frames[-1]), "states": states}
+        parts["actions"] = torch.from_numpy(start.actions).to(torch.uint8)
+        extras |= {f"starts.{name}.{key}": value for key, value in parts.items()}
+    save_checkpoint(folder / "tiny.safetensors", networks, model, world, extras)
+    save_checkpoint(folder / "startless.safetensors", networks, model, world)
     return folder / "tiny.safetensors"
 
 
@@ -117,7 +129,7 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict]]:
-    """All stages one after another, at preset=toy → their folder and each one's figures. Do not write there."""
+    """All stages in turn, at preset=toy → their folder and each one's figures. Write nothing there."""
     out = tmp_path_factory.mktemp("trained")
     return out, {
         stage: run_training(f"stage={stage}", f"data={toy_data}", f"out={out}") for stage in TOY_STAGES

@@ -48,7 +48,8 @@ def make_states() -> StateModel:
     states = StateModel(SPEC, KEYS, 8, 16)
     random = torch.Generator().manual_seed(3)
     walk = torch.rand(400, len(SPEC), generator=random) * torch.tensor([200, 100, 360, 100, 8, 8.0])
-    states.fit(walk, torch.zeros(400, dtype=torch.bool))
+    keys = (torch.rand(400, KEYS, generator=random) < 0.5).float()
+    states.fit(walk, keys, torch.zeros(400, dtype=torch.bool))
     return shaken(states, 0.1).eval().requires_grad_(False)
 
 

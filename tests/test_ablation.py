@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from engine.denoiser import Denoiser
+from engine.distillation import DistillLoss
+from engine.session import Session
 from torch import Tensor
 
 from engine.config import DenoiserConfig, StageConfig, TrainConfig, UserError, load_config
-from engine.denoiser import Denoiser
-from engine.distillation import DistillLoss
 from engine.evaluation import ablate, ablation, table, variants
 from engine.evaluation.section import Section
 from engine.evaluation.variants import VARIANTS, FrameByFrame, OnePass, SinkAtIndex, Sinkless, SinkRefreshed
 from engine.recording import Recorder
 from engine.rollout import Rollout
-from engine.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS, SHAPE = 3, (2, 4, 6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,12 +129,10 @@ def test_no_display(refused, monkeypatch):
     assert "display=headless" in refused(display="window")
 
 
-def test_vizdoom_is_not_installed(refused, monkeypatch, tmp_path, tiny_checkpoint):
+def test_vizdoom_is_not_installed(refused, monkeypatch, tiny_checkpoint):
     monkeypatch.setitem(sys.modules, "vizdoom", None)
     assert "pip install -e .[doom]" in refused("game=true")
-    alone = shutil.copy(tiny_checkpoint, tmp_path / "alone.safetensors")  # with no start beside it
-    monkeypatch.setattr("engine.starts.SHIPPED", tmp_path)
-    assert "start=RECORDING" in refused(checkpoint=alone)
+    assert "start=RECORDING" in refused(checkpoint=tiny_checkpoint.parent / "startless.safetensors")
 
 
 def test_a_binding_that_is_no_key(refused):

@@ -777,15 +777,15 @@ def test_a_stopped_evaluation_leaves_no_simulator_and_what_it_finished(tiny_chec
     child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     finished = tmp_path / "evaluation" / "parts" / "fidelity.json"
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 900
         while not finished.exists() and child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         child.send_signal(signal.SIGTERM)
-        said, _ = child.communicate(timeout=30)  # a simulator that lives on holds the pipes open
+        said, _ = child.communicate(timeout=300)  # a simulator that lives on holds the pipes open
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-    assert child.returncode == 130 and "the same command continues" in said
+    assert child.returncode == 143 and "the same command continues" in said
     assert finished.exists()
 
 

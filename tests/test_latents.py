@@ -132,9 +132,10 @@ def test_recordings_that_were_replaced_are_encoded_again(tmp_path, how):
         shutil.rmtree(a)
         shutil.copytree(b, a)
     else:
-        old = (a / "frames.mkv").stat()
-        (a / "frames.mkv").write_bytes((b / "frames.mkv").read_bytes())
-        os.utime(a / "frames.mkv", ns=(old.st_atime_ns, old.st_mtime_ns))
+        for file in a.iterdir():
+            old = file.stat()
+            file.write_bytes((b / file.name).read_bytes())
+            os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))
     assert (LatentsCache.build([a], encode, tmp_path / "c", "k").latents[0] == 200).all()
 
 

@@ -74,7 +74,8 @@ class DecoderStage(DenoiserStage):
     def loss(self) -> PlainLoss:
         self.generator = super().loss()
         self.frozen(self.generator)
-        self.player = Batches(self.segments(self.caches[0], PICTURED), GAMES, self.config.seed + 1)
+        length = min(PICTURED, self.caches[0].longest())
+        self.player = Batches(self.segments(self.caches[0], length), GAMES, self.config.seed + 1)
         self.own: tuple[int, Tensor, Tensor] = (-1, torch.empty(0), torch.empty(0))
         self.recordings: dict[str, Recording] = {}  # opened once
         decoder = copy.deepcopy(self.autoencoder.decoder).requires_grad_(True)

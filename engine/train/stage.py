@@ -20,10 +20,23 @@ from ..device import autocast
 from ..model.autoencoder import Autoencoder
 from ..model.checkpoint import Checkpoint, kept, save_checkpoint, weights_digest
 from ..model.networks import load_autoencoder
-from ..recording import find_recordings
+from ..recording import Recording, find_recordings
+from .stop import hold
 
 FREE = ("ladder", "correction")  # how weights are used, which may be chosen anew in any later stage
 LICENCE = "Weights and start frames derive from ViZDoom (MIT) with Freedoom art (BSD-3-Clause); see NOTICE."
+
+
+def with_keys(config: TrainConfig) -> TrainConfig:
+    """The config whose world has keys: a Gymnasium world chooses them by its actions when it is collected,
+    and its recordings tell which.
+    """
+    if config.world.keys:
+        return config
+    recording = Recording(find_recordings(config.data)[0])
+    bindings = recording.header.get("config", {}).get("keys", {})
+    keys = {name: list(bindings.get(name, [])) for name in recording.names}
+    return replace(config, world=replace(config.world, keys=keys))
 
 
 class LatentsStage(ABC):
@@ -98,6 +111,7 @@ class LatentsStage(ABC):
 
     @torch.inference_mode()
     def _encode(self, frames: Tensor) -> Tensor:
+        hold(Path(self.config.out))
         with autocast(self.device, self.dtype):
             return self.autoencoder.encode(frames.to(self.device)).cpu()
 

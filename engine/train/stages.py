@@ -9,6 +9,7 @@ from .autoencoder import AutoencoderStage
 from .decoder import DecoderStage
 from .denoiser import DenoiserStage
 from .rollout import RolloutStage
+from .stage import with_keys
 from .state import StateStage
 
 
@@ -21,4 +22,4 @@ def make_stage(config: TrainConfig, device: torch.device, dtype: torch.dtype | N
         "rollout": RolloutStage,
         "decoder": DecoderStage,
     }
-    return kinds[config.stage](config, device, dtype, rank, ranks)
+    return kinds[config.stage](with_keys(config), device, dtype, rank, ranks)
