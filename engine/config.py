@@ -146,7 +146,7 @@ class StageConfig:
     muon: bool = True  # for the matrices of the transformer's layers
     grad_clip: float = 1.0
     ema: float = 0.999
-    frames: int = 40_000  # stage autoencoder: frames kept in memory
+    frames: int = 40_000  # stages autoencoder, state: pictures kept in memory
     crop: float = 1.0  # stages autoencoder, decoder: share of a frame's sides that is looked at
     clip: int = 24  # frames in a training segment, at least
     memoryless: float = 0.0  # stage denoiser: share of iterations whose windows see no frames before the last

@@ -39,15 +39,17 @@ def start_frames(player: Player) -> int:
 
 
 def true_states(player: Player, games: Games) -> Tensor | None:
-    """The true states at the games' first frames (b, t, S), for a network that knows states and may use them;
-    the numbers are called by the player's `state_names`.
+    """The true states at the games' first frames (b, t, S), NaN where they are not known, for a network that
+    knows states and may use them; the numbers are called by the player's `state_names`.
     """
     names = getattr(player, "state_names", ())
-    if not names or games.told is None or not getattr(player, "use_state", True):
+    if not names or not getattr(player, "use_state", True):
         return None
-    if not all(set(names) <= one.keys() for told in games.told for one in told):
-        return None
-    rows = [[[one[name] for name in names] for one in told] for told in games.told]
+    nothing = [{}] * games.frames.shape[1]
+    rows = [
+        [[one.get(name, np.nan) for name in names] for one in told or nothing]
+        for told in games.told or [nothing] * len(games)
+    ]
     return torch.tensor(rows, dtype=torch.float32, device=player.device)
 
 
@@ -73,11 +75,8 @@ def play(player: Player, games: Games, correction: float | None = None) -> Itera
     """
     rollout = player.make_rollout(len(games), correction=correction)
     latents = _encoded(player, games.frames)
-    actions, start, states = (
-        games.actions.to(player.device),
-        games.frames.shape[1],
-        true_states(player, games),
-    )
+    actions, start = games.actions.to(player.device), games.frames.shape[1]
+    states = player.known_states(latents, actions[:, :start], true_states(player, games))
     with torch.inference_mode(), autocast(player.device, player.dtype, cache=False):
         rollout.reset(latents, actions[:, :start], games.seeds.to(player.device), states)
     for action in actions[:, start:].unbind(1):

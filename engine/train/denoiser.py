@@ -13,7 +13,7 @@ from ..device import autocast, compute_dtype
 from ..model.autoencoder import decode_clip
 from ..model.denoiser import Denoiser
 from ..model.kv_cache import KVContext, KVRecorder
-from ..model.networks import load_states, make_denoiser
+from ..model.networks import load_reader, load_states, make_denoiser
 from ..model.noise import add_noise, training_sigma
 from ..model.state import StateModel
 from ..model.state_spec import state_features
@@ -176,8 +176,10 @@ class DenoiserStage(LatentsStage):
     def __init__(self, *given):
         super().__init__(*given)
         self.states = load_states(self.before)
-        if self.states is not None:
-            self.frozen(self.states)
+        self.reader = load_reader(self.before)
+        for made in (self.states, self.reader):
+            if made is not None:
+                self.frozen(made)
         length = min(PICTURED, self.caches[1].longest())
         self.shown = Batches(self.segments(self.caches[1], length), 6, 0)
         self.module = self.loss()
@@ -201,7 +203,8 @@ class DenoiserStage(LatentsStage):
         return length, length - sizes.sink_frames - sizes.context_frames
 
     def networks(self, module: PlainLoss) -> dict[str, nn.Module | None]:
-        return {"autoencoder": self.autoencoder, "states": self.states, "denoiser": module.denoiser}
+        known = {"autoencoder": self.autoencoder, "states": self.states, "reader": self.reader}
+        return known | {"denoiser": module.denoiser}
 
     @torch.no_grad()
     def play(self, module: PlainLoss, batches: Batches, position: int = 0) -> tuple[Tensor, Tensor]:
@@ -211,7 +214,8 @@ class DenoiserStage(LatentsStage):
         actions = clip.actions[:, batches.segments.before :]
         b = len(clip.latents)
         with autocast(self.device, self.dtype):
-            rollout = Rollout(module.denoiser, self.states, b, compute_dtype(self.device))
+            dtype = compute_dtype(self.device)
+            rollout = Rollout(module.denoiser, self.states, b, dtype, reader=self.reader)
             start = rollout.start_frames
             states = clip.states[:, :start] if self.states else None
             seed = torch.arange(b, device=self.device)
