@@ -189,7 +189,7 @@ class TrainConfig:
     routes: str = ""  # evaluate: file of routes; empty takes the one that ships for the world, or draws some
     state: bool = True  # evaluate: the network may use what it knows of the world's state
     unseen: bool = False  # evaluate without a simulator: all of data is new, not only what training held out
-    quick: bool = False  # evaluate: games of a minute, under three minutes on two cores; ablate: of two
+    quick: bool = False  # evaluate: games of a minute, under three minutes on two cores; ablate: fewer
     frames: int = 200_000  # collect: how many; evaluate: frames per game
     workers: int = 0  # collect: processes; 0 takes one per core
     lossless: bool = False  # collect: store pixels exactly

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-VIEW = np.array([45.0, 22.5, 0.0, -22.5, -45.0])  # degrees from the gaze: the 90 that a Doom camera sees
+VIEW = np.array([40.0, 20.0, 0.0, -20.0, -40.0])  # degrees from the gaze; a Doom camera sees 45 to each side
 NEAR = 100.0  # map units; where every ray ends before that, the view is filled by a wall
 
 
@@ -34,10 +34,23 @@ def filled_views(lines: np.ndarray, places: np.ndarray) -> np.ndarray:
     return (free_distances(lines, origins, angles).reshape(len(places), -1) < NEAR).all(axis=1)
 
 
+def wall_views(states: list[dict | None], lines: np.ndarray) -> np.ndarray | None:
+    """Whether a wall fills the view from each state, bool (n,); None where places or the map are not known.
+
+    `states` name x, y and angle, `lines` are walls (m, 4).
+    """
+    places = [_place(state) for state in states]
+    if not places or None in places or not len(lines):
+        return None
+    return filled_views(lines, np.array(places))
+
+
 def wall_share(states: list[dict | None], lines: np.ndarray) -> float | None:
     """Share of the frames with a known place whose view a wall fills; None where no place or map is known."""
-    known = [state for state in states if state and {"x", "y", "angle"} <= state.keys()]
-    if not known or not len(lines):
-        return None
-    places = np.array([[state["x"], state["y"], state["angle"]] for state in known])
-    return float(filled_views(lines, places).mean())
+    views = wall_views([state for state in states if _place(state)], lines)
+    return None if views is None else float(views.mean())
+
+
+def _place(state: dict | None) -> tuple[float, float, float] | None:
+    known = state and {"x", "y", "angle"} <= state.keys()
+    return (state["x"], state["y"], state["angle"]) if known else None

@@ -18,8 +18,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from engine.session import Player
-
 from engine.config import TrainConfig, UserError, load_config
 from engine.dataset import split
 from engine.evaluation import behaviour, control, drift, evaluate, fidelity, latency, returning, stage
@@ -27,8 +25,7 @@ from engine.evaluation.branches import Truth, starts
 from engine.evaluation.build_routes import Builder
 from engine.evaluation.clips import Clips
 from engine.evaluation.features import COUNT, Reference, features, frechet, frechet_distance
-from engine.evaluation.generated import Games, play, played_with, roll, true_states
-from engine.evaluation.map import distances, faces_wall, map_lines, wall_views
+from engine.evaluation.generated import Games, play, roll, start_frames
 from engine.evaluation.measures import (
     difference,
     highpass_correlation,
@@ -47,11 +44,11 @@ from engine.evaluation.section import QUICK, Scope, Section
 from engine.evaluation.watch import Watch, curves, disagreement, growth
 from engine.picture import load_picture
 from engine.recording import Recorder, Recording, find_recordings
-from engine.starts import find_starts
+from engine.rollout.session import Player
+from engine.sight import wall_views
 from engine.worlds.base import ActionSpace
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ROOT / "assets" / "doom_gathering.safetensors"
 WIDE = (
     np.random.default_rng(0).integers(0, 255, (12, 60, 3), np.uint8).repeat(8, 0).repeat(8, 1)
 )  # (96, 480, 3)
@@ -68,7 +65,7 @@ class Panorama:
     """
 
     action_space = ActionSpace(("forward", "turn_left", "turn_right"), (("W",), ("Left",), ("Right",)))
-    fps = 17.5
+    fps, state_kinds = 17.5, {"x": "position", "y": "position", "angle": "angle"}
 
     def __init__(self, episode: int = 1000):
         self.episode = episode
@@ -97,6 +94,9 @@ class Panorama:
 
     def state(self) -> dict[str, float]:
         return {"x": float(self.depth), "y": 0.0, "angle": self.place * 0.75}
+
+    def map_lines(self) -> np.ndarray:
+        return np.zeros((0, 4))
 
     def close(self) -> None:
         pass
@@ -159,7 +159,8 @@ def scope(player, turns, tmp_path) -> Scope:
     clips, truth = Clips([Recording(turns / "turns")], player), Truth(Panorama(), 4)
     size = replace(QUICK, states=3, flips=6, settings=True)
     reference = Reference(clips.sample(64, 0))
-    return Scope(player, truth, "", clips, reference, None, None, routes(), tmp_path, 0, size, 40)
+    lines = np.zeros((0, 4))
+    return Scope(player, None, truth, "", clips, reference, None, lines, routes(), tmp_path, 0, size, 40)
 
 
 @pytest.mark.parametrize("shift", [-9, -1, 1, 4, 16])
@@ -268,21 +269,6 @@ def test_nearest_distance_minds_the_picture_and_not_which_view_it_is():
     soft, grey = features(blurred(frames[1::2], 4)), features(np.full((9, 96, 128, 3), 99, np.uint8))
     assert reference.nearest_distance(reference.points) == pytest.approx(0, abs=1e-5)
     assert near < 0.6 * reference.nearest_distance(soft) and near < 0.6 * reference.nearest_distance(grey)
-
-
-SQUARE = np.array([[0, 0, 100, 0], [100, 0, 100, 100], [100, 100, 0, 100], [0, 100, 0, 0]], float) * 6
-
-
-def test_rays_end_at_the_walls_of_a_square_room():
-    angles = np.array([0, 90, 180, 270, 45])
-    assert distances(SQUARE, 500, 200, angles) == pytest.approx([100, 400, 500, 200, 100 * 2**0.5])
-    assert np.isinf(distances(SQUARE[:1], 50, 50, np.array([90.0]))[0]), "no wall there"
-    at = {"y": 300.0, "angle": 0.0}
-    assert faces_wall(SQUARE, {"x": 550.0, **at}) and not faces_wall(SQUARE, {"x": 500.0, **at})
-    assert not faces_wall(SQUARE, {"x": 550.0, **at, "angle": 90.0}), "along the wall"
-    assert faces_wall(None, {"x": 550.0, **at}) is None is faces_wall(SQUARE, {"x": 550.0})
-    assert wall_views(SQUARE, [{"x": 550.0, **at}, {"x": 100.0, **at}]).tolist() == [True, False]
-    assert wall_views(SQUARE, []) is None
 
 
 def test_the_probe_tells_walls_from_rooms_also_when_they_are_soft():
@@ -398,32 +384,34 @@ def test_the_interval_of_a_share_is_wilsons():
     assert low == pytest.approx(0) and 0.15 < high < 0.17
 
 
-def test_settings_reach_the_rollout_and_are_taken_back(player):
-    own = player.denoiser.config
-    assert [s.name(4) for s in latency.settings(4, 0.9)][3::4] == ["frozen_corrected", "frozen_plain"]
-    assert len(latency.settings(3, 0.9)) == 6, "in a window of three, position 2 is that of entry"
-    frames = np.stack([view(0)] * 4)[None].repeat(2, 0)
-    actions = torch.zeros(2, 8, 3)
-    actions[1, 4:, 1] = 1  # one of two games turns; the noise is the same
-    parted = {}
-    for c in (0, 2):
-        with played_with(player.denoiser, c, 0.0):
-            made = roll(player, Games(frames, actions, torch.tensor([3, 3])))
-        parted[c] = [int(n) for n in np.abs(made[0].astype(int) - made[1]).sum((1, 2, 3))]
-    assert player.denoiser.config is own
-    assert parted[0][0] > 10 * parted[2][0], "frozen at entry, the leaving frame has the old key"
+def test_a_correction_of_zero_reaches_the_rollout(player):
+    """Uncorrected, the window is denoised under the keys themselves; corrected, under those of before."""
+    frames = np.stack([view(0)] * 4)[None]
+    actions = torch.zeros(1, 8, 3)
+    actions[:, 4::2, 1] = 1
+    games = Games(frames, actions, torch.tensor([3]))
+    own, none, high = (roll(player, games, correction=level) for level in (None, 0.0, 0.8))
+    assert np.array_equal(own, high), "0.8 is the checkpoint's own"
+    assert not np.array_equal(own, none)
 
 
-def test_true_states_are_given_to_a_network_that_knows_them(player):
-    told = [[{"x": float(n), "angle": 10.0 * n} for n in range(4)]] * 2
-    games = Games(np.zeros((2, 4, 96, 128, 3), np.uint8), torch.zeros(2, 6, 3), torch.zeros(2).long(), told)
-    assert true_states(player, games) is None, "it knows none"
-    player.state_names = ("angle", "x")
-    assert true_states(player, games)[1].tolist() == [[0, 0], [10, 1], [20, 2], [30, 3]]
-    player.use_state = False
-    assert true_states(player, games) is None
-    player.use_state, player.state_names = True, ("x", "health")
-    assert true_states(player, games) is None, "not all are known"
+def test_states_are_given_to_networks_that_know_them_and_kept_from_others(player, tiny_checkpoint):
+    """What tells them apart is the flag in the condition, and all that is read of the states."""
+    blind = Player(tiny_checkpoint, "cpu", "fp32", state=False)
+    told = [{"x": 40.0 * n, "y": 90.0, "angle": 10.0 * n} for n in range(4)]
+    frames, actions = np.stack([view(n) for n in range(4)])[None], torch.zeros(1, 6, 3)
+
+    def played(who: Player, states: list | None) -> np.ndarray:
+        return roll(who, Games(frames, actions, torch.zeros(1).long(), states and [states]))
+
+    unknown = played(player, None)
+    assert not np.array_equal(played(player, told), unknown)
+    assert not np.array_equal(played(player, told), played(player, [{**one, "x": 9.0} for one in told]))
+    assert np.array_equal(played(player, [*told[:3], {"x": 3.0}]), unknown), "not all are known"
+    assert np.array_equal(played(blind, told), unknown) and np.array_equal(played(blind, None), unknown)
+    rollout = blind.make_rollout(1)
+    rollout.reset(blind.encode(frames[0]), actions[:, :4], torch.zeros(1).long(), None)
+    assert rollout.has_state.tolist() == [0] and rollout.carry is None
 
 
 def game(frames: list[np.ndarray], scope: Scope, policy: str = "scripted") -> Watch:
@@ -528,12 +516,13 @@ def test_the_shipped_routes_lead_where_they_say():
     world = load_config("train", TrainConfig, ["world=doom_gathering"]).world
     some = load_routes(shipped_routes(world.name, world.keys), world.name, world.keys)
     one_each = {route.kind: route for route in some}
-    truth, lines = Truth.open(world, 9, 0), map_lines(world)
+    truth = Truth.open(world, 16, 0)
     try:
+        lines = truth.world.map_lines()
         shown = {kind: play_routes(truth, [route]) for kind, route in one_each.items()}
     finally:
         truth.close()
-    walls = {kind: wall_views(lines, played.told[0]) for kind, played in shown.items()}
+    walls = {kind: wall_views(played.told[0], lines) for kind, played in shown.items()}
     assert walls["open"].mean() < 0.2 and walls["wall"][-8:].all() and not walls["wall"][:4].any()
     for kind, played in shown.items():
         if kind.startswith("return"):
@@ -560,7 +549,7 @@ def test_routes_are_played_in_the_true_world(scope):
 
 def test_routes_that_are_drawn_keep_their_promises():
     """In the panorama forward ends at a wall, and turning back shows the same view again."""
-    builder = Builder(Truth(Panorama(), 1), None, 17.5, 0)
+    builder = Builder(Truth(Panorama(), 1), np.zeros((0, 4)), 17.5, 0)
     found = list(builder.build({"wall": 2, "turn": 2, "random": 1}, {5: 2}))
     kinds = [route.kind for route in found]
     assert kinds.count("turn") == 2 and kinds.count("random") == 1 and kinds.count("return_5") == 2

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from ..config import TrainConfig, UserError, load_config
 from ..policies import OPPOSITES, make_policy
+from ..sight import free_distances, wall_views
 from ..worlds import make_world
 from .branches import Truth
-from .map import distances, map_lines, wall_views
 from .measures import psnr
 from .route import RETURN, Route, save_routes
 
@@ -40,7 +40,7 @@ FIRST = 500_000  # seed of the first episode: no collection or evaluation comes 
 class Builder:
     """Draws routes in a true world."""
 
-    def __init__(self, truth: Truth, lines: np.ndarray | None, fps: float, seed: int):
+    def __init__(self, truth: Truth, lines: np.ndarray, fps: float, seed: int):
         self.truth, self.lines, self.fps, self.space = truth, lines, fps, truth.space
         self.rng = np.random.default_rng(seed)
         self.episodes = count(FIRST + 10_000 * seed)
@@ -95,13 +95,13 @@ class Builder:
         return rules.get(kind, lambda frames, told: True)
 
     def _is_open(self, frames: np.ndarray, told: list[dict]) -> bool:
-        views, steps = wall_views(self.lines, told), _steps(told)
+        views, steps = wall_views(told, self.lines), _steps(told)
         walks = steps is None or (steps[6:] > WALKED).mean() > OPEN_SHARE
         return walks and (views is None or 1 - views.mean() >= OPEN_SHARE)
 
     def _reaches_wall(self, frames: np.ndarray, told: list[dict]) -> bool:
         """Open at first, walked up to by half of the time, then stood before."""
-        views, steps = wall_views(self.lines, told), _steps(told)
+        views, steps = wall_views(told, self.lines), _steps(told)
         if views is None or steps is None:
             return True
         near = np.flatnonzero(views)
@@ -114,9 +114,9 @@ class Builder:
             if not world.done:
                 world.step(self.space.encode(names))
             told = world.state()
-            if self.lines is not None and {"x", "y", "angle"} <= told.keys():
-                way = np.array([told["angle"] + 180 * backward])
-                if distances(self.lines, told["x"], told["y"], way)[0] < CLEAR and "turn" not in names[0]:
+            if "turn" not in names[0] and {"x", "y", "angle"} <= told.keys():
+                way, here = told["angle"] + 180 * backward, np.array([[told["x"], told["y"]]])
+                if free_distances(self.lines, here, np.array([way]))[0] < CLEAR:
                     return length
         return most
 
@@ -222,7 +222,7 @@ def build_routes(config: TrainConfig) -> dict:
         raise UserError(f"out={path} must be the .json file that the routes are written to.")
     world = make_world(config.world)
     try:
-        builder = Builder(Truth(world, 1), map_lines(config.world), world.fps, config.seed)
+        builder = Builder(Truth(world, 1), world.map_lines(), world.fps, config.seed)
         routes = list(builder.build(KINDS, RETURNS))
     finally:
         world.close()

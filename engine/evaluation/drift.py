@@ -119,9 +119,9 @@ def _start(scope: Scope, number: int) -> State:
         if found is not None:
             return found
     length, count = scope.history, len(POLICIES) * scope.size.starts * scope.size.rounds
-    frames, actions = scope.clips.choose(scope.clips.places(length), count, length, scope.seed)
-    place = number % len(frames)
-    return State(0, np.zeros((0, actions.shape[2]), np.float32), frames[place], actions[place].numpy())
+    frames, actions, told = scope.clips.choose(scope.clips.places(length), count, length, scope.seed)
+    place, script = number % len(frames), np.zeros((0, actions.shape[2]), np.float32)
+    return State(0, script, frames[place], actions[place].numpy(), told[place])
 
 
 def _play(scope: Scope, plans: list[Plan], bar: tqdm) -> list[Watch]:
@@ -198,7 +198,7 @@ def motion_share(scope: Scope, games: list[Watch], true: list[Watch], segments: 
     if true:
         usual = mean(true, "motion", slice(None))
     else:
-        clips, _ = scope.clips.choose(scope.clips.places(2), 64, 2, scope.seed)
+        clips, _, _ = scope.clips.choose(scope.clips.places(2), 64, 2, scope.seed)
         usual = float(np.mean([motion(clip) for clip in clips]))
     return made / max(usual, 1e-9)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from ..picture import grid, save_picture
+from ..sight import wall_views
 from .features import frechet_distance
 from .generated import rebuilt, roll
-from .map import wall_views
 from .measures import OCTAVES, highpass_correlation, octaves, psnr, sharpness, ssim
 from .played import Played, play_routes, recorded
 from .route import RETURN
-from .section import Scope, Section
+from .section import STATELESS, Scope, Section
 
 HORIZONS = (1, 8, 16, 64)  # frames after the start at which pictures are compared
 EVERY = 4  # of the frames, for the Fréchet distance
@@ -22,12 +22,13 @@ ABOUT = ("psnr", "ssim", "sharpness", *(f"octave{n + 1}" for n in range(OCTAVES)
 
 def fidelity(scope: Scope) -> Section:
     """How alike, sharp and rich in detail pictures are after 1, 8, 16 and 64 frames; all, open views, and
-    views that a wall fills, as the true ones are; beside them the last true frame repeated and the
-    autoencoder alone.
+    views that a wall fills, as the true ones are; beside them the same network without its state, the last
+    true frame repeated and the autoencoder alone.
     """
     played = _played(scope)
     horizons = [h for h in HORIZONS if h <= played.true.shape[1]]
     made = roll(scope.player, played.games(scope.seed), "routes")
+    blind = roll(scope.stateless, played.games(scope.seed), "routes, no state") if scope.stateless else None
     section = Section("Fidelity")
     figures, walls = section.figures, _walls(scope, played)
     for horizon in horizons:
@@ -42,12 +43,16 @@ def fidelity(scope: Scope) -> Section:
                 figures[f"autoencoder_psnr_{horizon}{name}"] = psnr(best[some], true[some])
                 figures[f"repeat_psnr_{horizon}{name}"] = psnr(still[some], true[some])
                 figures[f"views_{horizon}{name}"] = int(some.sum())
+        if blind is not None:
+            figures |= compared(blind[:, at], true, f"{horizon}{STATELESS}")
         figures |= {f"autoencoder_{k}": v for k, v in compared(best, true, str(horizon)).items()}
         for kind in dict.fromkeys(played.kinds):
             some = np.array(played.kinds) == kind
             figures[f"psnr_{horizon}_of_{kind}"] = psnr(drawn[some], true[some])
     flat = [x[:, ::EVERY].reshape(-1, *x.shape[2:]) for x in (made, played.true)]
     figures["frechet"] = frechet_distance(*flat)
+    if blind is not None:
+        figures[f"frechet{STATELESS}"] = frechet_distance(blind[:, ::EVERY].reshape(flat[1].shape), flat[1])
     figures["frechet_autoencoder"] = frechet_distance(rebuilt(scope.player, flat[1]), flat[1])
     _wall_share(scope, section, made, played, walls)
     section.round(3)
@@ -84,7 +89,7 @@ def _played(scope: Scope) -> Played:
 
 def _walls(scope: Scope, played: Played) -> np.ndarray | None:
     """Which true views a wall fills, by the map (b, t); None where there is no map."""
-    each = [wall_views(scope.lines, told) for told in played.told]
+    each = [wall_views(told, scope.lines) for told in played.told]
     return None if any(one is None for one in each) else np.stack(each)
 
 
@@ -121,9 +126,10 @@ def _tell(section: Section, played: Played, horizons: list[int]) -> None:
                 row = [f[f"{what}_{key}"] for what in ABOUT]
                 row += [f[f"{what}_{key}"] for what in ("views", "repeat_psnr", "autoencoder_psnr")]
                 rows.append([f"after {horizon}{title}", *row])
-        rows.append(
-            [f"autoencoder, {horizon}", *(f[f"autoencoder_{what}_{horizon}"] for what in ABOUT), "", "", ""]
-        )
+        others = [(f"autoencoder, {horizon}", [f"autoencoder_{what}_{horizon}" for what in ABOUT])]
+        others += [(f"after {horizon}, no state", [f"{what}_{horizon}{STATELESS}" for what in ABOUT])]
+        for title, names in others:
+            rows += [[title, *(f[name] for name in names), "", "", ""]] if names[0] in f else []
     columns = ["PSNR", "SSIM", "sharpness", *(f"octave {n + 1}" for n in range(OCTAVES)), "high-pass"]
     section.table(["frames", *columns, "views", "repeated", "autoencoder"], rows)
     section.table(

@@ -23,7 +23,8 @@ class Games:
     frames: np.ndarray  # the true frames that they begin with, uint8 (b, t, h, w, 3)
     actions: Tensor  # (b, t + t', k): what caused these, and what is held from there on
     seeds: Tensor  # of their noise (b,), int64
-    told: list[list[dict[str, float]]] | None = None  # (b)(t): the true states at these frames, where known
+    # (b)(t): the true states at these frames, None where they are not known
+    told: list[list[dict[str, float] | None]] | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -34,23 +35,9 @@ class Games:
 
 
 def start_frames(player: Player) -> int:
-    """True frames that a game begins with."""
-    return player.denoiser.config.sink_frames + player.denoiser.config.context_frames
-
-
-def true_states(player: Player, games: Games) -> Tensor | None:
-    """The true states at the games' first frames (b, t, S), NaN where they are not known, for a network that
-    knows states and may use them; the numbers are called by the player's `state_names`.
-    """
-    names = getattr(player, "state_names", ())
-    if not names or not getattr(player, "use_state", True):
-        return None
-    nothing = [{}] * games.frames.shape[1]
-    rows = [
-        [[one.get(name, np.nan) for name in names] for one in told or nothing]
-        for told in games.told or [nothing] * len(games)
-    ]
-    return torch.tensor(rows, dtype=torch.float32, device=player.device)
+    """True frames that a game begins with: all that a frame knows of those before it."""
+    config = player.denoiser.config
+    return max(config.sink_frames + config.context_frames, config.action_history)
 
 
 def roll(player: Player, games: Games, name: str = "roll", correction: float | None = None) -> np.ndarray:
@@ -76,7 +63,11 @@ def play(player: Player, games: Games, correction: float | None = None) -> Itera
     rollout = player.make_rollout(len(games), correction=correction)
     latents = _encoded(player, games.frames)
     actions, start = games.actions.to(player.device), games.frames.shape[1]
-    states = player.known_states(latents, actions[:, :start], true_states(player, games))
+    states = None
+    if player.states is not None:
+        told = games.told or [None] * len(games)
+        states = torch.cat([player.laid_states(one, start) for one in told])
+        states = player.known_states(latents, actions[:, :start], states)
     with torch.inference_mode(), autocast(player.device, player.dtype, cache=False):
         rollout.reset(latents, actions[:, :start], games.seeds.to(player.device), states)
     for action in actions[:, start:].unbind(1):

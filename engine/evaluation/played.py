@@ -25,8 +25,8 @@ class Played:
     before: np.ndarray  # uint8 (b, t, h, w, 3)
     actions: np.ndarray  # (b, t + t', k), those of the frames before among them
     true: np.ndarray  # uint8 (b, t', h, w, 3)
-    told_before: list[list[dict[str, float]]]  # (b)(t)
-    told: list[list[dict[str, float]]]  # (b)(t')
+    told_before: list[list[dict[str, float] | None]]  # (b)(t)
+    told: list[list[dict[str, float] | None]]  # (b)(t')
 
     def games(self, seed: int) -> Games:
         """As games of the network; game i has the noise of seed + i."""
@@ -78,7 +78,7 @@ def _apart(route: Route, told: dict[str, float]) -> float:
 
 def recorded(clips: Clips, count: int, history: int, length: int, seed: int) -> Played:
     """Clips of recordings as routes, where there is no simulator."""
-    frames, actions = clips.choose(clips.places(history + length), count, history + length, seed)
-    kinds = ["recorded"] * len(frames)
-    nothing = [[] for _ in frames]
-    return Played(kinds, frames[:, :history], actions.numpy(), frames[:, history:], nothing, nothing)
+    frames, actions, told = clips.choose(clips.places(history + length), count, history + length, seed)
+    kinds, (before, after) = ["recorded"] * len(frames), (slice(history), slice(history, None))
+    told_before, told = ([one[part] for one in told] for part in (before, after))
+    return Played(kinds, frames[:, before], actions.numpy(), frames[:, after], told_before, told)

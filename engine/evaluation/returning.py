@@ -9,7 +9,7 @@ from .generated import rebuilt, roll
 from .measures import psnr
 from .played import play_routes
 from .route import RETURN
-from .section import Scope, Section, skipped
+from .section import STATELESS, Scope, Section, skipped
 
 LAST = 4  # frames at the end, when one stands where one began
 SHOWN = 12
@@ -33,6 +33,10 @@ def returning(scope: Scope) -> Section:
         best = rebuilt(scope.player, played.true[:, -1])
         row["autoencoder"] = psnr(best, played.true[:, -1])
         section.figures |= {f"return_{name}_{seconds}": value for name, value in row.items()}
+        if scope.stateless:
+            blind = roll(scope.stateless, played.games(scope.seed), f"return {seconds} s, no state")
+            row["stateless"] = at_return(blind, played.true, played.before[:, -1])["psnr"]
+            section.figures[f"return_psnr_{seconds}{STATELESS}"] = row["stateless"]
         rows.append([f"{seconds} s", str(len(routes)), *row.values()])
         times = np.linspace(0, made.shape[1] - 1, SHOWN).astype(int)
         shown += [played.true[0, times], made[0, times]]
@@ -47,6 +51,7 @@ def returning(scope: Scope) -> Section:
         "views where the other routes return, which is what a wrong place is worth."
     )
     names = ["generated", "start's view", "another place", "autoencoder"]
+    names += ["without state"] if scope.stateless else []
     section.table(["away for", "routes", *names], rows)
     save_picture(scope.folder / "returning.png", grid(shown))
     section.show("returning.png", "From the start to the return: true, and generated below")

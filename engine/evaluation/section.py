@@ -15,6 +15,7 @@ from .generated import start_frames
 from .probe import WallProbe
 from .route import Route
 
+STATELESS = "_stateless"  # at the end of figures of the same network without its state
 STARTS = 16  # episodes that are tried for a start, and frames into them
 
 
@@ -65,12 +66,13 @@ class Scope:
     """What is evaluated, what it is held against, and where pictures go."""
 
     player: Player
+    stateless: Player | None  # the same network without its state; None where it has none anyway
     truth: Truth | None  # None where the simulator is not to be had
     missing: str  # why
     clips: Clips | None  # recordings, where there is no simulator
     reference: Reference
     probe: WallProbe | None  # None where no map tells which true views a wall fills
-    lines: np.ndarray | None  # of the map (n, 4)
+    lines: np.ndarray  # of the map (n, 4), none where there is no map
     routes: list[Route]
     folder: Path
     seed: int
@@ -85,14 +87,17 @@ class Scope:
     def frames(self, seconds: float) -> int:
         return max(1, round(seconds * self.player.world.fps))
 
-    def start(self) -> tuple[np.ndarray, np.ndarray]:
-        """True frames (t, h, w, 3) to begin a game with and the keys that caused them (t, k)."""
+    def start(self) -> tuple[np.ndarray, np.ndarray, list[dict[str, float] | None]]:
+        """True frames (t, h, w, 3) to begin a game with, the keys that caused them (t, k), and the states at
+        these (t).
+        """
         if self.truth is not None:
             for number in range(STARTS):
                 if state := self.truth.state(self.seed + number, self.history + STARTS):
-                    return state.frames, state.actions
-        frames, actions = self.clips.choose(self.clips.places(self.history), 1, self.history, self.seed)
-        return frames[0], actions[0].numpy()
+                    return state.frames, state.actions, state.told
+        places = self.clips.places(self.history)
+        frames, actions, told = self.clips.choose(places, 1, self.history, self.seed)
+        return frames[0], actions[0].numpy(), told[0]
 
 
 @dataclass

@@ -22,9 +22,11 @@ def speed(scope: Scope) -> Section:
             session.step(policy({}, session.action_space))
     p50, p99 = np.percentile(session.step_ms, (50, 99))
     section = Section("Speed", {"step_ms_p50": p50, "step_ms_p99": p99, "fps_p50": 1000 / p50})
-    section.round(1)
+    section.figures["real_time"] = 1000 / p50 / session.fps
+    section.round(2)
     section.say(
         f"A step, decoding included, takes {p50:.1f} ms at the median of {count} under the script and "
-        f"{p99:.1f} ms at the 99th percentile: {1000 / p50:.0f} frames a second."
+        f"{p99:.1f} ms at the 99th percentile: {1000 / p50:.0f} frames a second, "
+        f"{section.figures['real_time']:.2f} times real time."
     )
     return section

@@ -19,6 +19,7 @@ from ..config import TrainConfig, UserError
 from ..dataset import split
 from ..recording import Recording, find_recordings
 from ..rollout.session import Player
+from ..sight import wall_views
 from .behaviour import behaviour
 from .branches import Truth
 from .build_routes import KINDS, Builder
@@ -29,13 +30,12 @@ from .features import Reference
 from .fidelity import fidelity
 from .generated import start_frames
 from .latency import latency
-from .map import map_lines, wall_views
 from .parts import Parts, key_of
 from .probe import WallProbe
 from .report import write_report
 from .returning import returning
 from .route import Route, load_routes, shipped_routes
-from .section import QUICK, Scope, Section, Size
+from .section import QUICK, STATELESS, Scope, Section, Size
 from .speed import speed
 
 FULL = Size()
@@ -57,6 +57,7 @@ HEADLINE = (
     *(f"sharpness_{h}" for h in (1, 8, 16, 64)),
     *(f"octave1_{h}" for h in (1, 8, 16, 64)),
     *(f"highpass_{h}" for h in (1, 8)),
+    *(f"psnr_{h}{STATELESS}" for h in (1, 8, 16, 64)),
     "frechet",
     "wall_ratio",
     "drift_wall_ratio",
@@ -65,12 +66,14 @@ HEADLINE = (
     "control_low",
     "control_high",
     *(f"return_psnr_{s}" for s in (5, 10, 20)),
+    *(f"return_psnr_{s}{STATELESS}" for s in (5, 10, 20)),
     *(f"drift_{m}min_{policy}" for m in (1, 2, 10) for policy in POLICIES),
     *(f"motion_{m}min_{policy}" for m in (1, 2, 10) for policy in POLICIES[:2]),
     "latency_first_frames",
     "latency_half_frames",
     "latency_ms",
     "fps_p50",
+    "real_time",
     "collapses",
 )
 
@@ -118,14 +121,12 @@ def evaluate(config: TrainConfig) -> dict:
 
 
 def open_scope(config: TrainConfig) -> Scope:
+    """Opens a network and its world, and samples true frames."""
     out = Path(config.out)
-    newest = [out / f"{stage}.safetensors" for stage in ("distill", "rollout", "denoiser")]
-    player = Player(
-        config.checkpoint or next((p for p in newest if p.exists()), newest[0]),
-        config.device,
-        config.precision,
-    )
-    player.use_state = config.state
+    newest = [out / f"{stage}.safetensors" for stage in ("decoder", "rollout", "denoiser")]
+    chosen = config.checkpoint or next((path for path in newest if path.exists()), newest[0])
+    player = Player(chosen, config.device, config.precision, state=config.state)
+    stateless = Player(chosen, config.device, config.precision, state=False) if player.states else None
     size = QUICK if config.quick else FULL
     folder = out / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,18 +136,18 @@ def open_scope(config: TrainConfig) -> Scope:
         truth, missing = Truth.open(player.world, start_frames(player), config.seed), ""
     except UserError as error:
         truth, missing = None, str(error)
-    what = {"player": player, "truth": truth, "missing": missing, "routes": routes, "folder": folder}
-    what |= {"seed": config.seed, "size": size, "most": config.frames}
+    what = {"player": player, "stateless": stateless, "truth": truth, "missing": missing}
+    what |= {"routes": routes, "folder": folder, "seed": config.seed, "size": size, "most": config.frames}
     if truth is None:
         clips = _recordings(config, player)
         reference = Reference(clips.sample(size.reference, config.seed))
-        return Scope(**what, clips=clips, reference=reference, probe=None, lines=None)
+        return Scope(**what, clips=clips, reference=reference, probe=None, lines=np.zeros((0, 4)))
     try:
-        lines = map_lines(player.world)
+        lines = truth.world.map_lines()
         if not routes:
             what["routes"] = _drawn_routes(truth, lines, player.world.fps, config.seed, size)
         frames, told = truth.sample(size.reference, SAMPLE + config.seed)
-        walls = wall_views(lines, told)
+        walls = wall_views(told, lines)
         both = walls is not None and 0 < walls.mean() < 1
         probe = WallProbe(frames, walls) if both else None
         return Scope(**what, clips=None, reference=Reference(frames), probe=probe, lines=lines)
@@ -155,7 +156,7 @@ def open_scope(config: TrainConfig) -> Scope:
         raise
 
 
-def _drawn_routes(truth: Truth, lines: np.ndarray | None, fps: float, seed: int, size: Size) -> list[Route]:
+def _drawn_routes(truth: Truth, lines: np.ndarray, fps: float, seed: int, size: Size) -> list[Route]:
     """Routes for a world that none ship for."""
     share = size.routes / sum(KINDS.values())
     kinds = {kind: math.ceil(share * count) for kind, count in KINDS.items()}

@@ -113,6 +113,7 @@ class Variant:
 
     title: str  # in the table
     rollout: type[Rollout] = Rollout
+    state: bool = True  # whether games have one
 
 
 VARIANTS = {
@@ -123,6 +124,7 @@ VARIANTS = {
     "window_1": Variant("frame by frame, all levels", FrameByFrame),
     "window_1_one_pass": Variant("frame by frame, one pass", OnePass),
     "uncorrected": Variant("no correction", Uncorrected),
+    "stateless": Variant("no state", state=False),
 }
 
 
@@ -130,4 +132,4 @@ def open_variant(name: str, checkpoint: str | Path, device: str = "auto", precis
     """A checkpoint's networks, with the same weights in all variants, that play as the variant of this name
     does.
     """
-    return Player(checkpoint, device, precision, VARIANTS[name].rollout)
+    return Player(checkpoint, device, precision, VARIANTS[name].rollout, VARIANTS[name].state)

@@ -34,8 +34,11 @@ class Player:
         device: str = "auto",
         precision: str = "auto",
         rollout: type[Rollout] = Rollout,
+        state: bool = True,
     ):
-        """`rollout`: how they play; ablations play otherwise."""
+        """`rollout`: how they play; ablations play otherwise. `state`: whether games may have one; without,
+        they are played as in a world that tells none.
+        """
         self.rollout = rollout
         self.checkpoint = Checkpoint(checkpoint)
         self.world: WorldConfig = self.checkpoint.world
@@ -44,16 +47,11 @@ class Player:
         self.dtype = AUTOCAST[self.precision]
         self.autoencoder = self.ready(load_autoencoder(self.checkpoint))
         self.denoiser = self.ready(load_denoiser(self.checkpoint))
-        self.states = load_states(self.checkpoint)
-        self.reader = load_reader(self.checkpoint)
+        self.states = load_states(self.checkpoint) if state else None
+        self.reader = load_reader(self.checkpoint) if state else None
         for tiny in (self.states, self.reader):  # they stay in float32
             if tiny is not None:
                 tiny.to(self.device).eval().requires_grad_(False)
-
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        """What the network knows its world to tell of itself."""
-        return self.states.spec.names if self.states else ()
 
     def ready(self, module: Module) -> Module:
         """A network with its weights, brought to the device and laid out for play there."""
