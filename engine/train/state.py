@@ -187,7 +187,6 @@ class StateStage:
         return picture
 
     def save(self, path: Path, module: StateLoss, about: dict[str, Any]) -> None:
-        scores = {name: round(value, 2) for name, value in self.validate(module).items()}
         modules: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
         if self.trains:
             reader = copy.deepcopy(module.reader)  # what is measured here is no part of the training
@@ -195,7 +194,7 @@ class StateStage:
             reader.share.copy_(reader.measured(pictures.latents.float(), pictures.states))
             modules |= {"states": module.model, "reader": reader}
         world = self.config.world
-        save_checkpoint(path, modules, self.model, world, licence=LICENCE, scores=scores, **about)
+        save_checkpoint(path, modules, self.model, world, licence=LICENCE, **about)
 
 
 def _sizes(spec: StateSpec, error: Tensor, after: str) -> dict[str, float]:
