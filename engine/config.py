@@ -146,9 +146,11 @@ class StageConfig:
     muon: bool = True  # for the matrices of the transformer's layers
     grad_clip: float = 1.0
     ema: float = 0.999
-    frames: int = 40_000  # stage autoencoder: frames kept in memory
+    frames: int = 40_000  # stages autoencoder, state: pictures kept in memory
     crop: float = 1.0  # stages autoencoder, decoder: share of a frame's sides that is looked at
     clip: int = 24  # frames in a training segment, at least
+    memoryless: float = 0.0  # stage denoiser: share of iterations whose windows see no frames before the last
+    memory_games: int = 1_000_000  # games of a batch, at most, in the others, which cost more
     windows: int = 4  # stage denoiser: windows laid over a segment
     context_noise: float = 0.4  # stage denoiser: most noise on the frames that windows are made from,
     context_noise_share: float = 0.6  # in this share of the games

@@ -35,8 +35,9 @@ def filled_views(lines: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def wall_views(states: list[dict | None], lines: np.ndarray) -> np.ndarray | None:
-    """Whether a wall fills the view from each state, which tells x, y and angle, bool (n,); None where not
-    all do, or no map is known. `lines` are walls (m, 4).
+    """Whether a wall fills the view from each state, bool (n,); None where places or the map are not known.
+
+    `states` name x, y and angle, `lines` are walls (m, 4).
     """
     places = [_place(state) for state in states]
     if not places or None in places or not len(lines):

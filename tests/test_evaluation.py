@@ -132,7 +132,9 @@ def player(tiny_checkpoint) -> Player:
 
 @pytest.fixture(scope="module")
 def turns(player, tmp_path_factory) -> Path:
-    """Write nothing there: a recording that turns left (the picture moves right by 5 a frame), right and rests, 12 frames each."""
+    """A recording that turns left (the picture moves right by 5 a frame), right and rests, 12 frames each;
+    nothing may be written there.
+    """
     data, place, way = tmp_path_factory.mktemp("turns"), 200, 0
     with Recorder(data / "turns", player.world, "true", 0, lossless=True) as recorder:
         for number in range(120):

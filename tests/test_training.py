@@ -27,10 +27,10 @@ from engine.train.loop import Training
 ROOT = Path(__file__).parent.parent
 NETWORKS = {
     "autoencoder": ["autoencoder"],
-    "state": ["autoencoder", "states"],
-    "denoiser": ["autoencoder", "states", "denoiser"],
-    "rollout": ["autoencoder", "states", "denoiser"],
-    "decoder": ["autoencoder", "states", "denoiser"],
+    "state": ["autoencoder", "states", "reader"],
+    "denoiser": ["autoencoder", "states", "reader", "denoiser"],
+    "rollout": ["autoencoder", "states", "reader", "denoiser"],
+    "decoder": ["autoencoder", "states", "reader", "denoiser"],
 }
 
 

@@ -67,6 +67,7 @@ def play(player: Player, games: Games, correction: float | None = None) -> Itera
     if player.states is not None:
         told = games.told or [None] * len(games)
         states = torch.cat([player.laid_states(one, start) for one in told])
+        states = player.known_states(latents, actions[:, :start], states)
     with torch.inference_mode(), autocast(player.device, player.dtype, cache=False):
         rollout.reset(latents, actions[:, :start], games.seeds.to(player.device), states)
     for action in actions[:, start:].unbind(1):

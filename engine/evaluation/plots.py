@@ -40,9 +40,8 @@ def draw_responses(path: Path, curves: dict[str, np.ndarray], own: str) -> None:
     axis = axes[0, 0]
     axis.axhline(1, color="black", linewidth=1, linestyle=":")
     for name, curve in curves.items():
-        axis.plot(
-            range(1, len(curve) + 1), curve, marker="o", linewidth=3 if name == own else 1.5, label=name
-        )
+        width = 3 if name == own else 1.5
+        axis.plot(range(1, len(curve) + 1), curve, marker="o", linewidth=width, label=name)
     axis.set_xlabel("frames after the key changed")
     axis.set_ylabel("answer, share of the true one")
     axis.set_ylim(-0.1, 1.3)

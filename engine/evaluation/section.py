@@ -66,9 +66,7 @@ class Scope:
     """What is evaluated, what it is held against, and where pictures go."""
 
     player: Player
-    stateless: (
-        Player | None
-    )  # the same network without its state; None where it has none, or plays so already
+    stateless: Player | None  # the same network without its state; None where it has none anyway
     truth: Truth | None  # None where the simulator is not to be had
     missing: str  # why
     clips: Clips | None  # recordings, where there is no simulator

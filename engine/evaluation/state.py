@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..config import UserError
+from ..data.state_logs import StateLogs
 from ..model.state import StateModel
 from ..model.state_spec import difference, pick
-from ..train.state import StateLogs
 
 CELL = 1.0  # large steps: side of a cell of the map of places that the true player visited
 BATCH = 256

@@ -9,6 +9,7 @@ from .autoencoder import Autoencoder
 from .checkpoint import Checkpoint
 from .denoiser import Denoiser
 from .state import StateModel
+from .state_reader import StateReader
 from .state_spec import StateSpec, features_width
 
 
@@ -21,6 +22,12 @@ def make_states(model: ModelConfig, world: WorldConfig) -> StateModel | None:
     """The predictor of a world's state with fresh weights; None for a world that tells none."""
     spec = spec_of(model)
     return StateModel(spec, len(world.keys)) if spec else None
+
+
+def make_reader(model: ModelConfig, world: WorldConfig) -> StateReader | None:
+    """What reads a world's state off latents, with fresh weights; None for a world that tells none."""
+    spec = spec_of(model)
+    return StateReader(*model.autoencoder.latent_shape(world), spec) if spec else None
 
 
 def make_denoiser(model: ModelConfig, world: WorldConfig) -> Denoiser:
@@ -40,6 +47,13 @@ def load_states(checkpoint: Checkpoint) -> StateModel | None:
     if spec_of(checkpoint.model) is None:
         return None
     return checkpoint.build("states", lambda: make_states(checkpoint.model, checkpoint.world))
+
+
+def load_reader(checkpoint: Checkpoint) -> StateReader | None:
+    """What reads the state off latents, with its weights; None where the checkpoint has none."""
+    if "reader" not in checkpoint.modules:
+        return None
+    return checkpoint.build("reader", lambda: make_reader(checkpoint.model, checkpoint.world))
 
 
 def load_denoiser(checkpoint: Checkpoint) -> Denoiser:

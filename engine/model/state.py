@@ -80,7 +80,7 @@ class StateModel(nn.Module):
         """Sets units, ranges and the linear part of free motion from the data (n, S), (n, k), (n,).
 
         The linear part is solved for, not trained: least squares over frames that begin away from the edge of
-        the known map. See StateScales.fit for what is refused.
+        the known map, if there are any. See StateScales.fit for what is refused.
         """
         scales, n = self.scales, self.positions
         scales.fit(states, resets)
@@ -92,8 +92,11 @@ class StateModel(nn.Module):
         place = self._inner(states[1:-1])[:, :n]
         edge = (EDGE * self.unit[:n]).clamp_max(0.5)
         open_ = ((place - self.low[:n] > edge) & (self.high[:n] - place > edge)).all(1)
-        follows = (~(resets[1:-1] | resets[2:]).bool() & open_).nonzero()[:, 0]
-        follows = follows[:: -(-len(follows) // SOLVED_FRAMES)]
+        runs = ~(resets[1:-1] | resets[2:]).bool()  # the frames around it are of its episode
+        follows = ((runs & open_) if (runs & open_).any() else runs).nonzero()[:, 0]
+        follows = follows[:: max(1, -(-len(follows) // SOLVED_FRAMES))]
+        if not len(follows):
+            return
         first, before, after = (
             self._inner(part)[follows] for part in (states[:-2], states[1:-1], states[2:])
         )

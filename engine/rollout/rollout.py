@@ -9,6 +9,7 @@ from ..model.denoiser import Denoiser, Finished
 from ..model.kv_cache import KVRecorder
 from ..model.noise import add_noise, counter_noise, ramp
 from ..model.state import StateCarry, StateModel
+from ..model.state_reader import StateReader
 from ..model.state_spec import state_features
 from .window import RollingWindow
 
@@ -41,11 +42,15 @@ class Rollout:
         dtype: torch.dtype = torch.float32,
         folded: bool = True,
         correction: float | None = None,
+        reader: StateReader | None = None,
     ):
-        """`correction`: the level to which leaving frames are sent back, where not the config's."""
+        """`correction`: the level to which leaving frames are sent back, where not the config's. `reader`:
+        reads what keys do not decide off finished frames, as far as it has been found to see it.
+        """
         self.denoiser, self.config, self.folded = denoiser, denoiser.config, folded
         self.correction = self.config.correction if correction is None else correction
-        self.states = states
+        self.states, self.reader = states, reader
+        self.seen = reader.seen if states is not None and reader is not None else []
         device, c = denoiser.ladder.device, self.config
         self.cache = denoiser.make_cache(batch, device, dtype)
         self.window = RollingWindow(batch, c.window_frames, denoiser.shape, device)
@@ -182,6 +187,9 @@ class Rollout:
         if self.carry:
             for kept, new in zip(self.carry, self.states.step(self.carry, action), strict=True):
                 kept.copy_(new)
+        read = self.reader(head) if self.seen else None
+        for i in self.seen:
+            self.carry.state[:, i].copy_(read[:, i])
         self.last.copy_(torch.stack([self.last[:, 1], head], 1))
         self.actions.copy_(torch.cat([self.actions[:, 1:], action[:, None]], 1))
         self.cache.append()

@@ -14,7 +14,8 @@ from torch.nn import Module
 from ..config import UserError, WorldConfig
 from ..device import AUTOCAST, autocast, pick_device, pick_precision
 from ..model.checkpoint import Checkpoint
-from ..model.networks import load_autoencoder, load_denoiser, load_states
+from ..model.networks import load_autoencoder, load_denoiser, load_reader, load_states
+from ..model.state_reader import completed
 from ..starts import Start
 from ..worlds.base import ActionSpace
 from .cuda_graph import StepGraph
@@ -23,7 +24,9 @@ from .rollout import Rollout
 
 
 class Player:
-    """The networks of a checkpoint, ready to play: autoencoder, denoiser and the state's predictor."""
+    """The networks of a checkpoint, ready to play: autoencoder, denoiser, the state's predictor and its
+    reader.
+    """
 
     def __init__(
         self,
@@ -45,8 +48,10 @@ class Player:
         self.autoencoder = self.ready(load_autoencoder(self.checkpoint))
         self.denoiser = self.ready(load_denoiser(self.checkpoint))
         self.states = load_states(self.checkpoint) if state else None
-        if self.states is not None:  # tiny: it stays in float32
-            self.states.to(self.device).eval().requires_grad_(False)
+        self.reader = load_reader(self.checkpoint) if state else None
+        for tiny in (self.states, self.reader):  # they stay in float32
+            if tiny is not None:
+                tiny.to(self.device).eval().requires_grad_(False)
 
     def ready(self, module: Module) -> Module:
         """A network with its weights, brought to the device and laid out for play there."""
@@ -59,7 +64,8 @@ class Player:
     def make_rollout(self, batch: int, folded: bool = True, correction: float | None = None) -> Rollout:
         """Games side by side in these networks."""
         dtype = self.dtype or torch.float32
-        return self.rollout(self.denoiser, self.states, batch, dtype, folded=folded, correction=correction)
+        how = {"folded": folded, "correction": correction, "reader": self.reader}
+        return self.rollout(self.denoiser, self.states, batch, dtype, **how)
 
     def laid_states(self, states: list[dict[str, float] | None] | None, frames: int) -> Tensor | None:
         """What was recorded of a world at some frames → (1, frames, s), NaN where it is not known."""
@@ -68,6 +74,15 @@ class Player:
         names = self.states.spec.names
         rows = [[(state or {}).get(name, np.nan) for name in names] for state in states or [None] * frames]
         return torch.tensor(rows, dtype=torch.float32, device=self.device)[None]
+
+    @torch.inference_mode()
+    def known_states(self, latents: Tensor, actions: Tensor, states: Tensor | None) -> Tensor | None:
+        """A start's latents (b, t, c, y, x), actions (b, t, k) and states (b, t, s), NaN where nothing is
+        known → the states without gaps, where the checkpoint can read them off latents.
+        """
+        if states is None or self.reader is None:
+            return states
+        return completed(self.states, self.reader, latents.float(), actions, states)
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray) -> Tensor:
@@ -111,7 +126,8 @@ class Session:
         states: list[dict[str, float] | None] | None = None,
     ) -> np.ndarray:
         """Starts from true frames, uint8 (t, h, w, 3), the actions that caused them (t, k), and what the
-        world told of itself at each → the last of them. A state that is not known is done without.
+        world told of itself at each → the last of them. A state that is not known is read off the frames, or
+        done without where the checkpoint has not learnt to.
         """
         shape = (self.world.height, self.world.width, 3)
         if frames.shape[1:] != shape:
@@ -135,7 +151,8 @@ class Session:
     ) -> np.ndarray:
         held = torch.from_numpy(np.asarray(actions, np.float32)).to(self.player.device)[None]
         seeds = torch.tensor([seed], dtype=torch.int64, device=self.player.device)
-        known = self.player.laid_states(states, latents.shape[1])
+        laid = self.player.laid_states(states, latents.shape[1])
+        known = self.player.known_states(latents, held, laid)
         with torch.inference_mode(), autocast(self.player.device, self.player.dtype, cache=False):
             self.rollout.reset(latents, held, seeds, known)
             if self.graph and not self.graph.captured:

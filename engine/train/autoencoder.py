@@ -81,7 +81,6 @@ class AutoencoderStage:
         return {"psnr_held_out": float((10 * torch.log10(255**2 / error)).mean())}
 
     def save(self, path: Path, module: nn.Module, about: dict[str, Any]) -> None:
-        scores = {name: round(value, 2) for name, value in self.validate(module).items()}
         modules = {"autoencoder": module}
         config = self.config
-        save_checkpoint(path, modules, config.model, config.world, licence=LICENCE, scores=scores, **about)
+        save_checkpoint(path, modules, config.model, config.world, licence=LICENCE, **about)

@@ -6,8 +6,6 @@ The encoder and all that was trained on its latents stay as they are.
 from __future__ import annotations
 
 import copy
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -176,10 +174,6 @@ class DecoderStage(DenoiserStage):
             scores[f"{name}_sharpness"] = float(sharpness(made) / sharpness(true))
             scores[f"{name}_finest_octave"] = float(finest_octave(made) / finest_octave(true))
         return scores
-
-    def save(self, path: Path, module: DecoderLoss, about: dict[str, Any]) -> None:
-        scores = {name: round(value, 3) for name, value in self.validate(module).items()}
-        super().save(path, module, about | {"scores": scores})
 
 
 def sharpness(pictures: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ..device import autocast, compute_dtype
 from ..model.autoencoder import decode_clip
 from ..model.denoiser import Denoiser
 from ..model.kv_cache import KVContext, KVRecorder
-from ..model.networks import load_states, make_denoiser
+from ..model.networks import load_reader, load_states, make_denoiser
 from ..model.noise import add_noise, training_sigma
 from ..model.state import StateModel
 from ..model.state_spec import state_features
@@ -23,7 +23,7 @@ from .stage import LatentsStage
 
 PICTURED = 73  # frames of the games that are shown and measured: 9 given, 64 made
 HORIZONS = (1, 8, 16, 64)
-MEASURED = 48  # held-out games
+MEASURED = 16  # held-out games
 
 
 class PlainLoss(nn.Module):
@@ -45,6 +45,9 @@ class PlainLoss(nn.Module):
         return self._states[0]
 
     def forward(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
+        if float(torch.rand(())) < self.stage.memoryless:
+            return self._without_memory(clip)
+        clip = Clip(*(part[: self.stage.memory_games] for part in clip))
         config, total = self.denoiser.config, clip.latents.shape[1]
         has_state, states = self.known_states(clip)
         history, sigma = self._roughened(clip.latents)
@@ -68,6 +71,16 @@ class PlainLoss(nn.Module):
             if not single:
                 logs["far"] = error[:, -1].mean().detach()
         return torch.stack(errors).mean(), logs
+
+    def _without_memory(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
+        """One window in each game, made from the frame before it alone. What a frame needs is mostly in that
+        one and in the state, and writing keys and values costs as much as two windows do.
+        """
+        size, (has_state, states) = self.denoiser.config.window_frames, self.known_states(clip)
+        history, sigma = self._roughened(clip.latents)
+        start = clip.latents.shape[1] - size
+        error = self._window_error(clip, states, has_state, history, sigma, start, size, KVRecorder())
+        return error.mean(), {"alone": error[:, 0].mean().detach()}
 
     def known_states(self, clip: Clip) -> tuple[Tensor, Tensor]:
         """has_state (b,) and states (b, t, s) without gaps. In a tenth of the games they are kept from the
@@ -137,7 +150,7 @@ class PlainLoss(nn.Module):
         history_sigma: Tensor,
         start: int,
         size: int,
-        context: KVContext,
+        context: KVContext | KVRecorder,
     ) -> Tensor:
         """Squared error (b, size) of a noised window at `start`."""
         config, span = self.denoiser.config, slice(start, start + size)
@@ -163,8 +176,10 @@ class DenoiserStage(LatentsStage):
     def __init__(self, *given):
         super().__init__(*given)
         self.states = load_states(self.before)
-        if self.states is not None:
-            self.frozen(self.states)
+        self.reader = load_reader(self.before)
+        for made in (self.states, self.reader):
+            if made is not None:
+                self.frozen(made)
         length = min(PICTURED, self.caches[1].longest())
         self.shown = Batches(self.segments(self.caches[1], length), 6, 0)
         self.module = self.loss()
@@ -188,7 +203,8 @@ class DenoiserStage(LatentsStage):
         return length, length - sizes.sink_frames - sizes.context_frames
 
     def networks(self, module: PlainLoss) -> dict[str, nn.Module | None]:
-        return {"autoencoder": self.autoencoder, "states": self.states, "denoiser": module.denoiser}
+        known = {"autoencoder": self.autoencoder, "states": self.states, "reader": self.reader}
+        return known | {"denoiser": module.denoiser}
 
     @torch.no_grad()
     def play(self, module: PlainLoss, batches: Batches, position: int = 0) -> tuple[Tensor, Tensor]:
@@ -198,7 +214,8 @@ class DenoiserStage(LatentsStage):
         actions = clip.actions[:, batches.segments.before :]
         b = len(clip.latents)
         with autocast(self.device, self.dtype):
-            rollout = Rollout(module.denoiser, self.states, b, compute_dtype(self.device))
+            dtype = compute_dtype(self.device)
+            rollout = Rollout(module.denoiser, self.states, b, dtype, reader=self.reader)
             start = rollout.start_frames
             states = clip.states[:, :start] if self.states else None
             seed = torch.arange(b, device=self.device)

@@ -15,7 +15,7 @@ from ..device import AUTOCAST, autocast, pick_device, pick_precision
 from ..model.checkpoint import read_about
 from ..picture import save_picture
 from . import optim
-from .metrics import Metrics
+from .metrics import Metrics, rounded
 from .parallel import Ranks
 from .provenance import checkpoint_of
 from .resume import UNREADABLE, Standing, read_state, state_file, unfit, write_state
@@ -43,6 +43,7 @@ class Training:
         self.optimiser = optim.Optimiser(self.module, self.pace)
         self.average = optim.moving_average(self.module, self.pace.ema)
         self.step, self.seconds, self.skipped = 0, 0.0, 0
+        self.scores: dict[str, float] = {}  # what was measured last on held-out data
         if state:
             self._restore(state)
         self.runner = self.ranks.share(self.module)
@@ -106,11 +107,13 @@ class Training:
         if self.ranks.first:
             about = {"stage": self.config.stage, "origin": self.origin | {"precision": self.precision}}
             about |= {"steps": self.step, "minutes": round(self.seconds / 60, 2), "device": str(self.device)}
+            about |= {"scores": self.scores}
             self.stage.save(checkpoint_of(self.config, self.config.stage), self.average.module, about)
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state: dict[str, Any] = {"step": self.step, "random": torch.get_rng_state(), "cuda_random": cuda}
         if self.ranks.first:
             state |= {"seconds": self.seconds, "precision": self.precision, "origin": self.origin}
+            state |= {"scores": self.scores}
             state |= {part: getattr(self, part).state_dict() for part in ("module", "average", "optimiser")}
         else:
             state["buffers"] = self._buffers()
@@ -128,6 +131,7 @@ class Training:
         own = state if self.ranks.first else read_state(state_file(self.config, self.ranks.rank))
         try:
             self.step, self.seconds = state["step"], state["seconds"]
+            self.scores = state.get("scores", {})
             module = state["module"]
             if own and own["step"] == self.step:
                 module = module | own.get("buffers", {})
@@ -145,7 +149,8 @@ class Training:
 
     def show(self, metrics: Metrics) -> None:
         """Measures and draws what the averaged weights make of held-out data."""
-        metrics.measured(self.stage.validate(self.average.module), self.step, self.seconds)
+        self.scores = rounded(self.stage.validate(self.average.module))
+        metrics.measured(self.scores, self.step, self.seconds)
         name = Path(self.config.out) / f"{self.config.stage}.png"
         save_picture(name, self.stage.picture(self.average.module))
 
@@ -173,9 +178,9 @@ def train_stage(
     try:
         with stop.gently():
             _run(training, metrics, stop)
-            training.save()
             if ranks.first:
                 training.show(metrics)
+            training.save()
             ranks.agree(0)  # what is to be read is written
     finally:
         metrics.close()

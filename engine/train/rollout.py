@@ -13,6 +13,7 @@ from ..device import compute_dtype
 from ..model.denoiser import Denoiser
 from ..model.noise import jittered
 from ..model.state import StateModel
+from ..model.state_reader import StateReader
 from ..rollout.rollout import Rollout
 from .denoiser import DenoiserStage, PlainLoss
 
@@ -25,8 +26,15 @@ class RolloutLoss(PlainLoss):
     the end are not learnt from. Leaving frames that are sent back are, under their true keys.
     """
 
-    def __init__(self, denoiser: Denoiser, states: StateModel | None, stage: StageConfig):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        states: StateModel | None,
+        stage: StageConfig,
+        reader: StateReader | None = None,
+    ):
         super().__init__(denoiser, states, stage)
+        self._reader = (reader,)  # in a tuple, as it is not trained here
         self.rollout: Rollout | None = None
         self.register_buffer("turns", torch.zeros((), dtype=torch.int64))  # iterations so far
 
@@ -73,7 +81,8 @@ class RolloutLoss(PlainLoss):
         """Games that have gone on for `burn_in` frames behind true ones → these, and the next frame."""
         b, config = len(clip.latents), self.denoiser.config
         if self.rollout is None:
-            self.rollout = Rollout(self.denoiser, self.states, b, compute_dtype(clip.latents.device))
+            dtype = compute_dtype(clip.latents.device)
+            self.rollout = Rollout(self.denoiser, self.states, b, dtype, reader=self._reader[0])
         rollout, start, history = self.rollout, self.rollout.start_frames, config.action_history - 1
         has_state, states = self.known_states(clip)
         states = torch.where(has_state[:, None, None] > 0, states, torch.nan)[:, :start]
@@ -90,7 +99,7 @@ class RolloutStage(DenoiserStage):
     """Goes on from the denoiser of the stage before on its own history."""
 
     def loss(self) -> RolloutLoss:
-        return RolloutLoss(self._denoiser(), self.states, self.config.pace())
+        return RolloutLoss(self._denoiser(), self.states, self.config.pace(), self.reader)
 
     def segment(self) -> tuple[int, int]:
         sizes, stage = self.model.denoiser, self.config.pace()

@@ -1,8 +1,10 @@
-"""Stage `state`: the network that predicts a world's state from keys, on logs alone: no picture is read."""
+"""Stage `state`: the network that predicts a world's state from keys, on logs alone, and beside it the one
+that reads a state off a picture.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,112 +14,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import StageConfig, StateConfig, TrainConfig, UserError
+from ..config import StateConfig, TrainConfig
+from ..data.state_logs import WARM, StateBatch, StateLogs, StatePictures
 from ..dataset import split
+from ..device import autocast
 from ..model.checkpoint import Checkpoint, save_checkpoint
-from ..model.networks import load_autoencoder, make_states
+from ..model.networks import load_autoencoder, make_reader, make_states
 from ..model.state import StateModel
+from ..model.state_reader import StateReader
 from ..model.state_spec import StateSpec, difference, heading, pick, turned
 from ..recording import Recording, find_recordings
 from .stage import LICENCE
 
-WARM = 16  # at most so many recorded frames before those that are predicted
-APART_SHARE = 0.4  # of the iterations, in which frames are predicted from recorded ones
-APART = 24  # frames of a game in these
-SHORTEST = 8  # frames that are unrolled
-RESET_SHARE = 0.15  # of games that begin where an episode does
 NOISE_SHARE = 0.2  # of games that begin a little beside the truth, so that it learns to return
 NOISE = 0.3  # standard deviation of that, in large steps
 HUBER = 0.2  # errors beyond so many large steps count linearly
+READ_WEIGHT = 0.1  # of the reader's loss: its gradients shall not decide where the others' are clipped
+MEASURED = 1000  # held-out pictures that are read
 
 
-class StateBatch(NamedTuple):
-    """Recorded states (b, warm + t, S), the actions (b, warm + t, k) that caused them, and `warm`."""
+class Given(NamedTuple):
+    """An iteration's games, and pictures that belong to other frames."""
 
-    states: Tensor
-    actions: Tensor
-    warm: int
-
-
-class StateLogs:
-    """States, actions and resets of many recordings, one after the other, and games cut from them."""
-
-    def __init__(self, states: Tensor, actions: Tensor, resets: Tensor) -> None:
-        """(n, S) float32 raw units, (n, k) float32, (n,) bool: true where an episode or recording starts."""
-        self.states, self.actions, self.resets = states.float(), actions.float(), resets.bool()
-        first = torch.arange(len(resets))
-        borders = torch.cat([first[self.resets], torch.tensor([len(resets)])])
-        place = torch.searchsorted(borders, first, right=True).clamp_max(len(borders) - 1)
-        self.left = borders[place] - first  # frames of the same episode from here on
-
-    @classmethod
-    def read(cls, recordings: Iterable, spec: StateSpec, keys: tuple[str, ...]) -> StateLogs:
-        """Opened recordings (`names`, `states`, `actions`, `resets`) → logs, keys laid out as `keys`.
-
-        Frames without state are left out, as are recordings without any; a number of `spec` that a
-        recording lacks raises UserError.
-        """
-        parts = []
-        for recording in recordings:
-            rows = [i for i, state in enumerate(recording.states) if state]
-            if not rows:
-                continue
-            if missing := set(spec.names) - recording.states[rows[0]].keys():
-                said = f"{recording.directory} does not record {', '.join(sorted(missing))}"
-                raise UserError(f"{said}; collect it again, or train without that recording.")
-            states = np.array([[recording.states[i][name] for name in spec.names] for i in rows], np.float32)
-            actions = np.zeros((len(rows), len(keys)), np.float32)
-            for column, name in enumerate(recording.names):
-                if name in keys:
-                    actions[:, keys.index(name)] = recording.actions[rows, column]
-            resets = recording.resets[rows] | (np.diff(rows, prepend=-2) != 1)
-            parts.append([torch.from_numpy(part) for part in (states, actions, resets)])
-        if not parts:
-            raise UserError("No recording there holds states; the state network needs some.")
-        return cls(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def cut(self, starts: Tensor, length: int, warm: int) -> StateBatch:
-        """Games that begin at the frames `starts` (b,) and are `length` frames long."""
-        rows = starts[:, None] + torch.arange(length)
-        return StateBatch(self.states[rows], self.actions[rows], warm)
-
-    def batch(self, seed: int, stage: StageConfig) -> StateBatch:
-        """Games drawn by the seed: with nothing to unroll, or unrolled for as many frames as one of the
-        lengths that double from SHORTEST up to `stage.unroll`, the fewer games the longer these are.
-        """
-        random = torch.Generator().manual_seed(seed)
-        lengths = [min(SHORTEST, stage.unroll)]
-        while lengths[-1] < stage.unroll:
-            lengths.append(min(2 * lengths[-1], stage.unroll))
-        unroll = lengths[int(torch.randint(len(lengths), (), generator=random))]
-        if float(torch.rand((), generator=random)) < APART_SHARE:
-            unroll = 0
-        warm = int(torch.randint(1, WARM + 1, (), generator=random)) if unroll else 0
-        length = warm + (unroll or APART)
-        fits = self.left >= length
-        anywhere, begun = fits.nonzero()[:, 0], (fits & self.resets).nonzero()[:, 0]
-        if not len(anywhere):
-            raise UserError(f"No recorded episode has {length} frames; collect longer ones.")
-        count = max(stage.batch // 4, stage.batch * lengths[0] // unroll) if unroll else stage.batch
-        starts = anywhere[torch.randint(len(anywhere), (count,), generator=random)]
-        if len(begun):
-            early = begun[torch.randint(len(begun), (count,), generator=random)]
-            starts = torch.where(torch.rand(count, generator=random) < RESET_SHARE, early, starts)
-        return self.cut(starts, length, warm)
+    games: StateBatch
+    pictures: StatePictures
 
 
 class StateLoss(nn.Module):
-    """A state network and its loss on its own unrolled states."""
+    """A state network and its loss on its own unrolled states; a reader and its loss on single pictures."""
 
-    def __init__(self, model: StateModel) -> None:
+    def __init__(self, model: StateModel, reader: StateReader) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.reader = model, reader
 
-    def forward(self, batch: StateBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """→ loss, and its parts: where the state is, and how it changed since the frame before.
+    def forward(self, given: Given) -> tuple[Tensor, dict[str, Tensor]]:
+        """→ the sum of both losses, and their parts."""
+        games, parts = self.predict(given.games)
+        read = self.reader.loss(*given.pictures)
+        return games + READ_WEIGHT * read, parts | {"read": read.detach()}
+
+    def predict(self, batch: StateBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """→ the state network's loss: where the state is, and how it changed since the frame before.
 
         Where nothing is to be unrolled (warm 0), each frame is predicted from the recorded ones before it.
         """
@@ -164,62 +101,73 @@ def _huber(error: Tensor, delta: float) -> Tensor:
 
 
 class StateStage:
-    """Trains the predictor of the state that all recordings tell; where they tell none, there is nothing to
-    train, and play does without.
+    """Trains the predictor and the reader of the state that the true recordings tell; where they tell none,
+    there is nothing to train, and play does without.
     """
 
     def __init__(
         self, config: TrainConfig, device: torch.device, dtype: torch.dtype | None, rank: int, ranks: int
     ):
-        self.config, self.device = config, device
+        self.config, self.device, self.dtype = config, device, dtype
         self.seed = (config.seed * 1009 + rank) * 1_000_003
         before = Checkpoint(config.weights or Path(config.out) / "autoencoder.safetensors")
-        self.autoencoder = load_autoencoder(before)
-        parts = [[Recording(path) for path in part] for part in split(find_recordings(config.data))]
+        self.autoencoder = load_autoencoder(before).to(device).eval().requires_grad_(False)
+        parts = [_told(part) for part in split(find_recordings(config.data))]
         spec = common_spec(parts[0])
-        self.model = replace(before.model, state=StateConfig(**spec.to_dict()) if spec else StateConfig())
-        self.trains = spec is not None
-        if spec is None:
+        keys = tuple(config.world.keys)
+        self.logs = StateLogs.read(parts[0], spec.names, keys) if spec else None
+        self.trains = self.logs is not None
+        state = StateConfig(**spec.to_dict()) if self.trains else StateConfig()
+        self.model = replace(before.model, state=state)
+        if not self.trains:
             self.module = nn.Linear(1, 1)  # stands in for what there is nothing to train of
             return
-        states = make_states(self.model, config.world)
-        keys = tuple(config.world.keys)
-        self.logs, self.held_out = (StateLogs.read(part or parts[0], spec, keys) for part in parts)
+        self.held_out = StateLogs.read(parts[1], spec.names, keys) or self.logs
+        limit = max(1, config.pace().frames // ranks)
+        self.pictures = StatePictures.read(parts[0], spec.names, self._encode, limit, config.seed + rank)
+        unseen = StatePictures.read(parts[1], spec.names, self._encode, MEASURED, config.seed)
+        self.unseen = unseen or self.pictures.batch(0, MEASURED)
+        states, reader = (make(self.model, config.world) for make in (make_states, make_reader))
         states.fit(self.logs.states, self.logs.actions, self.logs.resets)
-        self.module = StateLoss(states)
+        reader.fit(self.logs.states, self.logs.resets)
+        self.module = StateLoss(states, reader)
 
-    def batch(self, step: int) -> StateBatch:
-        """The games of iteration `step`: a pure function of seed and step."""
-        batch = self.logs.batch(self.seed + step, self.config.pace())
-        return StateBatch(batch.states.to(self.device), batch.actions.to(self.device), batch.warm)
+    @torch.inference_mode()
+    def _encode(self, frames: Tensor) -> Tensor:
+        with autocast(self.device, self.dtype):
+            return self.autoencoder.encode(frames.to(self.device))
+
+    def batch(self, step: int) -> Given:
+        """What iteration `step` learns from: a pure function of seed and step."""
+        seed, pace = self.seed + step, self.config.pace()
+        pictures = self.pictures.batch(seed, max(1, pace.batch // 4))
+        return Given(self.logs.batch(seed, pace).to(self.device), pictures.to(self.device))
 
     @torch.no_grad()
     def unrolled(self, module: StateLoss, frames: int) -> tuple[Tensor, Tensor]:
-        """Held-out games → true states and the network's own (b, frames, S)."""
-        starts = torch.nonzero(self.held_out.left >= WARM + frames)[:: max(1, frames // 2), 0][:256]
-        batch = self.held_out.cut(starts, WARM + frames, WARM)
-        states, actions = batch.states.to(self.device), batch.actions.to(self.device)
-        carry = module.model.begin(states[:, :WARM], actions[:, :WARM])
-        return states[:, WARM:], module.model.unroll(carry, actions[:, WARM:])
+        """Held-out games → true states and the network's own (b, frames, S); b may be 0."""
+        starts = torch.nonzero(self.held_out.left >= WARM + frames)[:, 0]
+        starts = starts[:: max(1, len(starts) // 256)]
+        batch = self.held_out.cut(starts, WARM + frames, WARM).to(self.device)
+        carry = module.model.begin(batch.states[:, :WARM], batch.actions[:, :WARM])
+        return batch.states[:, WARM:], module.model.unroll(carry, batch.actions[:, WARM:])
 
+    @torch.no_grad()
     def validate(self, module: StateLoss) -> dict[str, float]:
-        """Median and 95th percentile of the errors of held-out games after some frames, raw units."""
+        """Median and 95th percentile, raw units, of the errors of held-out games after some frames, and of
+        what is read off held-out pictures; of numbers that only pictures tell, the share that is read (R2).
+        """
         if not self.trains:
             return {}
+        spec, scores = module.model.spec, {}
         true, made = self.unrolled(module, 64)
-        spec = module.model.spec
-        error = difference(spec, made, true)
-        sizes = {
-            "angle": pick(error, spec.indices("angle")),
-            "position": pick(error, spec.indices("position")),
-        }
-        scores = {}
-        for name, values in sizes.items():
-            for frame in (8, 64) if values.shape[-1] else ():
-                size = values[:, frame - 1].norm(dim=-1)
-                scores[f"{name}_{frame}"] = float(size.median())
-                scores[f"{name}_{frame}_p95"] = float(size.quantile(0.95))
-        return scores
+        pictures = self.unseen.to(self.device)
+        read = module.reader(pictures.latents.float())
+        for frame in (8, 64) if len(true) else ():
+            scores |= _sizes(spec, difference(spec, made, true)[:, frame - 1], str(frame))
+        scores |= _sizes(spec, difference(spec, read, pictures.states), "read")
+        shares = module.reader.measured(pictures.latents.float(), pictures.states)
+        return scores | {f"{spec.names[i]}_r2": float(shares[i]) for i in spec.pictured_indices}
 
     def picture(self, module: StateLoss) -> np.ndarray:
         """Paths of held-out games seen from above, true ones bright, own ones red."""
@@ -239,16 +187,35 @@ class StateStage:
         return picture
 
     def save(self, path: Path, module: StateLoss, about: dict[str, Any]) -> None:
-        scores = {name: round(value, 2) for name, value in self.validate(module).items()}
-        modules = {"autoencoder": self.autoencoder} | ({"states": module.model} if self.trains else {})
+        modules: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
+        if self.trains:
+            reader = copy.deepcopy(module.reader)  # what is measured here is no part of the training
+            pictures = self.unseen.to(self.device)
+            reader.share.copy_(reader.measured(pictures.latents.float(), pictures.states))
+            modules |= {"states": module.model, "reader": reader}
         world = self.config.world
-        save_checkpoint(path, modules, self.model, world, licence=LICENCE, scores=scores, **about)
+        save_checkpoint(path, modules, self.model, world, licence=LICENCE, **about)
+
+
+def _sizes(spec: StateSpec, error: Tensor, after: str) -> dict[str, float]:
+    """Median and 95th percentile of errors (n, S) of positions and angles."""
+    scores = {}
+    for kind in ("angle", "position"):
+        if spec.indices(kind):
+            size = pick(error, spec.indices(kind)).norm(dim=-1)
+            scores |= {f"{kind}_{after}": float(size.median())}
+            scores |= {f"{kind}_{after}_p95": float(size.quantile(0.95))}
+    return scores
+
+
+def _told(paths: list[Path]) -> list[Recording]:
+    """Recordings that tell what a true world said of itself; a dream's states are a network's own."""
+    opened = (Recording(path) for path in paths)
+    return [one for one in opened if one.state_kinds and one.header["source"] != "dream"]
 
 
 def common_spec(recordings: list[Recording]) -> StateSpec | None:
     """What all recordings tell of their world; None where they have nothing in common."""
     kinds = [recording.state_kinds for recording in recordings]
-    names = [name for name in kinds[0] if all(name in other for other in kinds)]
-    if not names:
-        return None
-    return StateSpec.of({name: kinds[0][name] for name in names})
+    names = [name for name in kinds[0] if all(name in other for other in kinds)] if kinds else []
+    return StateSpec.of({name: kinds[0][name] for name in names}) if names else None
