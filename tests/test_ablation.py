@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from games import Game, make_denoiser, make_game, make_states, play
 from torch import Tensor
 
 from engine.config import TrainConfig, UserError, load_config
-from engine.evaluation import ablate, ablation, table, variants
+from engine.evaluation import ablate, ablation, stage, table, variants
 from engine.evaluation.section import Section
 from engine.evaluation.variants import VARIANTS, FrameByFrame, OnePass, SinkAtIndex, Sinkless, SinkRefreshed
 from engine.recording import Recorder
@@ -137,6 +138,7 @@ def options(tiny_checkpoint, tmp_path, monkeypatch):
     from engine.model.checkpoint import Checkpoint
 
     monkeypatch.setitem(sys.modules, "vizdoom", None)
+    monkeypatch.setattr(stage, "QUICK", replace(stage.QUICK, reference=8))
     world = Checkpoint(tiny_checkpoint).world
     with Recorder(tmp_path / "data" / "a", world, "true", 0, lossless=True) as recorder:
         for number in range(40):

@@ -25,6 +25,7 @@ from engine.evaluation import behaviour, control, drift, evaluate, fidelity, lat
 from engine.evaluation.branches import Truth, starts
 from engine.evaluation.build_routes import Builder
 from engine.evaluation.clips import Clips
+from engine.evaluation.compare import compare
 from engine.evaluation.features import COUNT, Reference, features, frechet, frechet_distance
 from engine.evaluation.generated import Games, play, roll, start_frames
 from engine.evaluation.measures import (
@@ -745,6 +746,20 @@ def test_without_a_simulator_what_needs_it_is_left_out_and_said(
     assert report.index("## Fidelity") < report.index("## Drift")
     assert "2 games of 1 s under each of 3 policies" in report
     assert not (folder / "parts").exists(), "the next call measures again"
+
+
+def test_two_evaluations_are_set_side_by_side():
+    before = {"psnr_1": 27.94, "control": 0.88, "control_low": 0.85, "control_high": 0.91, "fps_p50": 35.0}
+    after = {"psnr_1": 28.5, "psnr_1_stateless": 28.1, "control": 0.95, "real_time": 2.5, "fps_p50": 35.0}
+    after |= {"drift_10min_random": 1.04, "motion_10min_random": 0.9, "drift_10min_idle": 1.0}
+    assert compare(before, after).splitlines()[2:] == [
+        "| PSNR after 1 | 27.9 | 28.5 |",
+        "| PSNR after 1, without state | – | 28.1 |",
+        "| control | 0.88 (0.85 to 0.91) | 0.95 |",
+        "| 10 min, random: nearest-true distance last/first (motion) | – | 1.04 (0.9) |",
+        "| 10 min, idle: nearest-true distance last/first (motion) | – | 1 |",
+        "| × real time | 2 | 2.5 |",
+    ]
 
 
 def test_finished_parts_count_for_their_own_evaluation_only(scope, tmp_path):
