@@ -60,7 +60,7 @@ def test_free_distances_and_filled_views():
     )
     assert np.isinf(free_distances(SQUARE, np.array([[900.0, 400.0]]), np.array([0.0]))).all()
     assert np.isinf(free_distances(np.zeros((0, 4)), centre, np.zeros(3))).all()
-    # 60 units before a wall it fills the view; 80 units before it the outer rays are 113 long
+    # 60 units before a wall it fills the view; 80 units before it the outer rays are 104 long
     places = np.array([[740, 400, 0], [720, 400, 0], [740, 400, 90], [740, 400, 180.0]])
     assert filled_views(SQUARE, places).tolist() == [True, False, False, False]
     states = [{"x": 740, "y": 400, "angle": 0}, None, {"health": 1}, {"x": 720, "y": 400, "angle": 0}]
