@@ -199,7 +199,6 @@ class TrainConfig:
     precision: str = "auto"  # auto measures whether bfloat16 pays on this device · fp32 · bf16 · to play also
     # fp16 · fp8
     kernels: str = "auto"  # auto: Triton on GPUs, definitions on CPUs · reference · triton
-    compile: bool = False
     max_minutes: float = 0.0  # 0 takes the stage's own
     steps: int = 0  # 0 takes the stage's own
     log_every: int = 20

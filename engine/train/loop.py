@@ -47,8 +47,6 @@ class Training:
         if state:
             self._restore(state)
         self.runner = self.ranks.share(self.module)
-        if config.compile:
-            self.runner = torch.compile(self.runner)
 
     def _precision(self, state: dict[str, Any] | None) -> str:
         """Decided once, by the first process, and kept: what is timed anew may come out otherwise."""
