@@ -680,7 +680,7 @@ TINY = replace(
     flips=1,
     idle=1.0,
 )
-TIMES = {"latency_answer_ms", "step_ms_p50", "step_ms_p99", "fps_p50", "latency_ms", "seconds"}
+TIMES = {"latency_answer_ms", "step_ms_p50", "step_ms_p99", "fps_p50", "real_time", "latency_ms", "seconds"}
 
 
 def options(tiny_checkpoint, turns, out, *more: str) -> TrainConfig:
