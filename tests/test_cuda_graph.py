@@ -55,8 +55,8 @@ def test_every_step_is_the_same_to_the_host(stale):
 @torch.no_grad()
 @pytest.mark.parametrize("kernels", ["reference", "triton"])
 def test_the_model_can_be_traced_whole(kernels):
-    """One graph without a break, through the definitions and through Triton's operations: training's
-    `compile=true`, and whoever wants to look at it or carry it elsewhere.
+    """One graph without a break, through the definitions and through Triton's operations, for whoever wants
+    to look at it or carry it elsewhere.
     """
     pytest.importorskip("triton")
     from engine.kernels import use
