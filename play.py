@@ -6,7 +6,7 @@ keys. Where there is no display, a scripted policy plays 300 frames into a video
   start=WHERE       where a dream starts: a shipped start's name, a recording DIR or DIR:FRAME, a picture
   record=DIR        records frames and keys, to train on or to replay
   video=FILE.mp4    films what is seen
-  policy=NAME       who plays: keyboard scripted random idle spin walls, or a recording's directory: replay it
+  policy=NAME       who plays: keyboard explore scripted random taps idle spin walls, or a recording to replay
   display=headless  no window, as fast as it can      frames=N   stop after so many      seed=N      threads=N
 All options with their defaults: engine/config.py, PlayConfig. The last line of output is JSON with figures.
 """
