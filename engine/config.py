@@ -156,8 +156,9 @@ class StageConfig:
     context_noise_share: float = 0.6  # in this share of the games
     stateless: float = 0.1  # share of games whose state is kept from the network
     jitter: float = 0.1  # share by which levels of the ladder fall, at most
-    unroll: int = 8  # stage rollout: steps on its own frames that are learnt from
-    burn_in: int = 24  # stage rollout: steps before these, in half of the iterations up to so many
+    unroll: int = 1  # stage rollout: frames by which games go on in an iteration
+    game_frames: int = 64  # stage rollout: own frames of a game before it begins anew
+    game_groups: int = 4  # stage rollout: groups of games of different ages
     teacher_forcing: float = 0.2  # stage rollout: share of iterations on true frames
     discriminator: int = 32  # stage decoder: channels of the discriminator
     adversarial: float = 1.0  # stage decoder: weight of what the discriminator says

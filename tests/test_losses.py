@@ -160,7 +160,7 @@ def test_history_is_rough_in_a_share_of_games_and_the_network_is_told():
 
 # the model's own frames ---------------------------------------------------------------------------
 
-OWN = StageConfig(unroll=4, burn_in=5, teacher_forcing=0.0, jitter=0.0, stateless=0.0)
+OWN = StageConfig(unroll=4, game_frames=12, game_groups=1, teacher_forcing=0.0, jitter=0.0, stateless=0.0)
 
 
 def by_definition(numbers: list[float], actions: Tensor, begin: int, correction: float) -> Tensor:
@@ -186,29 +186,37 @@ def by_definition(numbers: list[float], actions: Tensor, begin: int, correction:
 
 
 @pytest.mark.parametrize("correction", [0.0, 0.9])
-def test_own_windows_are_learnt_from_where_their_keys_came_true(correction, monkeypatch):
-    """Also after a burn-in, which is there in about half of the iterations and not longer than it may be."""
-    loss, burnt, plain = RolloutLoss(fresh(correction=correction), None, OWN), [0], Rollout.step
-
-    def step(rollout: Rollout, *given, **named) -> Tensor:
-        burnt[0] += 1
-        return plain(rollout, *given, **named)
-
-    monkeypatch.setattr(Rollout, "step", step)
-    total, counts = START + OWN.burn_in + OWN.unroll + 2, []
+def test_own_windows_are_learnt_from_where_their_keys_came_true(correction):
+    """A game goes on with its own clip from iteration to iteration, and takes the one at hand when it is
+    over.
+    """
+    loss = RolloutLoss(fresh(correction=correction), None, OWN)
+    total = START + OWN.game_frames + 2
     numbers = [0.1 * t + 0.01 * t * t for t in range(total)]
     random = torch.Generator().manual_seed(1)
-    for _ in range(24):
-        burnt[0] = 0
+    for turn in range(9):
         change = torch.rand(2, total, 1, generator=random) < 0.3
-        keys = (change.cumsum(1) % 2).float().expand(-1, -1, KEYS)
-        value, logs = loss(numbered(numbers, F.pad(keys, (0, 0, HISTORY - 1, 0))))
-        begin = START + burnt[0]
+        given = (change.cumsum(1) % 2).float().expand(-1, -1, KEYS)
+        begin = START + OWN.unroll * (turn % 3)
+        keys = given if begin == START else keys  # noqa: F821 (of the turn before)
+        value, logs = loss(numbered(numbers, F.pad(given, (0, 0, HISTORY - 1, 0))))
         assert value.item() == pytest.approx(by_definition(numbers, keys, begin, correction).item(), rel=1e-4)
-        for name, frame in (("own_first", begin), ("own_last", begin + OWN.unroll - 1)):
-            assert logs[name].item() == pytest.approx((numbers[frame] - numbers[START - 1]) ** 2, rel=1e-4)
-        counts.append(burnt[0])
-    assert max(counts) == OWN.burn_in and 6 < counts.count(0) < 20 and len(set(counts)) > 3
+        frame = begin + OWN.unroll - 1
+        name = "own_old" if turn % 3 > 0 else "own_young"
+        assert logs[name].item() == pytest.approx((numbers[frame] - numbers[START - 1]) ** 2, rel=1e-4)
+
+
+def test_groups_of_games_are_of_different_ages_and_none_is_longer_than_asked():
+    stage = StageConfig(game_frames=8, game_groups=4, teacher_forcing=0.0)
+    loss, ages = RolloutLoss(make_denoiser(True), make_states(), stage), []
+    clip = random_clip(frames=START + stage.game_frames + 2)
+    clip = Clip(*(torch.cat([part, part]) for part in clip))  # four games
+    for _ in range(20):
+        loss(clip)
+        ages.append([game.frame - START for game in loss.games])
+        assert [len(game.clip.latents) for game in loss.games] == [1, 1, 1, 1]
+    assert all(len(set(row)) == 4 for row in ages[8:]), "no two begin together"
+    assert max(map(max, ages)) == stage.game_frames and min(map(min, ages)) == 1
 
 
 def test_own_history_has_no_gradient_and_targets_are_the_true_frames():
@@ -226,17 +234,20 @@ def test_own_history_has_no_gradient_and_targets_are_the_true_frames():
 
 
 def test_true_frames_are_mixed_in_and_states_are_kept_back():
-    stage = StageConfig(unroll=2, burn_in=0, teacher_forcing=0.5, stateless=1.0, windows=2)
-    loss, clip, kinds = RolloutLoss(make_denoiser(True), make_states(), stage), random_clip(), []
+    stage = StageConfig(teacher_forcing=0.5, stateless=1.0, windows=2, game_frames=4, clip=12)
+    clip, kinds = random_clip(), []
+    loss = RolloutLoss(make_denoiser(True), make_states(), stage)
     for _ in range(16):
         _, logs = loss(clip)
-        kinds.append("own_first" in logs)
-        if kinds[-1]:
-            assert loss.rollout.has_state.tolist() == [0, 0]
+        kinds.append("own_young" in logs or "own_old" in logs)
+    assert all(game.rollout.has_state.tolist() == [0] for game in loss.games)
     assert 3 < sum(kinds) < 13
     again = RolloutLoss(make_denoiser(True), make_states(), stage)
     again.turns.copy_(torch.tensor(8))
-    assert ["own_first" in again(clip)[1] for _ in range(8)] == kinds[8:], "by what is saved with the weights"
+    again = [again(clip)[1] for _ in range(8)]
+    assert ["own_young" in x or "own_old" in x for x in again] == kinds[8:], (
+        "by what is saved with the weights"
+    )
 
 
 # learning -----------------------------------------------------------------------------------------
@@ -300,7 +311,7 @@ def test_it_learns_what_keys_do_and_then_on_its_own_frames():
     }
     denoiser = Denoiser(DenoiserConfig(**sizes | {"conv_width": 16}), TWO, 0, *SHAPE)
     assert missed(denoiser)[1] < 0.7
-    stage = StageConfig(windows=2, unroll=4, burn_in=4, teacher_forcing=0.2)
+    stage = StageConfig(windows=2, game_frames=8, teacher_forcing=0.2)
     fell = descend(PlainLoss(denoiser, None, stage), 80, START + 5)
     first, last = sum(fell[:5]) / 5, sum(fell[-10:]) / 10
     plain_error, obeyed = missed(denoiser)

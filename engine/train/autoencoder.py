@@ -84,3 +84,6 @@ class AutoencoderStage:
         modules = {"autoencoder": module}
         config = self.config
         save_checkpoint(path, modules, config.model, config.world, licence=LICENCE, **about)
+
+    def saved(self) -> None:
+        """Nothing is under way that a save does not hold."""

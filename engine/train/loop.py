@@ -116,6 +116,7 @@ class Training:
         else:
             state["buffers"] = self._buffers()
         write_state(state_file(self.config, self.ranks.rank), state)
+        self.stage.saved()
 
     def _buffers(self) -> dict[str, Tensor]:
         """What of the module's state is no weight: its own on each process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +19,23 @@ from ..rollout.rollout import Rollout
 from .denoiser import DenoiserStage, PlainLoss
 
 
+class Game(NamedTuple):
+    """Some games under way, all of one age, and what they play."""
+
+    rollout: Rollout
+    clip: Clip
+    frame: int  # the next one, counted from the clip's first
+    end: int
+
+
 class RolloutLoss(PlainLoss):
     """Self-generated history: `Rollout` plays recorded actions, and every window that it denoises on the way
     is held against the true frames, which the state keeps near. All that went before a pass is detached.
 
-    A window is denoised under the keys held before; those of its frames under which other keys were held in
-    the end are not learnt from. Leaving frames that are sent back are, under their true keys.
+    Games go on from iteration to iteration, in groups of different ages: what a game has cost to become old
+    is not paid again for the few frames that are learnt from. A window is denoised under the keys held
+    before; those of its frames under which other keys were held in the end are not learnt from. Leaving
+    frames that are sent back are, under their true keys.
     """
 
     def __init__(
@@ -35,7 +47,7 @@ class RolloutLoss(PlainLoss):
     ):
         super().__init__(denoiser, states, stage)
         self._reader = (reader,)  # in a tuple, as it is not trained here
-        self.rollout: Rollout | None = None
+        self.games: list[Game] = []
         self.register_buffer("turns", torch.zeros((), dtype=torch.int64))  # iterations so far
 
     def forward(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
@@ -43,20 +55,39 @@ class RolloutLoss(PlainLoss):
         choice = random.Random(int(self.turns))
         self.turns += 1
         if choice.random() < self.stage.teacher_forcing:
-            return super().forward(clip)
-        burn_in = choice.randint(0, self.stage.burn_in) if choice.random() < 0.5 else 0
-        rollout, frame = self._begin(clip, burn_in)
-        errors, weights, own = [], [], []
-        for _ in range(self.stage.unroll):
-            error, weight, head = self._step(rollout, clip, frame)
-            errors.append(error)
-            weights.append(weight)
-            own.append(head)
-            frame += 1
-        error, weight = torch.cat(errors, 1), torch.cat(weights, 1)
-        loss = (error * weight).sum() / weight.sum().clamp_min(1)
-        logs = {"own_first": own[0], "own_last": own[-1]}
-        return loss, ({"own_burnt_in": own[-1]} if burn_in > 16 else logs)
+            length = min(self.stage.clip, clip.latents.shape[1])
+            return super().forward(_cut(clip, choice.randint(0, clip.latents.shape[1] - length), length))
+        self._renew(clip)
+        errors, weights, logs = [], [], {}
+        for number, game in enumerate(self.games):
+            for _ in range(min(self.stage.unroll, game.end - game.frame)):
+                error, weight, head = self._step(game.rollout, game.clip, game.frame)
+                errors.append(error.flatten())
+                weights.append(weight.flatten())
+                game = game._replace(frame=game.frame + 1)
+            self.games[number] = game
+            age = game.frame - game.rollout.start_frames
+            logs["own_old" if age > self.stage.game_frames // 2 else "own_young"] = head
+        error, weight = torch.cat(errors), torch.cat(weights)
+        return (error * weight).sum() / weight.sum().clamp_min(1), logs
+
+    def _renew(self, clip: Clip) -> None:
+        """Begins the games that are over anew, each group with its share of the clip; at the very first in
+        steps of age, so that they do not all end at once.
+        """
+        groups = min(self.stage.game_groups, len(clip.latents))
+        shares = [Clip(*parts) for parts in zip(*(part.chunk(groups) for part in clip), strict=True)]
+        start = self.denoiser.config.sink_frames + self.denoiser.config.context_frames
+        longest = clip.latents.shape[1] - self.denoiser.config.window_frames + 1
+        if not self.games:
+            lives = [(longest - start) * (number + 1) // groups for number in range(groups)]
+            self.games = [
+                self._begin(share, None, start + max(1, life))
+                for share, life in zip(shares, lives, strict=True)
+            ]
+        for number, (game, share) in enumerate(zip(self.games, shares, strict=True)):
+            if game.frame >= game.end:
+                self.games[number] = self._begin(share, game.rollout, longest)
 
     def _step(self, rollout: Rollout, clip: Clip, frame: int) -> tuple[Tensor, Tensor, Tensor]:
         """Plays frame number `frame` → squared errors and their weights (b, w + 1), that of what is shown."""
@@ -77,22 +108,29 @@ class RolloutLoss(PlainLoss):
         head = rollout.advance(made.detach(), actions[:, 0], corrected=corrected)
         return error, right, (head - true[:, 0]).square().mean()
 
-    def _begin(self, clip: Clip, burn_in: int) -> tuple[Rollout, int]:
-        """Games that have gone on for `burn_in` frames behind true ones → these, and the next frame."""
+    def _begin(self, clip: Clip, rollout: Rollout | None, end: int) -> Game:
+        """Games (in the memory of earlier ones, if given) right after true frames."""
         b, config = len(clip.latents), self.denoiser.config
-        if self.rollout is None:
+        if rollout is None:
             dtype = compute_dtype(clip.latents.device)
-            self.rollout = Rollout(self.denoiser, self.states, b, dtype, reader=self._reader[0])
-        rollout, start, history = self.rollout, self.rollout.start_frames, config.action_history - 1
+            rollout = Rollout(self.denoiser, self.states, b, dtype, reader=self._reader[0])
+        start, history = rollout.start_frames, config.action_history - 1
         has_state, states = self.known_states(clip)
         states = torch.where(has_state[:, None, None] > 0, states, torch.nan)[:, :start]
         seed = torch.randint(2**31, (b,)).to(clip.latents.device)
-        actions = clip.actions[:, history:]
-        rollout.reset(clip.latents[:, :start], actions[:, :start], seed, states if self.states else None)
+        actions = clip.actions[:, history : history + start]
+        rollout.reset(clip.latents[:, :start], actions, seed, states if self.states else None)
         rollout.ladder = jittered(self.denoiser.ladder.expand(b, -1), self.stage.jitter)
-        for action in actions[:, start : start + burn_in].unbind(1):
-            rollout.step(action)
-        return rollout, start + burn_in
+        return Game(rollout, clip, start, end)
+
+
+def _cut(clip: Clip, first: int, length: int) -> Clip:
+    """`length` frames from `first` on, with the keys before them."""
+    before = clip.actions.shape[1] - clip.latents.shape[1]
+    stop = first + length
+    return Clip(
+        clip.latents[:, first:stop], clip.actions[:, first : before + stop], clip.states[:, first:stop]
+    )
 
 
 class RolloutStage(DenoiserStage):
@@ -104,5 +142,11 @@ class RolloutStage(DenoiserStage):
     def segment(self) -> tuple[int, int]:
         sizes, stage = self.model.denoiser, self.config.pace()
         start = sizes.sink_frames + sizes.context_frames
-        length = start + stage.burn_in + stage.unroll + sizes.window_frames - 1
+        length = start + stage.game_frames + sizes.window_frames - 1
         return max(length, stage.clip), length - start
+
+    def saved(self) -> None:
+        """Games under way are not saved. They begin anew also where training goes on, so that a continued
+        run is the uninterrupted one.
+        """
+        self.module.games.clear()

@@ -125,6 +125,9 @@ class LatentsStage(ABC):
         modules = {name: part for name, part in self.networks(module).items() if part is not None}
         save_checkpoint(path, modules, self.model, self.config.world, licence=LICENCE, **about)
 
+    def saved(self) -> None:
+        """Told on every process after a save."""
+
     @abstractmethod
     def networks(self, module: nn.Module) -> dict[str, nn.Module | None]:
         """All networks by the names under which checkpoints know them, those of `module` in training among

@@ -196,6 +196,9 @@ class StateStage:
         world = self.config.world
         save_checkpoint(path, modules, self.model, world, licence=LICENCE, **about)
 
+    def saved(self) -> None:
+        """Nothing is under way that a save does not hold."""
+
 
 def _sizes(spec: StateSpec, error: Tensor, after: str) -> dict[str, float]:
     """Median and 95th percentile of errors (n, S) of positions and angles."""
