@@ -23,6 +23,7 @@ from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.overrides import TorchFunctionMode
 
 from ..config import ModelConfig, UserError, WorldConfig
 
@@ -211,6 +212,18 @@ class _TooLarge(Exception):
     """More was made than the file can fill."""
 
 
+class _NoMemory(TorchFunctionMode):
+    """What is made with a given shape has no memory. Not torch.device("meta"), under which arange and its
+    like load Triton, too: loaded in a window's thread, that crashes with the LLVM of Mesa's drivers.
+    """
+
+    FILLED = (torch.empty, torch.zeros, torch.ones, torch.full)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        more = {"device": "meta"} if function in self.FILLED else {}
+        return function(*args, **{**(kwargs or {}), **more})
+
+
 @contextmanager
 def _only_shapes(limit: int) -> Iterator[None]:
     """Networks made inside have shapes and no memory; one of more than `limit` weights is stopped."""
@@ -222,7 +235,7 @@ def _only_shapes(limit: int) -> Iterator[None]:
         if made > limit:
             raise _TooLarge
 
-    with torch.device("meta"):
+    with _NoMemory():
         hooks = [register_module_parameter_registration_hook(count)]
         hooks.append(register_module_buffer_registration_hook(count))
         try:

@@ -139,6 +139,8 @@ class StateModel(nn.Module):
 
     def unroll(self, carry: StateCarry, actions: Tensor) -> Tensor:
         """Carry, actions (b, t, k) → states (b, t, S)."""
+        if not actions.shape[1]:
+            return carry.state[:, None].expand(-1, 0, -1)
         hidden, inner, rows = carry.hidden, self._inner(carry.state), []
         for action in actions.unbind(1):
             hidden, inner = self._advance(hidden, inner, action)

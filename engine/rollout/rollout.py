@@ -13,6 +13,8 @@ from ..model.state_reader import StateReader
 from ..model.state_spec import state_features
 from .window import RollingWindow
 
+Coming = tuple[Tensor, StateCarry | None]  # condition (b, 1, d) and state of the next frame
+
 
 class Rollout:
     """Games played side by side in latent space: `reset` from given frames, then one finished frame a `step`.
@@ -71,9 +73,11 @@ class Rollout:
             with torch.no_grad():
                 carry = states.begin(nothing, self.actions[:, -1:])
             self.carry = StateCarry(*(part.clone() for part in carry))
+        # condition and state of the next frame under the keys last told; final, once these are
+        self._coming: Coming | None = None
         self.pending = False  # the last frame's keys and values are yet to be written, by the next pass
-        # the window's estimates under the keys held before, where they are made already
-        self.speculated: Tensor | None = None
+        # the window's estimates under the keys held before, where they are made already, and what comes then
+        self.speculated: tuple[Tensor, Coming] | None = None
 
     @property
     def start_frames(self) -> int:
@@ -119,15 +123,17 @@ class Rollout:
         """Holds the keys (b, k) for one frame → the finished frame's latents (b, c, y, x). `stale`: whether
         this frame is sent back, in any of the games; looked up on the device unless given.
         """
-        clean = self.predict(self.assumed_action(action)) if self.speculated is None else self.speculated
-        self.speculated = None
+        if self.speculated is None:
+            clean = self.predict(self.assumed_action(action))
+        else:
+            (clean, self._coming), self.speculated = self.speculated, None
         return self.advance(clean, action, stale=stale)
 
     @torch.no_grad()
     def speculate(self) -> None:
         """Denoises the next window under the keys held now; to be called when there is time."""
         if self.speculated is None and self.correction:
-            self.speculated = self.predict(self.held)
+            self.speculated = self.predict(self.held), self._coming
 
     def assumed_action(self, action: Tensor) -> Tensor:
         """The keys (b, k) under which the window is denoised before `action` is held: those of before, as
@@ -147,7 +153,7 @@ class Rollout:
         """
         changed = (action != self.held).any(-1)
         since = torch.where(changed, 0, self.frames_since_change + 1)
-        return since < self.config.window_frames - 1
+        return changed | (since < self.config.window_frames - 1)
 
     def correct(self, head: Tensor, action: Tensor) -> Tensor:
         """The leaving frame's estimate (b, 1, c, y, x) sent back to a higher level and denoised alone under
@@ -176,22 +182,24 @@ class Rollout:
         self.window.update(clean)
         head = self.window.clean[:, 0].clone()
         self._commit_alone()  # where no window pass has done it
-        self._finish(head, action)
+        self._finish(head)
+        self.actions.copy_(torch.cat([self.actions[:, 1:], action[:, None]], 1))
         self._place_sink()
         self.window.roll()
         return head
 
-    def _finish(self, head: Tensor, action: Tensor) -> None:
-        """The leaving frame (b, c, y, x) and its keys (b, k) become the last finished frame's."""
-        self.condition.copy_(self.window_condition(action[:, None]))
-        if self.carry:
-            for kept, new in zip(self.carry, self.states.step(self.carry, action), strict=True):
-                kept.copy_(new)
+    def _finish(self, head: Tensor) -> None:
+        """The leaving frame (b, c, y, x) becomes the last finished one. The pass that made it, or sent it
+        back, was the last one, and so has worked out its condition and state under its final keys.
+        """
+        condition, carry = self._coming
+        self.condition.copy_(condition)
+        for kept, new in zip(self.carry or (), carry or (), strict=True):
+            kept.copy_(new)
         read = self.reader(head) if self.seen else None
         for i in self.seen:
             self.carry.state[:, i].copy_(read[:, i])
         self.last.copy_(torch.stack([self.last[:, 1], head], 1))
-        self.actions.copy_(torch.cat([self.actions[:, 1:], action[:, None]], 1))
         self.cache.append()
         self.pending = True
 
@@ -250,13 +258,16 @@ class Rollout:
 
     def window_condition(self, bound: Tensor) -> Tensor:
         """Conditions (b, t, d) of the frames behind the last finished one, under the keys (b, t, k)."""
-        count, features = bound.shape[1], None
+        count, features, carry = bound.shape[1], None, None
         if self.carry:
             with torch.no_grad():
-                states = self.states.unroll(self.carry, bound)
+                carry = self.states.step(self.carry, bound[:, 0])
+                states = torch.cat([carry.state[:, None], self.states.unroll(carry, bound[:, 1:])], 1)
             features = state_features(self.states.scales, states, self.carry.state[:, None].expand_as(states))
         actions = torch.cat([self.actions[:, 1:], bound], 1)
-        return self._encode(actions, features, torch.arange(count, device=bound.device))
+        condition = self._encode(actions, features, torch.arange(count, device=bound.device))
+        self._coming = condition[:, :1].detach(), carry
+        return condition
 
     def _encode(self, actions: Tensor, features: Tensor | None, ahead: Tensor) -> Tensor:
         shape = len(actions), len(ahead)

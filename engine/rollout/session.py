@@ -173,7 +173,7 @@ class Session:
         """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
         start = time.perf_counter()
         self.since = self.since + 1 if np.array_equal(action, self.held) else 0
-        stale = self.since < self.rollout.config.window_frames - 1
+        stale = not self.since or self.since < self.rollout.config.window_frames - 1
         with torch.inference_mode():
             if self.graph and self.frames:  # the first step has nothing to commit: it is another one
                 frame = self.graph(action, stale)

@@ -125,7 +125,7 @@ class LatentsStage(ABC):
         modules = {name: part for name, part in self.networks(module).items() if part is not None}
         save_checkpoint(path, modules, self.model, self.config.world, licence=LICENCE, **about)
 
-    def saved(self) -> None:
+    def saved(self) -> None:  # noqa: B027 (most stages have nothing to do)
         """Told on every process after a save."""
 
     @abstractmethod
