@@ -26,7 +26,8 @@ TRAINED = {  # in their order
     "state": Trained(reads=("autoencoder",), makes=("state",)),
     "denoiser": Trained(reads=("state",), makes=("denoiser",)),
     "rollout": Trained(reads=("denoiser",)),
-    "decoder": Trained(reads=("rollout",)),
+    "distill": Trained(reads=("denoiser", "rollout")),
+    "decoder": Trained(reads=("distill",)),
 }
 STAGES = ("all", "collect", *TRAINED, "pack", "evaluate", "ablate", "precision")
 
@@ -159,7 +160,9 @@ class StageConfig:
     unroll: int = 1  # stage rollout: frames by which games go on in an iteration
     game_frames: int = 64  # stage rollout: own frames of a game before it begins anew
     game_groups: int = 4  # stage rollout: groups of games of different ages
-    teacher_forcing: float = 0.2  # stage rollout: share of iterations on true frames
+    teacher_forcing: float = 0.2  # stages rollout, distill: share of iterations on true frames
+    distribution: float = 1.0  # stage distill: weight of the difference between teacher and critic
+    coarse: int = 2  # stage distill: latents a side whose averages are held against the true ones
     discriminator: int = 32  # stage decoder: channels of the discriminator
     adversarial: float = 1.0  # stage decoder: weight of what the discriminator says
     adversarial_warmup: int = 300  # stage decoder: steps over which that weight rises

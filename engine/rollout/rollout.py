@@ -254,10 +254,19 @@ class Rollout:
             previous = torch.cat([self._known[:, :1], self._known[:, :-1]], 1)
             features = state_features(self.states.scales, self._known, previous)
         ahead = torch.zeros(count, dtype=torch.int64, device=actions.device)
-        return self._encode(actions, features, ahead)
+        return self.denoiser.condition(*self._inputs(actions, features, ahead))
 
     def window_condition(self, bound: Tensor) -> Tensor:
         """Conditions (b, t, d) of the frames behind the last finished one, under the keys (b, t, k)."""
+        inputs, carry = self.window_inputs(bound)
+        condition = self.denoiser.condition(*inputs)
+        self._coming = condition[:, :1].detach(), carry
+        return condition
+
+    def window_inputs(self, bound: Tensor) -> tuple[tuple[Tensor, ...], StateCarry | None]:
+        """What a `ConditionEncoder` is told of the frames behind the last finished one, under the keys
+        (b, t, k), and the first one's state.
+        """
         count, features, carry = bound.shape[1], None, None
         if self.carry:
             with torch.no_grad():
@@ -265,13 +274,11 @@ class Rollout:
                 states = torch.cat([carry.state[:, None], self.states.unroll(carry, bound[:, 1:])], 1)
             features = state_features(self.states.scales, states, self.carry.state[:, None].expand_as(states))
         actions = torch.cat([self.actions[:, 1:], bound], 1)
-        condition = self._encode(actions, features, torch.arange(count, device=bound.device))
-        self._coming = condition[:, :1].detach(), carry
-        return condition
+        return self._inputs(actions, features, torch.arange(count, device=bound.device)), carry
 
-    def _encode(self, actions: Tensor, features: Tensor | None, ahead: Tensor) -> Tensor:
+    def _inputs(self, actions: Tensor, features: Tensor | None, ahead: Tensor) -> tuple[Tensor, ...]:
         shape = len(actions), len(ahead)
         if features is None:
             features = actions.new_zeros(*shape, self.denoiser.features)
         has_state = self.has_state[:, None].expand(shape)
-        return self.denoiser.condition(actions, features, has_state, ahead, actions.new_zeros(shape))
+        return actions, features, has_state, ahead, actions.new_zeros(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -237,7 +238,8 @@ class DenoiserStage(LatentsStage):
 
     def validate(self, module: PlainLoss) -> dict[str, float]:
         """Own games from held-out true starts, after some frames: the share of the latents' variance that is
-        missed, and PSNR of the decoded pictures against the decoded true latents.
+        missed, the energy of their detail as a share of the true ones', and PSNR of the decoded pictures
+        against the decoded true latents.
         """
         batches = Batches(self.shown.segments, MEASURED, 1)
         true, made = self.play(module, batches)
@@ -247,6 +249,13 @@ class DenoiserStage(LatentsStage):
             with torch.no_grad(), autocast(self.device, self.dtype):
                 pictures = decode_clip(self.autoencoder, pair).float()
             error = (pictures[:, 0] - pictures[:, 1]).square().mean((1, 2, 3)).clamp_min(1e-3)
+            true_detail, detail = (_detail(part) for part in pair.unbind(1))
+            scores[f"detail_{t}"] = float(detail / true_detail)
             scores[f"missed_{t}"] = float((pair[:, 0] - pair[:, 1]).square().mean())
             scores[f"psnr_{t}"] = float((10 * torch.log10(255**2 / error)).mean())
         return scores
+
+
+def _detail(latents: Tensor) -> Tensor:
+    """Mean square of what latents (n, c, y, x) lose when every 2 x 2 of them is averaged."""
+    return latents.square().mean() - F.avg_pool2d(latents, 2).square().mean()

@@ -28,6 +28,17 @@ class Game(NamedTuple):
     end: int
 
 
+class Windows(NamedTuple):
+    """What the model has made of a window, and what was true."""
+
+    made: Tensor  # (b, w, c, y, x), with gradients, under the keys held before
+    right: Tensor  # (b, w): 1 where these were held in the end, too
+    corrected: Tensor | None  # (b, 1, c, y, x): the leaving frame, sent back, if any game's is
+    back: Tensor  # (b,): whose is
+    true: Tensor  # (b, w, c, y, x)
+    action: Tensor  # (b, k), the true keys of the leaving frame
+
+
 class RolloutLoss(PlainLoss):
     """Self-generated history: `Rollout` plays recorded actions, and every window that it denoises on the way
     is held against the true frames, which the state keeps near. All that went before a pass is detached.
@@ -90,23 +101,31 @@ class RolloutLoss(PlainLoss):
                 self.games[number] = self._begin(share, game.rollout, longest)
 
     def _step(self, rollout: Rollout, clip: Clip, frame: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Plays frame number `frame` → squared errors and their weights (b, w + 1), that of what is shown."""
+        """Plays frame number `frame` → squared errors and their weights (b, w or more), that of what is
+        shown.
+        """
         size = self.denoiser.config.window_frames
         true = clip.latents[:, frame : frame + size]
         begin = self.denoiser.config.action_history - 1 + frame
         actions = clip.actions[:, begin : begin + size]
-        assumed = rollout.assumed_action(actions[:, 0])
+        action, assumed = actions[:, 0], rollout.assumed_action(actions[:, 0])
         made = rollout.predict(assumed)
-        error = (made - true).square().mean((2, 3, 4))
-        right = (actions == assumed[:, None]).all(-1).to(error.dtype).cumprod(1)
-        back = rollout.needs_renoise(actions[:, 0])
-        corrected = None
+        right = (actions == assumed[:, None]).all(-1).to(made.dtype).cumprod(1)
+        back, corrected = rollout.needs_renoise(action), None
         if rollout.correction and back.any():
-            corrected = rollout.correct(made[:, :1].detach(), actions[:, 0])
-            again = (corrected - true[:, :1]).square().mean((2, 3, 4))
-            error, right = torch.cat([error, again], 1), torch.cat([right, back[:, None].float()], 1)
-        head = rollout.advance(made.detach(), actions[:, 0], corrected=corrected)
-        return error, right, (head - true[:, 0]).square().mean()
+            corrected = rollout.correct(made[:, :1].detach(), action)
+        error, weight = self._judged(rollout, Windows(made, right, corrected, back, true, action))
+        head = rollout.advance(made.detach(), action, corrected=corrected)
+        return error, weight, (head - true[:, 0]).square().mean()
+
+    def _judged(self, rollout: Rollout, windows: Windows) -> tuple[Tensor, Tensor]:
+        """Errors and weights, both (b, w) or with one more for frames that were sent back."""
+        made, right, corrected, back, true, _ = windows
+        error = (made - true).square().mean((2, 3, 4))
+        if corrected is None:
+            return error, right
+        again = (corrected - true[:, :1]).square().mean((2, 3, 4))
+        return torch.cat([error, again], 1), torch.cat([right, back[:, None].to(right.dtype)], 1)
 
     def _begin(self, clip: Clip, rollout: Rollout | None, end: int) -> Game:
         """Games (in the memory of earlier ones, if given) right after true frames."""

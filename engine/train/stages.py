@@ -8,6 +8,7 @@ from ..config import TrainConfig
 from .autoencoder import AutoencoderStage
 from .decoder import DecoderStage
 from .denoiser import DenoiserStage
+from .distill import DistillStage
 from .rollout import RolloutStage
 from .stage import with_keys
 from .state import StateStage
@@ -20,6 +21,7 @@ def make_stage(config: TrainConfig, device: torch.device, dtype: torch.dtype | N
         "state": StateStage,
         "denoiser": DenoiserStage,
         "rollout": RolloutStage,
+        "distill": DistillStage,
         "decoder": DecoderStage,
     }
     return kinds[config.stage](with_keys(config), device, dtype, rank, ranks)
