@@ -93,9 +93,12 @@ def play_window(config: PlayConfig) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """The program → its exit code."""
-    # libgomp's threads spin while they wait: one other busy thread on the same cores (window, recorder) makes
-    # a step several times slower. Read when torch is loaded, which happens after the window is open.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # libgomp's threads wait for one another many times a step. Sleeping each time (PASSIVE) makes a step of
+    # two threads slower than one thread's; spinning for milliseconds, as by default, takes the cores from
+    # window and recorder. So they spin for some tenths of a millisecond (docs/log.md). Read when torch is
+    # loaded, which happens after the window is open.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # no greeting on stdout
     if {"-h", "--help", "help"} & set(arguments):
         print(__doc__)
