@@ -30,6 +30,7 @@ NETWORKS = {
     "state": ["autoencoder", "states", "reader"],
     "denoiser": ["autoencoder", "states", "reader", "denoiser"],
     "rollout": ["autoencoder", "states", "reader", "denoiser"],
+    "distill": ["autoencoder", "states", "reader", "denoiser"],
     "decoder": ["autoencoder", "states", "reader", "denoiser"],
 }
 
@@ -72,7 +73,7 @@ def test_every_stage_writes_what_the_next_one_reads(toy, stage):
 
 def test_weights_between_stages_are_whole(toy):
     """What the decoder's stage does not train is bit for bit what the one before it wrote."""
-    before, after = (Checkpoint(toy[0] / f"{stage}.safetensors") for stage in ("rollout", "decoder"))
+    before, after = (Checkpoint(toy[0] / f"{stage}.safetensors") for stage in ("distill", "decoder"))
     compared = 0
     for key, value in after.tensors.items():
         if not key.startswith("autoencoder.decoder."):
@@ -168,7 +169,7 @@ def test_games_with_short_episodes_can_be_trained(started, tmp_path):
     assert figures["steps"] == 5 and (started / "denoiser.png").exists()
 
 
-@pytest.mark.parametrize("stage", ["denoiser", "rollout"])
+@pytest.mark.parametrize("stage", ["denoiser", "rollout", "distill"])
 def test_two_processes_train_one_network(stage, started, toy_data):
     """That they have the same weights is checked whenever they save; the latents are not cached yet."""
     fresh = started / "data"

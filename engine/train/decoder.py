@@ -1,6 +1,5 @@
-"""Stage `decoder`: the decoder learns to draw crisp pictures, also from the generator's own latents.
-
-The encoder and all that was trained on its latents stay as they are.
+"""Stage `decoder`: the decoder learns to draw crisp pictures. The encoder and all that was trained on its
+latents stay as they are.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from torch.func import functional_call
 
 from ..config import StageConfig
 from ..data.segments import Batches
+from ..dataset import load_frames, split
 from ..device import autocast
 from ..model.autoencoder import Autoencoder, to_bytes, to_float
 from ..model.discriminator import PatchDiscriminator
 from ..picture import grid
-from ..recording import Recording
-from .denoiser import PICTURED, DenoiserStage, PlainLoss
+from ..recording import Recording, find_recordings
+from .denoiser import DenoiserStage
 
-GAMES = 16  # own games played side by side, anew every so many iterations
-REFRESH = 200
+NOISE = 0.2  # most noise on the latents of true frames, as those of games are never perfect
 
 
 class DecoderLoss(nn.Module):
@@ -65,35 +64,30 @@ class DecoderLoss(nn.Module):
 
 
 class DecoderStage(DenoiserStage):
-    """Half of each batch are true frames' latents with a little noise, the other half those of the model's
-    own games, whose true frames the state keeps near.
+    """Learns from true frames and their latents, with a little noise on them. The generator only plays what
+    is measured and shown.
     """
 
-    def loss(self) -> PlainLoss:
+    def loss(self) -> DecoderLoss:
         self.generator = super().loss()
         self.frozen(self.generator)
-        length = min(PICTURED, self.caches[0].longest())
-        self.player = Batches(self.segments(self.caches[0], length), GAMES, self.config.seed + 1)
-        self.own: tuple[int, Tensor, Tensor] = (-1, torch.empty(0), torch.empty(0))
+        pace = self.config.pace()
+        self.frames = load_frames(split(find_recordings(self.config.data))[0], pace.frames, self.config.seed)
         self.recordings: dict[str, Recording] = {}  # opened once
         decoder = copy.deepcopy(self.autoencoder.decoder).requires_grad_(True)
-        return DecoderLoss(decoder, self.config.pace())
+        return DecoderLoss(decoder, pace)
 
+    @torch.no_grad()
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         random = torch.Generator().manual_seed(self.config.seed + 7919 * step + self.rank)
         count = self.config.pace().batch
-        if step // REFRESH != self.own[0]:
-            self.own = (step // REFRESH, *self._own_frames(step // REFRESH))
-        own = torch.randint(len(self.own[1]), (count // 2,), generator=random)
-        true, frames = self._true_frames(step, count - count // 2, random)
-        latents = torch.cat([true, self.own[1][own]])
-        return self._cropped(latents, torch.cat([frames, self.own[2][own]]), random)
-
-    def _own_frames(self, turn: int) -> tuple[Tensor, Tensor]:
-        """Latents of games of the model's own and the true frames of the same moments (n, ...)."""
-        made = self.play(self.generator, self.player, turn)[1]
-        frames = self._true_pictures(self.player, turn, made.shape[1])
-        return made.flatten(0, 1).float(), torch.stack(frames).flatten(0, 1).to(self.device)
+        picked = torch.randint(len(self.frames), (count,), generator=random)
+        frames = self.frames[picked].to(self.device)
+        with autocast(self.device, self.dtype):
+            latents = self.autoencoder.encode(frames).float()
+        level = NOISE * torch.rand(count, 1, 1, 1, generator=random)
+        noise = level * torch.randn(latents.shape, generator=random)
+        return self._cropped(latents + noise.to(self.device), frames, random)
 
     def _true_pictures(self, batches: Batches, turn: int, count: int) -> list[Tensor]:
         """The frames that own games from the segments of a batch are to make, uint8 (count, 3, h, w) each."""
@@ -107,17 +101,6 @@ class DecoderStage(DenoiserStage):
             frames = self.recordings[directory].frames(start, start + count)
             pictures.append(torch.from_numpy(frames).permute(0, 3, 1, 2))
         return pictures
-
-    def _true_frames(self, step: int, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Latents of true frames, a little noisy, and these; from the runs that the own games began with, so
-        that no frame is decoded twice.
-        """
-        frames = self.own[2]
-        picked = torch.randint(len(frames), (count,), generator=random)
-        with torch.no_grad(), autocast(self.device, self.dtype):
-            latents = self.autoencoder.encode(frames[picked]).float()
-        level = 0.1 * torch.rand(count, 1, 1, 1, generator=random).to(self.device)
-        return latents + level * torch.randn(latents.shape, generator=random).to(self.device), frames[picked]
 
     def _cropped(self, latents: Tensor, frames: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """A part of the frames, the same in all: many small parts teach more than a few whole frames."""

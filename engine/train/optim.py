@@ -8,6 +8,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..config import StageConfig
 
+JUDGE = 2.0  # learning rate of a discriminator, in those of what it judges
+
 
 class Optimiser:
     """AdamW, and Muon (Jordan et al., 2024; torch.optim.Muon) for the matrices inside a transformer's layers.
@@ -28,8 +30,9 @@ class Optimiser:
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=pace.learning_rate, betas=(0.9, 0.98), fused=True)
         ]
-        if judge:  # without momentum, as what it judges changes under it
-            self.parts.append(torch.optim.AdamW(judge, lr=pace.learning_rate, betas=(0.0, 0.99), fused=True))
+        if judge:  # without momentum, as what it judges changes under it, and faster than that
+            groups = [{"params": judge, "times": JUDGE}]
+            self.parts.append(torch.optim.AdamW(groups, lr=pace.learning_rate, betas=(0, 0.99), fused=True))
         if inner:
             how = {"weight_decay": pace.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
             self.parts.append(torch.optim.Muon(inner, lr=pace.learning_rate, **how))
@@ -38,7 +41,7 @@ class Optimiser:
         """One step with the learning rate `rate`."""
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("times", 1.0)
             part.step()
 
     def zero_grad(self) -> None:
