@@ -31,8 +31,8 @@ class Optimiser:
             torch.optim.AdamW(groups, lr=pace.learning_rate, betas=(0.9, 0.98), fused=True)
         ]
         if judge:  # without momentum, as what it judges changes under it, and faster than that
-            groups = [{"params": judge, "times": JUDGE}]
-            self.parts.append(torch.optim.AdamW(groups, lr=pace.learning_rate, betas=(0, 0.99), fused=True))
+            how = {"lr": pace.learning_rate, "betas": (0.0, 0.99), "fused": True}
+            self.parts.append(torch.optim.AdamW([{"params": judge, "times": JUDGE}], **how))
         if inner:
             how = {"weight_decay": pace.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
             self.parts.append(torch.optim.Muon(inner, lr=pace.learning_rate, **how))
