@@ -8,6 +8,7 @@ wrote, takes max_minutes=M and goes on where it was stopped:
   state        where one is and where one looks, from keys
   denoiser     the next frames, from true ones
   rollout      the next frames, from the model's own
+  distill      the model's own games get the true ones' look
   decoder      crisp pictures, from true latents and the model's own
   evaluate     all figures of the report, against the true game
 Besides: pack makes the small file that ships (checkpoint=FILE out=FILE), precision compares arithmetic, and

@@ -70,8 +70,7 @@ class AutoencoderConfig:
     """Frames ↔ latents, each frame alone. Every width halves the resolution: three make a factor of 8."""
 
     channels: int = 8  # of the latents
-    # from half resolution to that of the latents
-    widths: list[int] = field(default_factory=lambda: [32, 64, 128])
+    widths: list[int] = field(default_factory=lambda: [32, 64, 128])  # from half a frame's resolution on
     depth: int = 2  # residual layers at the coarsest level
 
     def latent_shape(self, world: WorldConfig) -> tuple[int, int, int]:
@@ -157,9 +156,9 @@ class StageConfig:
     context_noise_share: float = 0.6  # in this share of the games
     stateless: float = 0.1  # share of games whose state is kept from the network
     jitter: float = 0.1  # share by which levels of the ladder fall, at most
-    unroll: int = 1  # stage rollout: frames by which games go on in an iteration
-    game_frames: int = 64  # stage rollout: own frames of a game before it begins anew
-    game_groups: int = 4  # stage rollout: groups of games of different ages
+    unroll: int = 1  # frames by which own games go on in an iteration; stage state: that are foretold
+    game_frames: int = 64  # stages rollout, distill: own frames of a game before it begins anew
+    game_groups: int = 4  # stages rollout, distill: groups of games of different ages
     teacher_forcing: float = 0.2  # stages rollout, distill: share of iterations on true frames
     distribution: float = 1.0  # stage distill: weight of the difference between teacher and critic
     coarse: int = 2  # stage distill: latents a side whose averages are held against the true ones
@@ -200,8 +199,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     threads: int = 0  # torch threads; 0 leaves torch's default
-    precision: str = "auto"  # auto measures whether bfloat16 pays on this device · fp32 · bf16 · to play also
-    # fp16 · fp8
+    precision: str = "auto"  # auto: whether bfloat16 pays here is measured · fp32 · bf16 · in play fp16, fp8
     kernels: str = "auto"  # auto: Triton on GPUs, definitions on CPUs · reference · triton
     max_minutes: float = 0.0  # 0 takes the stage's own
     steps: int = 0  # 0 takes the stage's own
@@ -234,13 +232,11 @@ class PlayConfig:
     """`play.py`'s options."""
 
     checkpoint: str = "assets/doom_gathering.safetensors"
-    # game=true only; a dream's world is in its checkpoint
-    world: WorldConfig = field(default_factory=WorldConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)  # of game=true; a dream's is in its checkpoint
     game: str = "dream"  # dream: the network · true: the simulator
     display: str = "auto"  # auto · window · headless
     policy: str = "keyboard"  # keyboard · one of POLICIES · directory of a recording
-    # where a dream starts: a shipped start's name, DIR or DIR:FRAME of a recording, a picture
-    start: str = ""
+    start: str = ""  # of a dream: name of one that ships, DIR or DIR:FRAME of a recording, a picture
     frames: int = 0  # stop after so many; 0: when the player leaves
     seed: int = 0
     record: str = ""  # directory of the one session to write
@@ -254,7 +250,7 @@ class PlayConfig:
     precision: str = "auto"  # auto measures whether bfloat16 pays on this device · fp32 · bf16 · fp16 · fp8
     kernels: str = "auto"  # auto: Triton on GPUs, definitions on CPUs · reference · triton
     graph: bool = True  # on GPUs: a step as one CUDA graph
-    threads: int = 1  # two take twice as long for a step this small; 0: torch decides
+    threads: int = 2  # of as many cores as there are; more gain little; 0: torch decides
 
     def __post_init__(self) -> None:
         self.game = self.game.lower()  # YAML reads true as a truth value, which comes here as "True"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,7 @@ def open_game(config: PlayConfig) -> Game:
     if config.threads:
         import torch
 
-        torch.set_num_threads(config.threads)
+        torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
     try:
         return Dream(config)
     except MemoryError:
