@@ -92,6 +92,7 @@ class DenoiserConfig:
     conv_in_layers: int = 2
     conv_out_layers: int = 7
     field_channels: int = 8  # of the input that keys and state draw by themselves
+    scene_width: int = 256  # of the network that knows what is to be seen where
     action_history: int = 16  # frames whose keys a frame knows, its own included
     window_frames: int = 3  # in flight
     context_frames: int = 8  # finished ones remembered

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engine.config import DenoiserConfig
 from engine.model.denoiser import Denoiser
 from engine.model.state import StateModel
-from engine.model.state_spec import StateSpec, features_width
+from engine.model.state_spec import StateSpec, features_width, scene_columns
 from engine.rollout.rollout import Rollout
 
 KEYS, SHAPE = 3, (2, 4, 6)  # channels, rows, columns: 6 patches and the condition's token
@@ -22,7 +22,7 @@ SPEC = StateSpec(
 )
 SMALL = DenoiserConfig(
     width=32, layers=2, head_dim=16, patch=2, conv_width=8, conv_in_layers=1, conv_out_layers=1,
-    action_history=4, context_frames=3,
+    action_history=4, context_frames=3, scene_width=16,
 )  # fmt: skip
 
 
@@ -39,7 +39,8 @@ def make_denoiser(states: bool = False, **changes) -> Denoiser:
     """Without `states`, of a world that tells nothing."""
     config = DenoiserConfig(**{**asdict(SMALL), **changes})
     torch.manual_seed(0)
-    return shaken(Denoiser(config, KEYS, features_width(SPEC) if states else 0, *SHAPE)).eval()
+    told = (features_width(SPEC), *SHAPE, scene_columns(SPEC)) if states else (0, *SHAPE)
+    return shaken(Denoiser(config, KEYS, *told)).eval()
 
 
 def make_states() -> StateModel:

@@ -26,9 +26,10 @@ from engine.evaluation.state import escapes, evaluate_state
 from engine.model.autoencoder import Autoencoder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.model.networks import load_autoencoder, load_reader, load_states, make_denoiser
+from engine.model.scene import SceneModel
 from engine.model.state import StateCarry, StateModel
 from engine.model.state_reader import StateReader, completed
-from engine.model.state_spec import StateScales, StateSpec, features_width, state_features
+from engine.model.state_spec import StateScales, StateSpec, features_width, scene_columns, state_features
 from engine.recording import Recorder, Recording
 from engine.rollout.rollout import Rollout
 from engine.rollout.session import Player, Session
@@ -87,12 +88,17 @@ def make_reader(logs: StateLogs, width: int = 16) -> StateReader:
     return reader
 
 
+def make_scene() -> SceneModel:
+    """Of the same latents."""
+    return SceneModel(scene_columns(SPEC), 4, 6, 8, 16)
+
+
 @pytest.fixture(scope="module")
 def trained(logs: StateLogs) -> StateModel:
     torch.manual_seed(0)
     model = StateModel(SPEC, len(KEYS))
     model.fit(logs.states, logs.actions, logs.resets)
-    loss, pace = StateLoss(model, make_reader(logs)), StageConfig(batch=32, unroll=8)
+    loss, pace = StateLoss(model, make_reader(logs), make_scene()), StageConfig(batch=32, unroll=8)
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(50):
         loss.predict(logs.batch(step, pace))[0].backward()
@@ -223,21 +229,21 @@ def test_a_step_is_cheap(model: StateModel) -> None:
 
 
 def test_gradients_reach_every_weight(model: StateModel, logs: StateLogs) -> None:
-    loss = StateLoss(model, make_reader(logs))
+    loss = StateLoss(model, make_reader(logs), make_scene())
     with torch.no_grad():
         for value in model.parameters():
             value += 0.02 * torch.randn_like(value)
     pictures = StatePictures(torch.randn(5, 4, 6, 8), logs.states[:5])
     value, parts = loss(Given(logs.cut(torch.tensor([0, 700, 1500]), 28, 4), pictures))
     value.backward()
-    assert {"place", "pace", "read"} == parts.keys()
+    assert {"place", "pace", "read", "scene"} == parts.keys()
     dead = [name for name, value in loss.named_parameters() if value.grad is None or not value.grad.any()]
     assert not dead
 
 
 def test_a_perfect_prediction_costs_nothing(model: StateModel, logs: StateLogs) -> None:
     """Against what the network itself makes, loss and slope vanish; one angle beside the border does not."""
-    loss, batch = StateLoss(model, make_reader(logs)), logs.cut(torch.tensor([2, 333]), 16, 16)
+    loss, batch = StateLoss(model, make_reader(logs), make_scene()), logs.cut(torch.tensor([2, 333]), 16, 16)
     carry = model.begin(batch.states[:, :4], batch.actions[:, :4])
     own = torch.cat([batch.states[:, :4], model.unroll(carry, batch.actions[:, 4:])], 1).detach()
     torch.manual_seed(1)  # draws no noise on these two games
@@ -248,9 +254,29 @@ def test_a_perfect_prediction_costs_nothing(model: StateModel, logs: StateLogs) 
     assert right < 1e-3 < 0.5 < wrong
 
 
+def test_a_scene_is_learned_from_pictures_and_does_not_mind_the_pace(model: StateModel, logs: StateLogs):
+    """Each place has a picture of its own; velocities and the step to a frame change nothing."""
+    torch.manual_seed(0)
+    loss = StateLoss(model, make_reader(logs), make_scene())
+    states = logs.states[::7][:64].clone()
+    known = model.scales.normalise(states)
+    pictures = StatePictures(known[:, :4, None, None].expand(-1, -1, 6, 8).contiguous(), states)
+    optimiser, first = torch.optim.Adam(loss.scene.parameters(), 3e-3), loss.missed(pictures).item()
+    for _ in range(200):
+        loss.missed(pictures).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert loss.missed(pictures).item() < 0.2 * first
+    moved = states.clone()
+    moved[:, SPEC.indices("velocity")] += 3.0
+    alike, other = (state_features(model.scales, *pair) for pair in ((states, states), (moved, states + 1)))
+    places = [i for i in range(len(SPEC)) if SPEC.kinds[i] != "velocity"]
+    assert torch.equal(alike[:, scene_columns(SPEC)], other[:, scene_columns(SPEC)]) and len(places) > 3
+
+
 def test_the_moving_average_stays_finite(model: StateModel, logs: StateLogs) -> None:
     """Buffers are averaged as weights are: an infinite bound would become no number."""
-    loss = StateLoss(model, make_reader(logs))
+    loss = StateLoss(model, make_reader(logs), make_scene())
     average = moving_average(loss, 0.9)
     for _ in range(3):
         average.update_parameters(loss)

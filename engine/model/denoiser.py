@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from ..config import DenoiserConfig
 from .condition import ConditionEncoder
 from .kv_cache import KVCache, KVRecorder
 from .layers import AttentionContext
+from .scene import SceneModel
 from .transformer import Transformer
 
 
@@ -19,7 +21,7 @@ class Finished(NamedTuple):
 
     clean: Tensor  # (b, 1, c, y, x)
     before: Tensor  # (b, 1, c, y, x), the frame before it
-    condition: Tensor  # (b, 1, d)
+    condition: Tensor  # (b, 1, width)
 
 
 class Denoiser(nn.Module):
@@ -29,15 +31,26 @@ class Denoiser(nn.Module):
     """
 
     def __init__(
-        self, config: DenoiserConfig, keys: int, features: int, channels: int, rows: int, columns: int
+        self,
+        config: DenoiserConfig,
+        keys: int,
+        features: int,
+        channels: int,
+        rows: int,
+        columns: int,
+        scene_columns: Sequence[int] = (),
     ):
+        """`features`: how many numbers a state is told in, `scene_columns`: by which of them a scene is
+        known.
+        """
         super().__init__()
         self.config, self.keys, self.features = config, keys, features
         self.shape = (channels, rows, columns)
+        scene = SceneModel(scene_columns, *self.shape, config.scene_width) if scene_columns else None
         self.condition = ConditionEncoder(
-            keys, config.action_history, features, config.window_frames, config.width
+            keys, config.action_history, features, config.window_frames, config.width, scene
         )
-        self.transformer = Transformer(config, channels, rows, columns)
+        self.transformer = Transformer(config, channels, rows, columns, scene is not None)
         self.register_buffer("ladder", torch.tensor(config.ladder), persistent=False)
 
     def forward(
@@ -50,32 +63,38 @@ class Denoiser(nn.Module):
         memory: AttentionContext,
         pending: Finished | None = None,
     ) -> Tensor:
-        """noisy (b, t, c, y, x), sigma (b, t), the last finished frame (b, 1, c, y, x), condition (b, t, d),
-        index of the first frame, memory → clean (b, t, c, y, x), float32. A pending frame is committed along.
+        """noisy (b, t, c, y, x), sigma (b, t), the last finished frame (b, 1, c, y, x), condition (b, t,
+        width), index of the first frame, memory → clean (b, t, c, y, x), float32. A pending frame is
+        committed along.
         """
         given = (noisy, before.expand_as(noisy), sigma, condition)
         if pending:
             given = [torch.cat(both, 1) for both in zip(self._committed(pending), given, strict=True)]
             frame = frame - 1
-        made = self.transformer(*given, frame, memory, context_only_frames=1 if pending else 0)
+        made = self._transformed(*given, frame, memory, context_only_frames=1 if pending else 0)
         return before + made.float()
 
     def commit(
         self, clean: Tensor, condition: Tensor, frame: int, memory: KVRecorder, sigma: Tensor | None = None
     ) -> None:
-        """Writes the keys and values of finished frames (b, t, c, y, x) with conditions (b, t, d), the first
-        of which has index `frame`, into an empty memory; each frame looks at the `context_frames` before it
-        and at itself, never at the sink. sigma (b, t) tells how noisy the frames are, 0 unless given.
+        """Writes the keys and values of finished frames (b, t, c, y, x) with conditions (b, t, width), the
+        first of which has index `frame`, into an empty memory; each frame looks at the `context_frames`
+        before it and at itself, never at the sink. sigma (b, t) tells how noisy the frames are, 0 unless given.
         """
         sigma = clean.new_zeros(clean.shape[:2]) if sigma is None else sigma
         before = torch.cat([clean[:, :1], clean[:, :-1]], 1)
         mask = self.history_mask(clean.shape[1], clean.device)
-        self.transformer(clean, before, sigma, condition, frame, memory, mask, clean.shape[1])
+        self._transformed(clean, before, sigma, condition, frame, memory, mask, clean.shape[1])
 
     def commit_pending(self, pending: Finished, memory: KVCache) -> None:
         """Writes the keys and values of the last finished frame, in a pass of its own."""
         memory.plan_pass(0, pending=True)
-        self.transformer(*self._committed(pending), memory.frame - 1, memory, context_only_frames=1)
+        self._transformed(*self._committed(pending), memory.frame - 1, memory, context_only_frames=1)
+
+    def _transformed(
+        self, noisy: Tensor, before: Tensor, sigma: Tensor, condition: Tensor, *given, **named
+    ) -> Tensor | None:
+        return self.transformer(noisy, before, sigma, *self.condition.parts(condition), *given, **named)
 
     def _committed(self, pending: Finished) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sigma = pending.clean.new_zeros(len(pending.clean), 1)

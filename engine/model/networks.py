@@ -8,9 +8,10 @@ from ..config import ModelConfig, WorldConfig
 from .autoencoder import Autoencoder
 from .checkpoint import Checkpoint
 from .denoiser import Denoiser
+from .scene import SceneModel
 from .state import StateModel
 from .state_reader import StateReader
-from .state_spec import StateSpec, features_width
+from .state_spec import StateSpec, features_width, scene_columns
 
 
 def spec_of(model: ModelConfig) -> StateSpec | None:
@@ -34,7 +35,13 @@ def make_denoiser(model: ModelConfig, world: WorldConfig) -> Denoiser:
     """The denoiser with fresh weights."""
     spec = spec_of(model)
     features = features_width(spec) if spec else 0
-    return Denoiser(model.denoiser, len(world.keys), features, *model.autoencoder.latent_shape(world))
+    shape, known_by = model.autoencoder.latent_shape(world), scene_columns(spec) if spec else ()
+    return Denoiser(model.denoiser, len(world.keys), features, *shape, known_by)
+
+
+def make_scene(model: ModelConfig, world: WorldConfig) -> SceneModel | None:
+    """What knows what is to be seen where, with fresh weights; None for a world that tells no state."""
+    return make_denoiser(model, world).condition.scene
 
 
 def load_autoencoder(checkpoint: Checkpoint) -> Autoencoder:

@@ -190,3 +190,11 @@ def features_width(spec: StateSpec) -> int:
     position, angle = len(spec.indices("position")), len(spec.indices("angle"))
     moved = (position + angle) * (1 + 2 * STEP_HARMONICS)
     return position * (1 + 2 * OCTAVES) + 2 * HARMONICS * angle + len(spec) - position - angle + moved
+
+
+def scene_columns(spec: StateSpec) -> list[int]:
+    """Places in `state_features` of what a scene is known by: positions, angles, and all but velocities."""
+    position, angle = len(spec.indices("position")), len(spec.indices("angle"))
+    turn = position * (1 + 2 * OCTAVES) + 2 * HARMONICS * angle
+    plain = [kind for kind in spec.kinds if kind not in ("position", "angle")]
+    return list(range(turn)) + [turn + i for i, kind in enumerate(plain) if kind != "velocity"]

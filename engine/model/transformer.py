@@ -21,7 +21,8 @@ class Transformer(nn.Module):
     attention over a few large tokens.
     """
 
-    def __init__(self, config: DenoiserConfig, channels: int, rows: int, columns: int):
+    def __init__(self, config: DenoiserConfig, channels: int, rows: int, columns: int, scene: bool = False):
+        """`scene`: whether frames come with the scene that belongs to their state."""
         super().__init__()
         self.patch = config.patch
         if rows % self.patch or columns % self.patch:
@@ -33,7 +34,8 @@ class Transformer(nn.Module):
         # a few channels that keys and state draw by themselves: convolutions that are told the same
         # everywhere cannot know what stands where
         self.field = nn.Linear(width, config.field_channels * rows * columns)
-        self.read = nn.Conv2d(2 * channels + config.field_channels, fine, 3, padding=1)
+        seen = (3 if scene else 2) * channels + config.field_channels
+        self.read = nn.Conv2d(seen, fine, 3, padding=1)
         self.conv_in = nn.ModuleList(ConvLayer(fine, width) for _ in range(config.conv_in_layers))
         self.patch_in = nn.Linear(fine * self.patch**2, width)
         self.sigma = SigmaEncoder(width)
@@ -56,19 +58,23 @@ class Transformer(nn.Module):
         before: Tensor,
         sigma: Tensor,
         token: Tensor,
+        scene: Tensor | None,
         frame: Tensor | int,
         memory: AttentionContext,
         mask: Tensor | None = None,
         context_only_frames: int = 0,
     ) -> Tensor | None:
         """latents and the finished frame before them (b, t, c, y, x), sigma (b, t), condition tokens (b, t,
-        d), index of the first frame, memory, mask (t n, m) added to the scores → (b, t, c, y, x) without the
-        `context_only_frames` first ones, of which only the memory is wanted; None where that is all.
+        d), their scenes as latents, index of the first frame, memory, mask (t n, m) added to the scores → (b,
+        t, c, y, x) without the `context_only_frames` first ones, of which only the memory is wanted; None
+        where that is all.
         """
         b, t = latents.shape[:2]
         condition = F.silu(self.sigma(sigma) + token)  # (b, t, d)
         field = self.field(F.silu(token)).view(b, t, -1, *latents.shape[3:])
-        given = torch.cat([latents, before, field.to(latents.dtype)], 2).flatten(0, 1)
+        given = [latents, before, field.to(latents.dtype)]
+        given += [] if scene is None else [scene.to(latents.dtype)]
+        given = torch.cat(given, 2).flatten(0, 1)
         fine = self.read(given.contiguous(memory_format=torch.channels_last))  # (b t, f, y, x)
         for conv in self.conv_in:
             fine = conv(fine, condition)

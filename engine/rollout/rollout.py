@@ -13,7 +13,7 @@ from ..model.state_reader import StateReader
 from ..model.state_spec import state_features
 from .window import RollingWindow
 
-Coming = tuple[Tensor, StateCarry | None]  # condition (b, 1, d) and state of the next frame
+Coming = tuple[Tensor, StateCarry | None]  # condition (b, 1, width) and state of the next frame
 
 
 class Rollout:
@@ -65,7 +65,7 @@ class Rollout:
         )  # of the last frames
         self.frames_since_change = torch.zeros(batch, dtype=torch.int64, device=device)
         self.last = torch.zeros(batch, 2, *denoiser.shape, device=device)  # the last two finished frames
-        self.condition = torch.zeros(batch, 1, c.width, device=device)  # of the last one
+        self.condition = torch.zeros(batch, 1, denoiser.condition.width, device=device)  # of it
         self.has_state = torch.zeros(batch, device=device)
         self.carry: StateCarry | None = None
         if states is not None:
@@ -248,7 +248,7 @@ class Rollout:
         self._known = torch.cat([states[:, :1].expand(-1, missing, -1), states], 1)
 
     def _history_condition(self, actions: Tensor, count: int) -> Tensor:
-        """Conditions (b, count, d) of the start's frames; actions (b, history - 1 + count, k)."""
+        """Conditions (b, count, width) of the start's frames; actions (b, history - 1 + count, k)."""
         features = None
         if self._known is not None:
             previous = torch.cat([self._known[:, :1], self._known[:, :-1]], 1)
@@ -257,7 +257,7 @@ class Rollout:
         return self.denoiser.condition(*self._inputs(actions, features, ahead))
 
     def window_condition(self, bound: Tensor) -> Tensor:
-        """Conditions (b, t, d) of the frames behind the last finished one, under the keys (b, t, k)."""
+        """Conditions (b, t, width) of the frames behind the last finished one, under the keys (b, t, k)."""
         inputs, carry = self.window_inputs(bound)
         condition = self.denoiser.condition(*inputs)
         self._coming = condition[:, :1].detach(), carry

@@ -190,11 +190,14 @@ class DenoiserStage(LatentsStage):
         return PlainLoss(self._denoiser(), self.states, self.config.pace())
 
     def _denoiser(self) -> Denoiser:
-        """With the weights of the checkpoint before where it has some: stage `rollout` goes on from these."""
-        if "denoiser" not in self.before.modules:
-            return make_denoiser(self.model, self.config.world)
+        """With the weights of the checkpoint before where it has some, as stage `rollout` goes on from these;
+        else with those of its scene.
+        """
         denoiser = make_denoiser(self.model, self.config.world)
-        self.before.load_into("denoiser", denoiser)
+        if "denoiser" in self.before.modules:
+            self.before.load_into("denoiser", denoiser)
+        elif "scene" in self.before.modules:
+            self.before.load_into("scene", denoiser.condition.scene)
         return denoiser
 
     def segment(self) -> tuple[int, int]:

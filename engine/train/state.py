@@ -19,17 +19,19 @@ from ..data.state_logs import WARM, StateBatch, StateLogs, StatePictures
 from ..dataset import split
 from ..device import autocast
 from ..model.checkpoint import Checkpoint, save_checkpoint
-from ..model.networks import load_autoencoder, make_reader, make_states
+from ..model.networks import load_autoencoder, make_reader, make_scene, make_states
+from ..model.scene import SceneModel
 from ..model.state import StateModel
 from ..model.state_reader import StateReader
-from ..model.state_spec import StateSpec, difference, heading, pick, turned
+from ..model.state_spec import StateSpec, difference, heading, pick, state_features, turned
 from ..recording import Recording, find_recordings
 from .stage import LICENCE
 
 NOISE_SHARE = 0.2  # of games that begin a little beside the truth, so that it learns to return
 NOISE = 0.3  # standard deviation of that, in large steps
 HUBER = 0.2  # errors beyond so many large steps count linearly
-READ_WEIGHT = 0.1  # of the reader's loss: its gradients shall not decide where the others' are clipped
+READ_WEIGHT = 0.1  # of what is learnt from pictures: its gradients shall not decide where others are clipped
+READ_SHARE = 2  # of so many pictures one is read: reading costs more than drawing
 MEASURED = 1000  # held-out pictures that are read
 
 
@@ -41,17 +43,26 @@ class Given(NamedTuple):
 
 
 class StateLoss(nn.Module):
-    """A state network and its loss on its own unrolled states; a reader and its loss on single pictures."""
+    """A state network and its loss on its own unrolled states; a reader (picture → state) and a scene (state
+    → picture) and their losses on single pictures.
+    """
 
-    def __init__(self, model: StateModel, reader: StateReader) -> None:
+    def __init__(self, model: StateModel, reader: StateReader, scene: SceneModel) -> None:
         super().__init__()
-        self.model, self.reader = model, reader
+        self.model, self.reader, self.scene = model, reader, scene
 
     def forward(self, given: Given) -> tuple[Tensor, dict[str, Tensor]]:
-        """→ the sum of both losses, and their parts."""
+        """→ the sum of the losses, and their parts."""
         games, parts = self.predict(given.games)
-        read = self.reader.loss(*given.pictures)
-        return games + READ_WEIGHT * read, parts | {"read": read.detach()}
+        few = StatePictures(*(part[: len(part) // READ_SHARE] for part in given.pictures))
+        read, seen = self.reader.loss(*few), self.missed(given.pictures)
+        loss = games + READ_WEIGHT * (read + seen)
+        return loss, parts | {"read": read.detach(), "scene": seen.detach()}
+
+    def missed(self, pictures: StatePictures) -> Tensor:
+        """Variance of the latents that the scene of their state has not."""
+        features = state_features(self.model.scales, pictures.states, pictures.states)
+        return (self.scene(features) - pictures.latents).square().mean()
 
     def predict(self, batch: StateBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """→ the state network's loss: where the state is, and how it changed since the frame before.
@@ -127,10 +138,11 @@ class StateStage:
         self.pictures = StatePictures.read(parts[0], spec.names, self._encode, limit, config.seed + rank)
         unseen = StatePictures.read(parts[1], spec.names, self._encode, MEASURED, config.seed)
         self.unseen = unseen or self.pictures.batch(0, MEASURED)
-        states, reader = (make(self.model, config.world) for make in (make_states, make_reader))
+        made = (make(self.model, config.world) for make in (make_states, make_reader, make_scene))
+        states, reader, scene = made
         states.fit(self.logs.states, self.logs.actions, self.logs.resets)
         reader.fit(self.logs.states, self.logs.resets)
-        self.module = StateLoss(states, reader)
+        self.module = StateLoss(states, reader, scene)
 
     @torch.inference_mode()
     def _encode(self, frames: Tensor) -> Tensor:
@@ -140,7 +152,7 @@ class StateStage:
     def batch(self, step: int) -> Given:
         """What iteration `step` learns from: a pure function of seed and step."""
         seed, pace = self.seed + step, self.config.pace()
-        pictures = self.pictures.batch(seed, max(1, pace.batch // 4))
+        pictures = self.pictures.batch(seed, max(READ_SHARE, pace.batch // 2))
         return Given(self.logs.batch(seed, pace).to(self.device), pictures.to(self.device))
 
     @torch.no_grad()
@@ -155,7 +167,8 @@ class StateStage:
     @torch.no_grad()
     def validate(self, module: StateLoss) -> dict[str, float]:
         """Median and 95th percentile, raw units, of the errors of held-out games after some frames, and of
-        what is read off held-out pictures; of numbers that only pictures tell, the share that is read (R2).
+        what is read off held-out pictures; of numbers that only pictures tell, the share that is read (R2);
+        the variance of latents that the scene misses.
         """
         if not self.trains:
             return {}
@@ -166,6 +179,7 @@ class StateStage:
         for frame in (8, 64) if len(true) else ():
             scores |= _sizes(spec, difference(spec, made, true)[:, frame - 1], str(frame))
         scores |= _sizes(spec, difference(spec, read, pictures.states), "read")
+        scores["scene_missed"] = float(module.missed(pictures._replace(latents=pictures.latents.float())))
         shares = module.reader.measured(pictures.latents.float(), pictures.states)
         return scores | {f"{spec.names[i]}_r2": float(shares[i]) for i in spec.pictured_indices}
 
@@ -192,7 +206,7 @@ class StateStage:
             reader = copy.deepcopy(module.reader)  # what is measured here is no part of the training
             pictures = self.unseen.to(self.device)
             reader.share.copy_(reader.measured(pictures.latents.float(), pictures.states))
-            modules |= {"states": module.model, "reader": reader}
+            modules |= {"states": module.model, "reader": reader, "scene": module.scene}
         world = self.config.world
         save_checkpoint(path, modules, self.model, world, licence=LICENCE, **about)
 
