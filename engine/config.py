@@ -102,9 +102,8 @@ class DenoiserConfig:
 
     def __post_init__(self) -> None:
         if self.head_dim < 4 or self.width % self.head_dim or self.head_dim % 4:
-            raise UserError(
-                f"model.width {self.width} must be a multiple of head_dim {self.head_dim}, that of 4."
-            )
+            said = f"model.width {self.width} must be a multiple of head_dim {self.head_dim}"
+            raise UserError(f"{said}, that of 4.")
         ladder = list(self.ladder)
         if len(ladder) != self.window_frames or sorted(ladder) != ladder or ladder[-1:] != [1]:
             said = f"The ladder needs {self.window_frames} ascending levels that end at 1"

@@ -79,7 +79,8 @@ class Denoiser(nn.Module):
     ) -> None:
         """Writes the keys and values of finished frames (b, t, c, y, x) with conditions (b, t, width), the
         first of which has index `frame`, into an empty memory; each frame looks at the `context_frames`
-        before it and at itself, never at the sink. sigma (b, t) tells how noisy the frames are, 0 unless given.
+        before it and at itself, never at the sink. sigma (b, t) tells how noisy the frames are, 0 unless
+        given.
         """
         sigma = clean.new_zeros(clean.shape[:2]) if sigma is None else sigma
         before = torch.cat([clean[:, :1], clean[:, :-1]], 1)
