@@ -137,7 +137,7 @@ def test_training_sigma_falls_by_the_jitter_but_for_pure_noise():
     plain = sigma[sigma[:, 2] <= LADDER[2]]
     assert (sigma[:, 0] < LADDER[0]).float().mean() > 0.5 and len(plain) > 2000
     stairs = plain[plain[:, 1] < 0.8 * LADDER[2]]  # not raised either
-    assert len(stairs) > 500 and correlation(stairs[:, 2], stairs[:, 1]) < 4.5, "each position falls by itself"
+    assert len(stairs) > 500 and correlation(stairs[:, 2], stairs[:, 1]) < 4.5, "each falls by itself"
 
 
 def test_training_sigma_works_for_a_window_of_one():
