@@ -34,11 +34,11 @@ class SceneModel(nn.Module):
         layers: list[nn.Module] = []
         for inputs, outputs in zip(sizes, sizes[1:], strict=False):
             layers += [nn.Linear(inputs, outputs), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, COARSE * rows * across))
+        self.place = nn.Sequential(*layers, nn.Linear(width, COARSE * rows * across))
         self.enlarge = nn.Sequential(*enlarge, nn.Conv2d(COARSE, channels, 3, padding=1))
 
     def forward(self, features: Tensor) -> Tensor:
         """Features of states (..., f) → latents (..., c, y, x)."""
         known = features.index_select(-1, self.columns).flatten(0, -2)
-        made = self.enlarge(self.layers(known).unflatten(-1, self.coarse))
+        made = self.enlarge(self.place(known).unflatten(-1, self.coarse))
         return made.unflatten(0, features.shape[:-1])
