@@ -68,4 +68,4 @@ def test_what_judges_learns_twice_as_fast_and_without_momentum():
         p.grad = torch.ones_like(p)
     optimiser.step(0.01)
     moved = {name: (module[name].weight - before[name].weight).abs().mean().item() for name in module}
-    assert moved["discriminator"] == pytest.approx(2 * moved["decoder"], rel=1e-3)
+    assert moved["discriminator"] == pytest.approx(2 * moved["decoder"], rel=0.01)

@@ -510,7 +510,9 @@ def test_the_stage_trains_predictor_and_reader(tmp_path) -> None:
     assert stage.picture(stage.module).ndim == 3
     stage.save(tmp_path / "state.safetensors", stage.module, {})
     written = Checkpoint(tmp_path / "state.safetensors")
-    assert written.modules == ["autoencoder", "states", "reader"] and written.model.state.names == [*KINDS]
+    assert written.modules == ["autoencoder", "states", "reader", "scene"] and written.model.state.names == [
+        *KINDS
+    ]
     reader, states = load_reader(written), load_states(written)
     for name, value in reader.state_dict().items():
         assert name == "share" or torch.equal(value, before[f"reader.{name}"]), name
