@@ -1,1 +1,0 @@
-"""The networks: what they compute, not how they are trained or played."""
