@@ -149,10 +149,11 @@ def test_training_plays_what_play_plays():
     loss, (latents, actions) = three(), segments()
 
     def same(one: Tensor, other: Tensor) -> None:
-        """Nearly to the last bit: some CPUs sum in another order for other sizes; with gradients attention
-        does.
+        """To the last bit; where gradients are wanted attention sums in another order, and with AVX2 alone
+        oneDNN does for batches of other sizes.
         """
-        assert torch.allclose(one, other, atol=1e-5, rtol=0)
+        exact = not learns and torch.backends.cpu.get_cpu_capability() != "AVX2"
+        assert torch.allclose(one, other, atol=0 if exact else 1e-5, rtol=0)
 
     for learns in (False, True):
         torch.manual_seed(3)
