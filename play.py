@@ -6,7 +6,7 @@ keys. Where there is no display, a scripted policy plays 300 frames into a video
   start=WHERE       where a dream starts: a shipped start's name, a recording DIR or DIR:FRAME, a picture
   record=DIR        records frames and keys, to train on or to replay
   video=FILE.mp4    films what is seen
-  policy=NAME       who plays: keyboard scripted random idle spin walls, or a recording's directory: replay it
+  policy=NAME       who plays: keyboard explore scripted random taps idle spin walls, or a recording to replay
   display=headless  no window, as fast as it can      frames=N   stop after so many      seed=N      threads=N
 All options with their defaults: engine/config.py, PlayConfig. The last line of output is JSON with figures.
 """
@@ -93,9 +93,12 @@ def play_window(config: PlayConfig) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """The program → its exit code."""
-    # libgomp's threads spin while they wait: one other busy thread on the same cores (window, recorder) makes
-    # a step several times slower. Read when torch is loaded, which happens after the window is open.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # libgomp's threads wait for one another many times a step. Sleeping each time (PASSIVE) makes a step of
+    # two threads slower than one thread's; spinning for milliseconds, as by default, takes the cores from
+    # window and recorder. So they spin for some tenths of a millisecond (docs/log.md). Read when torch is
+    # loaded, which happens after the window is open.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # no greeting on stdout
     if {"-h", "--help", "help"} & set(arguments):
         print(__doc__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import re
@@ -11,7 +12,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
 
@@ -19,9 +21,11 @@ import numpy as np
 from tqdm import tqdm
 
 from .config import TrainConfig, UserError, WorldConfig
-from .policies import PolicyMixture
-from .recording import Recorder
+from .policies import SHARES, PolicyMixture
+from .recording import Recorder, Recording
+from .schema import HEADER, SCHEMA, read_header
 from .worlds import make_world
+from .worlds.base import short_seed
 
 RECORDING_FRAMES = 6000  # frames in one recording; the unit of work and of resuming
 REPORT_FRAMES = 50  # a worker tells the progress bar after so many
@@ -42,43 +46,121 @@ class Job:
     frames: int
     lossless: bool
 
+    def done(self) -> bool:
+        """Whether the recording is there with all its frames."""
+        return _count(self.directory) >= self.frames
+
 
 def collect(config: TrainConfig) -> dict[str, float]:
     """Writes `config.frames` frames of `config.world` as numbered recordings into `config.data`.
 
-    The bytes depend on the seed only, not on `workers`. Finished recordings are kept, others made anew.
-    Returns the figures of this call. Raises UserError when the world or the disk fails.
+    The bytes depend on the seed only, not on `workers`, nor on how often the collection was interrupted or
+    grew. Whole recordings are kept, others made anew. Returns the figures of this call. Raises UserError
+    when the folder holds another job's recordings or is in use, and when the world or the disk fails.
     """
-    jobs = plan(config)
-    todo = [job for job in jobs if not job.directory.exists()]
-    kept = sum(job.frames for job in jobs) - sum(job.frames for job in todo)
+    data = Path(config.data)
     try:
-        Path(config.data).mkdir(parents=True, exist_ok=True)
+        data.mkdir(parents=True, exist_ok=True)
+        if not os.access(data, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise UserError(f"Recordings cannot be written to {config.data}: {error.strerror}.") from None
-    begin = time.monotonic()
-    episodes = _run(todo, config, kept) if todo else 0
-    seconds = time.monotonic() - begin
-    frames = sum(job.frames for job in todo)
+        raise UserError(f"Recordings cannot be written to {data}: {error.strerror}.") from None
+    with _alone(data / f".{_name(config)}.lock"):
+        _refuse_another(config)
+        jobs = plan(config)
+        there = [_count(job.directory) for job in jobs]
+        todo = [job for job, frames in zip(jobs, there, strict=True) if frames < job.frames]
+        played = sum(job.frames for job in todo)  # a short recording is played anew from its beginning
+        begin = time.monotonic()
+        episodes = _run(todo, config, sum(job.frames for job in jobs) - played) if todo else 0
+        seconds = time.monotonic() - begin
     return {
-        "frames": frames,
+        "frames": sum(max(job.frames - frames, 0) for job, frames in zip(jobs, there, strict=True)),
         "seconds": round(seconds, 2),
-        "fps": round(frames / seconds, 1) if frames else 0.0,
+        "fps": round(played / seconds, 1) if played else 0.0,
         "recordings": len(todo),
         "episodes": episodes,
-        "kept_frames": kept,
+        "kept_frames": sum(there),
     }
 
 
 def plan(config: TrainConfig) -> list[Job]:
     """The recordings that make up `config.frames`, finished or not."""
-    name = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, (config.world.name, config.world.id))))
     jobs = []
     for number, start in enumerate(range(0, config.frames, RECORDING_FRAMES)):
-        directory = Path(config.data) / f"{name}-{config.seed}-{number:05d}"
+        directory = Path(config.data) / f"{_name(config)}-{number:05d}"
         frames = min(RECORDING_FRAMES, config.frames - start)
         jobs.append(Job(config.world, directory, config.seed, number, frames, config.lossless))
     return jobs
+
+
+def _name(config: TrainConfig) -> str:
+    """What the names of a job's recordings have in common."""
+    world = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, (config.world.name, config.world.id))))
+    return f"{world}-{config.seed}"
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Two collections that write the same recordings would spoil each other's; the second is refused."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing tells
+        yield
+        return
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            said = f"Another collection is writing the same recordings into {lock.parent}"
+            raise UserError(f"{said}; wait for it, or choose another seed or data=.") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _refuse_another(config: TrainConfig) -> None:
+    """Raises UserError where the folder holds recordings that this job, with any seed, would not make."""
+    for path in sorted(Path(config.data).glob(f"*/{HEADER}")):
+        if not re.fullmatch(r".+-\d+-\d{5,}", path.parent.name):
+            continue  # not made here
+        header = read_header(path.parent)
+        there = {"schema": header["schema"], "lossless": header["codec"].get("lossless")}
+        wanted = {"schema": SCHEMA, "lossless": config.lossless}
+        if header["policies"] is not None:
+            there["policies"], wanted["policies"] = header["policies"], SHARES
+        world = header["config"]
+        for name, value in asdict(config.world).items():
+            if name in world and (name != "keys" or value):  # a Gymnasium world finds its keys itself
+                there[f"world.{name}"], wanted[f"world.{name}"] = world[name], value
+        differing = [name for name in wanted if there[name] != wanted[name]]
+        if "world.name" in differing:
+            differing = ["world.name"]  # all else follows from it
+        if differing:
+            said = "; ".join(
+                f"{name} is {_words(there[name])} there and {_words(wanted[name])} here" for name in differing
+            )
+            raise UserError(f"{config.data} holds recordings of another job ({said}); choose another data=.")
+
+
+def _words(value: object) -> str:
+    """A value of a job in a sentence."""
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{name} {part}" if isinstance(part, float) else name for name, part in value.items()
+        )
+    return "not told" if value is None else str(value)
+
+
+def _count(directory: Path) -> int:
+    """Whole frames in a recording; 0 where there is none, or one that cannot be read."""
+    try:
+        return len(Recording(directory)) if directory.exists() else 0
+    except UserError:
+        return 0
 
 
 def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
@@ -88,7 +170,7 @@ def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
     bar = tqdm(total=kept + sum(job.frames for job in todo), initial=kept, unit="frame", desc="collect")
     episodes, deaths = 0, 0
     with bar:
-        while left := [job for job in todo if not job.directory.exists()]:
+        while left := [job for job in todo if not job.done()]:
             # spawn, not fork: the parent may hold torch's threads, which do not survive a fork
             context = multiprocessing.get_context("spawn")
             played = context.Value("q", 0)
@@ -148,11 +230,27 @@ def play(job: Job) -> int:
         try:
             keys = dict(zip(world.action_space.names, map(list, world.action_space.bindings), strict=True))
             described = replace(job.world, keys=keys)  # a gym world chooses its keys itself
-            with Recorder(draft, described, "true", job.seed, lossless=job.lossless) as recorder:
+            kinds = world.state_kinds
+            with Recorder(
+                draft,
+                described,
+                "true",
+                job.seed,
+                lossless=job.lossless,
+                state_kinds=kinds,
+                policies=SHARES,
+            ) as recorder:
                 episodes = _play_into(recorder, world, job)
         finally:
             world.close()
-        draft.rename(job.directory)
+        if job.directory.exists():  # shorter, or damaged; the new one begins with the same frames
+            old = job.directory.with_name(job.directory.name + ".old.tmp")
+            shutil.rmtree(old, ignore_errors=True)
+            job.directory.rename(old)
+            draft.rename(job.directory)
+            shutil.rmtree(old)
+        else:
+            draft.rename(job.directory)
     except OSError as error:
         said = error.strerror or str(error)
         raise UserError(f"The recording {draft} could not be written: {said}; run again to go on.") from None
@@ -160,8 +258,8 @@ def play(job: Job) -> int:
 
 
 def _play_into(recorder: Recorder, world, job: Job) -> int:
-    rng = np.random.default_rng((job.seed, job.number))
-    policy = PolicyMixture(world.action_space, int(rng.integers(2**31)), job.world.fps)
+    rng = np.random.default_rng((short_seed(job.seed), job.number))
+    policy = PolicyMixture(world.action_space, int(rng.integers(2**31)), job.world.fps, world.map_lines())
     nothing = np.zeros(len(world.action_space), np.float32)
     episodes = 0
     for count in range(1, job.frames + 1):

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import hashlib
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-POLICIES = ("keyboard", "scripted", "random", "idle", "spin", "walls")
+POLICIES = ("keyboard", "explore", "scripted", "random", "taps", "idle", "spin", "walls")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
 KERNELS = ("auto", "reference", "triton")
-TRAINED = ("autoencoder", "motion", "denoiser", "rollout", "distill")
-STAGES = ("collect", *TRAINED, "evaluate", "ablate", "frontier", "precision")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a stage of training starts from: the stages whose checkpoints it reads, as far as they are there,
+    and the parts of ModelConfig that it makes; it takes the others as they were made.
+    """
+
+    reads: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+
+
+TRAINED = {  # in their order
+    "autoencoder": Trained(makes=("autoencoder",)),
+    "state": Trained(reads=("autoencoder",), makes=("state",)),
+    "denoiser": Trained(reads=("state",), makes=("denoiser",)),
+    "rollout": Trained(reads=("denoiser",)),
+    "distill": Trained(reads=("denoiser", "rollout")),
+    "decoder": Trained(reads=("distill",)),
+}
+STAGES = ("all", "collect", *TRAINED, "pack", "evaluate", "ablate", "precision")
 
 
 class UserError(Exception):
@@ -32,17 +52,15 @@ class WorldConfig:
     tics: int = 2  # simulator steps per frame
     fps: float = 17.5  # frames a second that are real time
     episode_frames: int = 1050  # an episode ends here at the latest
-    keys: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # action name → scancode names (SDL), in action order
+    # action name → scancode names (SDL), in action order
+    keys: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in ("doom", "gym"):
             raise UserError(f"world.kind must be doom or gym, not {self.kind!r}.")
         if self.height % 32 or self.width % 32:
-            raise UserError(
-                f"A frame must be a multiple of 32 on both sides, not {self.width}x{self.height}."
-            )
+            size = f"{self.width}x{self.height}"
+            raise UserError(f"A frame must be a multiple of 32 on both sides, not {size}.")
         if self.tics < 1 or self.fps <= 0 or self.episode_frames < 1:
             raise UserError("world.tics, world.fps and world.episode_frames must be positive.")
 
@@ -52,9 +70,7 @@ class AutoencoderConfig:
     """Frames ↔ latents, each frame alone. Every width halves the resolution: three make a factor of 8."""
 
     channels: int = 8  # of the latents
-    widths: list[int] = field(
-        default_factory=lambda: [32, 64, 128]
-    )  # from half resolution to that of the latents
+    widths: list[int] = field(default_factory=lambda: [32, 64, 128])  # from half a frame's resolution on
     depth: int = 2  # residual layers at the coarsest level
 
     def latent_shape(self, world: WorldConfig) -> tuple[int, int, int]:
@@ -68,44 +84,42 @@ class DenoiserConfig:
     """The diffusion transformer over frame tokens and the geometry of its rolling window."""
 
     width: int = 256
-    layers: int = 6
+    layers: int = 3
     head_dim: int = 64
     mlp_ratio: int = 4
     patch: int = 4  # latents per token side
-    fine: int = 96  # channels of the convolutions around the tokens
-    stem: int = 2  # convolution layers before the tokens
-    head: int = 4  # convolution layers behind them
-    motion: int = 64  # channels of the network that moves the last picture
-    motion_layers: int = 4
-    momentum: int = 4  # finished frames whose actions it knows
-    spread: float = 0.5  # usual standard deviation of what the moved picture misses, latents having 1
-    window: int = 4  # frames in flight
-    recent: int = 8  # finished frames remembered
-    sink: int = 1  # first frames remembered for ever; 0: none
-    commit_position: int = 0  # window positions up to here show their own, final action
-    ladder: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 1.0])  # oldest to newest
-    correction: float = (
-        0.9  # noise level to which the leaving frame is sent back after a key change; 0: never
-    )
+    conv_width: int = 64  # channels of the convolutions around the tokens
+    conv_in_layers: int = 2
+    conv_out_layers: int = 7
+    field_channels: int = 8  # of the input that keys and state draw by themselves
+    scene_width: int = 256  # of the network that knows what is to be seen where
+    action_history: int = 16  # frames whose keys a frame knows, its own included
+    window_frames: int = 3  # in flight
+    context_frames: int = 8  # finished ones remembered
+    sink_frames: int = 1  # first ones remembered for ever; 0: none
+    ladder: list[float] = field(default_factory=lambda: [0.5, 0.8, 1.0])  # oldest to newest
+    correction: float = 0.9  # level to which the leaving frame is sent back when keys change; 0: never
 
     def __post_init__(self) -> None:
         if self.head_dim < 4 or self.width % self.head_dim or self.head_dim % 4:
-            raise UserError(
-                f"model.width {self.width} must be a multiple of head_dim {self.head_dim}, that of 4."
-            )
-        if (
-            len(self.ladder) != self.window
-            or sorted(self.ladder) != list(self.ladder)
-            or self.ladder[-1] != 1
-        ):
-            raise UserError(
-                f"The ladder needs {self.window} ascending levels that end at 1, not {self.ladder}."
-            )
-        if self.momentum < 2 or self.spread <= 0:
-            raise UserError("model.denoiser.momentum must be at least 2 and spread positive.")
-        if not 0 <= self.commit_position < self.window or self.sink < 0 or self.recent < 1:
-            said = "commit_position must lie in the window; recent must be at least 1"
-            raise UserError(f"{said} and sink not negative.")
+            said = f"model.width {self.width} must be a multiple of head_dim {self.head_dim}"
+            raise UserError(f"{said}, that of 4.")
+        ladder = list(self.ladder)
+        if len(ladder) != self.window_frames or sorted(ladder) != ladder or ladder[-1:] != [1]:
+            said = f"The ladder needs {self.window_frames} ascending levels that end at 1"
+            raise UserError(f"{said}, not {ladder}.")
+        if self.action_history < 1 or self.sink_frames < 0 or self.context_frames < 1:
+            said = "model.denoiser.action_history and context_frames must be at least 1"
+            raise UserError(f"{said} and sink_frames not negative.")
+
+
+@dataclass
+class StateConfig:
+    """What a world tells of itself, as recordings have it (model/state_spec.py); empty: nothing."""
+
+    names: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    pictured: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -114,6 +128,7 @@ class ModelConfig:
 
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    state: StateConfig = field(default_factory=StateConfig)
 
 
 @dataclass
@@ -123,6 +138,7 @@ class StageConfig:
     steps: int = 100_000
     max_minutes: float = 30.0
     batch: int = 32  # per process
+    accumulate: int = 1  # batches whose gradients are summed up before each step of the optimiser
     learning_rate: float = 1e-3
     warmup: int = 200  # steps
     decay_share: float = 0.3  # of the run, at its end, over which the learning rate falls to zero
@@ -130,27 +146,30 @@ class StageConfig:
     muon: bool = True  # for the matrices of the transformer's layers
     grad_clip: float = 1.0
     ema: float = 0.999
-    clip: int = 15  # frames in a training segment
-    windows: int = 4  # denoising windows laid over a segment
-    unroll: int = 6  # stage rollout: steps that the model walks on its own frames
-    lead: int = 0  # stage rollout: steps before these, in half of the games up to so many, not learnt from
-    plain_share: float = 0.2  # stage rollout: share of iterations that stay plain
-    adversarial: float = 0.5  # stage rollout: weight of the discriminator's judgement
-    judge: int = 64  # stage rollout: channels of the discriminator
-    critic_turns: int = 3  # stage distill: iterations for the critic before each one for the student
-    matching: float = 1.0  # stage distill: weight of the distribution's gradient
-    regression: float = 0.1  # stage distill: weight of the true frames; more of it obeys less
-    guidance: float = 0.5  # stage distill: how far the teacher is pushed away from what it says without keys
-    alone_share: float = (
-        0.5  # stages rollout and distill: share of iterations with leaving frames denoised alone
-    )
-    far_share: float = 0.25  # stage distill: share of iterations in long games, which go on each time for
-    far: int = 200  # up to so many frames before they are scored,
-    longest: int = 10_500  # and are begun anew when they are so many frames old
-    kept: float = 0.0  # stage distill: share of the weights it began with in those that are saved
-    flip_share: float = 0.5  # stage distill: share of iterations with a change of keys by each scored window
-    jitter: float = 0.1  # stages rollout and distill: share by which levels of the ladder fall, at most
-    frames: int = 40_000  # stage autoencoder: frames kept in memory
+    frames: int = 40_000  # stages autoencoder, state: pictures kept in memory
+    crop: float = 1.0  # stages autoencoder, decoder: share of a frame's sides that is looked at
+    clip: int = 24  # frames in a training segment, at least
+    memoryless: float = 0.0  # stage denoiser: share of iterations whose windows see no frames before the last
+    memory_games: int = 1_000_000  # games of a batch, at most, in the others, which cost more
+    windows: int = 4  # stage denoiser: windows laid over a segment
+    context_noise: float = 0.4  # stage denoiser: most noise on the frames that windows are made from,
+    context_noise_share: float = 0.6  # in this share of the games
+    stateless: float = 0.1  # share of games whose state is kept from the network
+    jitter: float = 0.1  # share by which levels of the ladder fall, at most
+    unroll: int = 1  # frames by which own games go on in an iteration; stage state: that are foretold
+    game_frames: int = 64  # stages rollout, distill: own frames of a game before it begins anew
+    game_groups: int = 4  # stages rollout, distill: groups of games of different ages
+    teacher_forcing: float = 0.2  # stages rollout, distill: share of iterations on true frames
+    distribution: float = 1.0  # stage distill: weight of the difference between teacher and critic
+    coarse: int = 2  # stage distill: latents a side whose averages are held against the true ones
+    discriminator: int = 32  # stage decoder: channels of the discriminator
+    adversarial: float = 1.0  # stage decoder: weight of what the discriminator says
+    adversarial_warmup: int = 300  # stage decoder: steps over which that weight rises
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.accumulate) < 1 or not 0 <= self.max_minutes < float("inf"):
+            said = "steps, batch and accumulate of a stage must be at least 1"
+            raise UserError(f"{said}, and max_minutes not negative.")
 
 
 @dataclass
@@ -166,41 +185,46 @@ class TrainConfig:
     out: str = "runs/model"  # checkpoints, metrics and pictures
     checkpoint: str = ""  # evaluate: which one; empty takes out's newest
     weights: str = ""  # training: checkpoint whose weights a stage starts from; empty starts from nothing
-    teacher: str = ""  # distill: checkpoint of the teacher; empty takes out's denoiser, or else weights
     variants: list[str] = field(default_factory=list)  # ablate: which ones; empty: all
     row: str = ""  # ablate: what the row of another checkpoint is called
-    unseen: bool = False  # evaluate: all of data is new to the network, not only what training held out
-    quick: bool = False  # evaluate: games of a minute, under three minutes on two cores; ablate: of two
+    routes: str = ""  # evaluate: file of routes; empty takes the one that ships for the world, or draws some
+    state: bool = True  # evaluate: the network may use what it knows of the world's state
+    unseen: bool = False  # evaluate without a simulator: all of data is new, not only what training held out
+    quick: bool = False  # evaluate: games of a minute, under three minutes on two cores; ablate: fewer
     frames: int = 200_000  # collect: how many; evaluate: frames per game
     workers: int = 0  # collect: processes; 0 takes one per core
     lossless: bool = False  # collect: store pixels exactly
+    starts: list[str] = field(default_factory=list)  # pack: where games start, DIR:FRAME of recordings
+    again: bool = False  # train anew what was made from something else than what is there now; pack: replace
     seed: int = 0
     device: str = "auto"
     threads: int = 0  # torch threads; 0 leaves torch's default
-    precision: str = "auto"  # auto measures whether bfloat16 pays on this device · fp32 · bf16 · to play also
-    # fp16 · fp8
+    precision: str = "auto"  # auto: whether bfloat16 pays here is measured · fp32 · bf16 · in play fp16, fp8
     kernels: str = "auto"  # auto: Triton on GPUs, definitions on CPUs · reference · triton
-    compile: bool = False
     max_minutes: float = 0.0  # 0 takes the stage's own
     steps: int = 0  # 0 takes the stage's own
     log_every: int = 20
     save_minutes: float = 3.0
     picture_minutes: float = 5.0
     tensorboard: bool = False
+    given: list[str] = field(default_factory=list)  # load_config's: the options of the command line, by name
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise UserError(f"There is no stage {self.stage!r}; choose one of {', '.join(STAGES)}.")
         _check_arithmetic(self.precision, self.kernels)
-        if self.precision in ("fp16", "fp8") and self.stage in ("collect", *TRAINED):
+        if not 0 <= self.seed < 2**31:  # any will do; generators take no larger ones
+            self.seed = int.from_bytes(hashlib.sha256(str(self.seed).encode()).digest()[:4], "big") // 2
+        if self.precision in ("fp16", "fp8") and self.stage in ("all", "collect", *TRAINED):
             raise UserError(f"precision={self.precision} is for play and evaluation; train in bf16.")
 
     def pace(self) -> StageConfig:
         """The stage's own pace with the options given on the command line laid over it."""
-        pace = StageConfig(**asdict(self.stages.get(self.stage, StageConfig())))
-        pace.max_minutes = self.max_minutes or pace.max_minutes
-        pace.steps = self.steps or pace.steps
-        return pace
+        pace = self.stages.get(self.stage, StageConfig())
+        minutes = self.max_minutes or pace.max_minutes
+        if not minutes:
+            raise UserError(f"preset={self.preset} has no stage {self.stage}; give it max_minutes=M.")
+        return replace(pace, max_minutes=minutes, steps=self.steps or pace.steps)
 
 
 @dataclass
@@ -208,15 +232,11 @@ class PlayConfig:
     """`play.py`'s options."""
 
     checkpoint: str = "assets/doom_gathering.safetensors"
-    world: WorldConfig = field(
-        default_factory=WorldConfig
-    )  # game=true only; a dream's world is in its checkpoint
+    world: WorldConfig = field(default_factory=WorldConfig)  # of game=true; a dream's is in its checkpoint
     game: str = "dream"  # dream: the network · true: the simulator
     display: str = "auto"  # auto · window · headless
-    policy: str = "keyboard"  # keyboard · scripted · random · idle · spin · walls · directory of a recording
-    start: str = (
-        ""  # where a dream starts: a shipped start's name, DIR or DIR:FRAME of a recording, a picture
-    )
+    policy: str = "keyboard"  # keyboard · one of POLICIES · directory of a recording
+    start: str = ""  # of a dream: name of one that ships, DIR or DIR:FRAME of a recording, a picture
     frames: int = 0  # stop after so many; 0: when the player leaves
     seed: int = 0
     record: str = ""  # directory of the one session to write
@@ -230,7 +250,7 @@ class PlayConfig:
     precision: str = "auto"  # auto measures whether bfloat16 pays on this device · fp32 · bf16 · fp16 · fp8
     kernels: str = "auto"  # auto: Triton on GPUs, definitions on CPUs · reference · triton
     graph: bool = True  # on GPUs: a step as one CUDA graph
-    threads: int = 1  # two take twice as long for a step this small; 0: torch decides
+    threads: int = 2  # of as many cores as there are; more gain little; 0: torch decides
 
     def __post_init__(self) -> None:
         self.game = self.game.lower()  # YAML reads true as a truth value, which comes here as "True"
@@ -268,7 +288,10 @@ def load_config(program: str, schema: type, overrides: list[str]) -> Any:
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             config = compose(program, overrides=overrides)
-        return OmegaConf.to_object(config)
+        made = OmegaConf.to_object(config)
+        if hasattr(made, "given"):
+            made.given = [text.partition("=")[0].lstrip("+~") for text in overrides]
+        return made
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
         if isinstance(cause, UserError):

@@ -73,3 +73,8 @@ def autocast(device: torch.device, dtype: torch.dtype | None, cache: bool = True
     """A context in which matrix products run in `dtype`; `cache` keeps weights that it casts."""
     chosen = dtype or torch.bfloat16
     return torch.autocast(device.type, chosen, enabled=dtype is not None, cache_enabled=cache)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What keys and values are kept in: autocast's, where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32

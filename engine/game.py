@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from .config import PlayConfig, UserError, WorldConfig
-from .starts import Start, described, find_starts, load_start, true_start
+from .starts import Start, described, load_start, packed_starts, true_start
 from .worlds import make_world
 from .worlds.base import ActionSpace
 
@@ -24,7 +25,7 @@ class TrueGame:
         self._world = make_world(config.world)
         self.action_space: ActionSpace = self._world.action_space
         self.world: WorldConfig = described(config.world, self.action_space)
-        self.fps = self._world.fps
+        self.fps, self.state_kinds = self._world.fps, self._world.state_kinds
         self.start = "episode"
 
     @property
@@ -39,7 +40,7 @@ class TrueGame:
     def choose_next(self) -> None:
         """Nothing: the next seed is the next start."""
 
-    def prepare(self) -> None:
+    def speculate(self) -> None:
         """Nothing: a simulator is quick."""
 
     def step(self, action: np.ndarray) -> np.ndarray:
@@ -49,6 +50,10 @@ class TrueGame:
     def state(self) -> dict[str, float]:
         """True state where the simulator tells it."""
         return self._world.state()
+
+    def map_lines(self) -> np.ndarray:
+        """The walls of the map, (m, 4), where the simulator tells them."""
+        return self._world.map_lines()
 
     def close(self) -> None:
         """Ends the simulator."""
@@ -63,8 +68,8 @@ class Dream:
     def __init__(self, config: PlayConfig) -> None:
         """Loads the checkpoint and the first start. Raises UserError where either is not to be had."""
         # these take torch along, which a window need not wait for
-        from .layers import choose_kernels
-        from .session import Player, Session
+        from .model.layers import choose_kernels
+        from .rollout.session import Player, Session
 
         path = Path(config.checkpoint)
         if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
@@ -73,11 +78,13 @@ class Dream:
         player = Player(path, config.device, config.precision)
         self._session = Session(player, config.graph)
         self._frames = self._session.rollout.start_frames
-        self._shipped = find_starts(player.world.name, path)
+        names = player.states.spec.names if player.states else ()
+        self._shipped = packed_starts(player.checkpoint.extras, names)
         self._loaded: dict[str, Start] = {}
         self.action_space, self.fps = self._session.action_space, self._session.fps
+        self.state_kinds = self._session.state_kinds
         self.world, self.checkpoint, self.digest = player.world, str(path), player.checkpoint.digest()
-        self.start = config.start or (self._shipped[0].name if self._shipped else "true game")
+        self.start = config.start or next(iter(self._shipped), "true game")
 
     def reset(self, seed: int, start: str = "") -> np.ndarray:
         """Starts anew from `start` (empty: the chosen one) → the start's last frame, uint8 (h, w, 3)."""
@@ -89,25 +96,29 @@ class Dream:
                 loaded = load_start(self.start, self.action_space, self._shipped, self._frames)
             self._loaded = {self.start: loaded}
         chosen = self._loaded[self.start]
-        return self._session.reset(seed, chosen.frames, chosen.actions)
+        return self._session.begin(seed, chosen)
 
     def choose_next(self) -> None:
         """Chooses the next shipped start for the coming resets."""
-        names = [path.name for path in self._shipped]
+        names = list(self._shipped)
         if names:
             self.start = names[(names.index(self.start) + 1) % len(names) if self.start in names else 0]
 
-    def prepare(self) -> None:
+    def speculate(self) -> None:
         """Does what can be done before it is known which keys are held next."""
-        self._session.prepare()
+        self._session.speculate()
 
     def step(self, action: np.ndarray) -> np.ndarray:
         """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
         return self._session.step(action)
 
     def state(self) -> dict[str, float]:
-        """Nothing: a network knows no true state."""
-        return {}
+        """What the network believes of its world at the last frame; empty where it knows nothing."""
+        return self._session.state()
+
+    def map_lines(self) -> np.ndarray:
+        """Empty (0, 4): a network has no map."""
+        return self._session.map_lines()
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -123,7 +134,7 @@ def open_game(config: PlayConfig) -> Game:
     if config.threads:
         import torch
 
-        torch.set_num_threads(config.threads)
+        torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
     try:
         return Dream(config)
     except MemoryError:

@@ -59,7 +59,7 @@ class Playthrough:
         return (
             None
             if config.policy == "keyboard"
-            else make_policy(config.policy, self.game.action_space, config.seed)
+            else make_policy(config.policy, self.game.action_space, config.seed, self.game.map_lines())
         )
 
     @property
@@ -86,10 +86,10 @@ class Playthrough:
         self._keep(events, reset=False)
         self.timings.add(start)
 
-    def prepare(self) -> None:
+    def speculate(self) -> None:
         """Does what can be done of the next step before it is known which keys it is for."""
         start = time.perf_counter()
-        self.game.prepare()
+        self.game.speculate()
         self._ahead += time.perf_counter() - start
 
     def reset(self, seed: int | None = None, start: str = "", events: Sequence = ()) -> None:
@@ -104,7 +104,10 @@ class Playthrough:
     def record(self, directory: str | Path, events: Sequence = ()) -> None:
         """Begins a recording with the frame that is shown now. Raises UserError where it cannot write."""
         world, names = self.game.world, self.game.action_space.names
-        self.recorder = Recorder(directory, world, self.game.source, self.seed, self.game.digest, names=names)
+        kinds = self.game.state_kinds
+        self.recorder = Recorder(
+            directory, world, self.game.source, self.seed, self.game.digest, names=names, state_kinds=kinds
+        )
         self._write(events, reset=True)
 
     def stop_recording(self) -> None:

@@ -8,20 +8,44 @@ from collections.abc import Callable
 import numpy as np
 
 from .config import POLICIES, UserError
+from .explorer import Bursts, Explorer
 from .worlds.base import ActionSpace
 
 Policy = Callable[[dict[str, float], ActionSpace], np.ndarray]
 
 OPPOSITES = (("forward", "backward"), ("strafe_left", "strafe_right"), ("turn_left", "turn_right"))
 OPPOSITES += (("left", "right"), ("up", "down"))
-SHARES = {"scripted": 0.55, "random": 0.20, "idle": 0.08, "walls": 0.05, "spin": 0.12}
-STRETCH_SECONDS = {"idle": (2.0, 6.0)}  # long stillness teaches nothing after its first seconds
-DEFAULT_STRETCH_SECONDS = (5.0, 20.0)
+SHARES = {
+    "explore": 0.50,
+    "scripted": 0.12,
+    "random": 0.13,
+    "taps": 0.06,
+    "spin": 0.07,
+    "walls": 0.08,
+    "idle": 0.04,
+}
+STRETCH_SECONDS = {"idle": (2.0, 6.0), "explore": (10.0, 30.0)}  # stillness teaches only in its first seconds
+DEFAULT_STRETCH_SECONDS = (5.0, 15.0)
+WALK = (30, 80)  # frames of walking after which a player without state turns about
+NO_MAP = np.zeros((0, 4))
 
 
-def make_policy(name: str, action_space: ActionSpace, seed: int) -> Policy:
-    """The policy called `name`, deterministic by `seed`. Raises UserError for an unknown name."""
-    classes = {"scripted": Scripted, "random": Random, "idle": Idle, "spin": Spin, "walls": Walls}
+def make_policy(name: str, action_space: ActionSpace, seed: int, lines: np.ndarray = NO_MAP) -> Policy:
+    """The policy called `name`, deterministic by `seed`. Raises UserError for an unknown name.
+
+    `lines` (m, 4) are the walls of the world's map, if it has one; without, `explore` plays as `scripted`.
+    """
+    classes = {
+        "scripted": Scripted,
+        "random": Random,
+        "idle": Idle,
+        "spin": Spin,
+        "walls": Walls,
+        "taps": Taps,
+    }
+    if name == "explore":
+        usable = Explorer.usable(action_space, lines)
+        return Explorer(action_space, seed, lines) if usable else Scripted(action_space, seed)
     if name not in classes:
         known = ", ".join(known for known in POLICIES if known != "keyboard")
         raise UserError(f"There is no policy {name!r} that plays alone; choose one of {known}.")
@@ -101,6 +125,18 @@ class Idle(Held):
         return (), 1
 
 
+class Taps(Held):
+    """Short taps of one key, seldom two, with pauses between them."""
+
+    def choose(self) -> tuple[tuple[str, ...], int]:
+        if self.held or not self.names:
+            return (), self.frames(2, 12)
+        held = [str(name) for name in self.rng.permutation(self.names)[: 1 + (self.rng.random() < 0.2)]]
+        return tuple(held[:1] if any(set(held) == set(pair) for pair in OPPOSITES) else held), self.frames(
+            1, 3
+        )
+
+
 class Spin(Held):
     """Turns long in one direction and reverses at random, now and then with a short rest."""
 
@@ -112,10 +148,13 @@ class Spin(Held):
 
 
 class Walls(Held):
-    """Runs straight until a wall stops it, then slides along it, keeps pushing, or backs off and turns."""
+    """Runs straight until a wall stops it, then slides along it, keeps pushing, or backs off and turns.
+
+    Where no state tells of a wall, it does so now and then.
+    """
 
     def choose(self) -> tuple[tuple[str, ...], int]:
-        if not self.stuck:
+        if not self.stuck and (self.position or self.rng.random() < 0.6):
             return (self.some("forward", "up") or self.some(*self.names),), self.frames(8, 30)
         kind = self.rng.random()
         if kind < 0.45:
@@ -128,34 +167,35 @@ class Walls(Held):
 
 
 class Scripted(Held):
-    """Plays like a person: long walks, purposeful turns, some strafes, bursts of fire, seldom stuck."""
+    """Plays like a person: long walks, purposeful turns, some strafes, bursts of fire, seldom stuck.
+
+    Where no state tells that it is stuck, it turns about after some seconds of walking.
+    """
 
     def __init__(self, action_space: ActionSpace, seed: int) -> None:
         super().__init__(action_space, seed)
         self.generic = Random(action_space, seed) if "turn_left" not in self.names else None
-        self.fire = 0
+        self.bursts = Bursts(action_space, self.rng)
+        self.breath = self.frames(*WALK)  # frames of blind walking until it turns about
 
     def __call__(self, state: dict[str, float], action_space: ActionSpace) -> np.ndarray:
         if self.generic:  # the keys have no meaning that we know
             return self.generic(state, action_space)
-        if self.stuck >= 4:
+        if self.position is None and "forward" in self.held:
+            self.breath -= 1
+        if self.stuck >= 4 or self.breath <= 0:
             self.left = 0
-        action = super().__call__(state, action_space)
-        if "attack" in self.names:
-            if self.fire <= -1 and self.rng.random() < 0.03:
-                self.fire = self.frames(3, 14)
-            action[self.names.index("attack")] = self.fire > 0
-            self.fire = max(self.fire - 1, -1)
-        return action
+        return self.bursts(super().__call__(state, action_space))
 
     def choose(self) -> tuple[tuple[str, ...], int]:
         turn = self.some("turn_left", "turn_right")
         if "forward" not in self.names:  # a fixed place: sweep and rest
             return ((turn,), self.frames(3, 25)) if self.rng.random() < 0.7 else ((), self.frames(2, 10))
+        if self.breath <= 0:
+            self.breath = self.frames(*WALK)
+            return (turn,), self.frames(16, 30)  # 100 to 200 degrees
         if self.stuck >= 4:
-            if (
-                self.rng.random() < 0.6
-            ):  # a view full of wall teaches little: most often step back and turn away
+            if self.rng.random() < 0.6:  # a view full of wall teaches little: most often step back, turn away
                 return ("backward", turn), self.frames(12, 28)
             return (turn,), self.frames(10, 24)  # 60–145 degrees at two tics a frame
         kind = self.rng.random()
@@ -177,7 +217,8 @@ class Scripted(Held):
 class PolicyMixture:
     """Switches every few seconds among the policies of `SHARES`, which are shares of play time."""
 
-    def __init__(self, action_space: ActionSpace, seed: int, fps: float) -> None:
+    def __init__(self, action_space: ActionSpace, seed: int, fps: float, lines: np.ndarray = NO_MAP) -> None:
+        """`lines` (m, 4) are the walls of the world's map, if it has one."""
         self.rng = np.random.default_rng(seed)
         self.fps = fps
         self.name = ""
@@ -186,7 +227,7 @@ class PolicyMixture:
         weights = {name: share / sum(_stretch(name)) for name, share in SHARES.items()}
         self._chances = [weight / sum(weights.values()) for weight in weights.values()]
         self._policies = {
-            name: make_policy(name, action_space, int(self.rng.integers(2**31))) for name in SHARES
+            name: make_policy(name, action_space, int(self.rng.integers(2**31)), lines) for name in SHARES
         }
 
     def __call__(self, state: dict[str, float], action_space: ActionSpace) -> np.ndarray:

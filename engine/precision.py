@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .config import PRECISIONS, TrainConfig, UserError
-from .session import Player, Session
-from .starts import Start, find_starts, load_start
+from .rollout.session import Player, Session
+from .starts import Start, packed_starts
 
 FRAMES = 16  # that are compared, from each start; the timed ones go on behind
 
@@ -43,14 +43,13 @@ def _play(player: Player, path: Path, steps: int, seed: int) -> tuple[np.ndarray
     """→ the first frames of each game, uint8 (games, frames, h, w, 3), and milliseconds of a step."""
     session = Session(player)
     space, games = session.action_space, []
-    shipped = find_starts(player.world.name, path)
-    length = session.rollout.start_frames
-    starts = [load_start(place.name, space, shipped, length) for place in shipped]
+    names = player.states.spec.names if player.states else ()
+    starts = list(packed_starts(player.checkpoint.extras, names).values())
     blank = np.zeros((1, player.world.height, player.world.width, 3), np.uint8)
     starts = starts or [Start("blank", blank, np.zeros((1, len(space)), np.float32))]
     for number, start in enumerate(starts):
         random = np.random.default_rng(seed + number)
-        session.reset(seed + number, start.frames, start.actions)
+        session.begin(seed + number, start)
         count = max(FRAMES, steps) if number == len(starts) - 1 else FRAMES
         frames = []
         for frame in range(count):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import queue
 import threading
@@ -20,10 +21,10 @@ import numpy as np
 
 from . import __version__
 from .config import UserError, WorldConfig
+from .schema import ACTIONS, FRAMES, HEADER, SCHEMA, known_kinds, read_header, read_lines
 from .video import CODEC, EXACT, QUALITY, VideoWriter, count_frames, read_frames
 
-SCHEMA = 1
-HEADER, ACTIONS, FRAMES = "session.json", "actions.jsonl", "frames.mkv"
+LOGGER = logging.getLogger(__name__)
 
 
 def _sentence(error: BaseException) -> str:
@@ -47,7 +48,14 @@ class Recorder:
         checkpoint: str = "",
         lossless: bool = False,
         names: tuple[str, ...] | None = None,
+        state_kinds: dict[str, str] | None = None,
+        parent: dict | None = None,
+        policies: dict[str, float] | None = None,
     ) -> None:
+        """`state_kinds`: what the frames' states hold → its kind, of worlds.base.STATE_KINDS. `parent`: where
+        a branched session came from, {"recording": digest or name, "frame": number}, or None.
+        `policies`: shares of time of those that played, where it was no person.
+        """
         self.directory = Path(directory)
         self.names = tuple(world.keys) if names is None else tuple(names)
         self.frames_written = 0  # frames on their way to the disk, in step with actions.jsonl
@@ -66,7 +74,10 @@ class Recorder:
             "fps": world.fps,
             "height": world.height,
             "width": world.width,
+            "state_kinds": dict(state_kinds or {}),
             "source": source,
+            "parent": parent,
+            "policies": policies,
             "checkpoint": checkpoint,
             "seed": seed,
             "codec": {"name": CODEC, "lossless": lossless, **(EXACT if lossless else QUALITY)},
@@ -101,11 +112,13 @@ class Recorder:
         reset: bool = False,
         events: Sequence = (),
         state: dict | None = None,
+        axes: dict[str, float] | None = None,
         rng: int = 0,
         t_ns: int | None = None,
     ) -> None:
         """Appends a copy of the frame, uint8 (h, w, 3), that `action`, multi-hot (k,), caused.
 
+        `axes` are analogue inputs by name (sticks, the mouse), `state` what the world says of itself.
         `events` are JSON-able raw input events; `t_ns` nanoseconds since the start (None: the clock's).
         """
         if self._error or self._closed:
@@ -116,13 +129,14 @@ class Recorder:
             "frame": self._added,
             "t_ns": time.monotonic_ns() - self._start if t_ns is None else t_ns,
             "keys": [name for name, held in zip(self.names, action, strict=True) if held > 0.5],
+            "axes": {name: float(value) for name, value in (axes or {}).items()},
             "events": list(events),
             "reset": bool(reset),
             "rng": int(rng),
         }
         if state is not None:
             line["state"] = state
-        item = (frame.copy(), json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        item = (frame.copy(), json.dumps(line, separators=(",", ":"), allow_nan=False).encode())
         self._added += 1
         try:
             self._queue.put_nowait(item)
@@ -176,7 +190,8 @@ class Recorder:
                 self._error = self._error or error
 
     def _write(self, frame: np.ndarray, line: bytes) -> None:
-        self._video.write(self.frames_written, frame)
+        checksum = self._video.write(self.frames_written, frame)
+        line = line[:-1] + b',"crc":%d}\n' % checksum
         # Unbuffered write may be short on a full disk; the second attempt then raises the reason.
         while line:
             line = line[self._lines.write(line) :]
@@ -187,33 +202,48 @@ class Recording:
     """Reads one recording; a truncated one is cut to the frames of which both picture and line are there.
 
     `header` dict, `names` of the keys, `fps`, `actions` (n, k), `resets` (n,), `times` int64 (n,)
-    in nanoseconds, `states` list of dict or None, `events` list of lists. No recording there: UserError.
+    in nanoseconds, `states` list of dict or None, `state_kinds` dict of name → kind, `axes` list of dict,
+    `events` list of lists, `parent` dict or None, `damage` a sentence or "". No recording there: UserError.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self.header = self._read_header()
+        self.header = read_header(self.directory)
         self.names = tuple(self.header["names"])
         self.fps = float(self.header["fps"])
-        lines = self._read_lines()
-        whole = count_frames(self.directory / FRAMES, self.fps, len(lines))
+        lines = read_lines(self.directory, self.names)
+        checksums = [line.get("crc") for line in lines]
+        whole, later = count_frames(self.directory / FRAMES, self.fps, checksums)
         if not whole and len(lines) > max(1, self.fps):
             # A session killed in its first moments has no frame yet; with more lines than that it is damage.
             raise UserError(f"{self.directory / FRAMES} cannot be read: it is missing or damaged.")
+        self.damage = self._tell_damage(whole, later, len(lines))
         lines = lines[:whole]
         self.actions = np.zeros((len(lines), len(self.names)), np.float32)  # (n, k)
+        columns = {name: column for column, name in enumerate(self.names)}
         for row, line in zip(self.actions, lines, strict=True):
-            for name in line["keys"]:
-                if name not in self.names:
-                    raise UserError(f"{self.directory} holds the key {name!r}, which its {HEADER} lacks.")
-                row[self.names.index(name)] = 1
+            row[[columns[name] for name in line["keys"]]] = 1
         self.resets = np.array([line["reset"] for line in lines], bool)
         self.times = np.array([line["t_ns"] for line in lines], np.int64)
         self.events = [line["events"] for line in lines]
         self.states = [line.get("state") for line in lines]
+        self.axes = [line.get("axes", {}) for line in lines]
+        self.parent: dict | None = self.header["parent"]
+        self.state_kinds: dict[str, str] = self.header["state_kinds"] or known_kinds(self.states)
 
     def __len__(self) -> int:
         return len(self.actions)
+
+    def _tell_damage(self, whole: int, later: int, lines: int) -> str:
+        """One sentence, also logged as a warning, where more is lost than a kill takes."""
+        lost = lines - whole
+        if not later and lost <= max(1, self.fps):
+            return ""
+        after = f" ({later} of them are whole, after a hole)" if later else ""
+        where = f"{lost} of {lines} frames, from frame {whole} on"
+        damage = f"{self.directory / FRAMES} is damaged: {where}, are left out{after}."
+        LOGGER.warning("%s", damage)
+        return damage
 
     def episodes(self) -> list[tuple[int, int]]:
         """(start, stop) of every episode, in frames."""
@@ -242,42 +272,6 @@ class Recording:
             if picture is None:
                 raise UserError(f"{self.directory / FRAMES} is damaged before frame {number}.")
             yield picture.to_ndarray(format="rgb24")
-
-    def _read_header(self) -> dict:
-        path = self.directory / HEADER
-        try:
-            header = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{self.directory} is not a recording: it has no {HEADER}.") from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {_sentence(error)}.") from None
-        except ValueError:
-            raise UserError(f"{path} is damaged: it is not JSON.") from None
-        needed = {"schema", "names", "fps", "height", "width"}
-        if not isinstance(header, dict) or not needed <= header.keys():
-            raise UserError(f"{path} was not written by Rollplay.")
-        if header["schema"] != SCHEMA:
-            raise UserError(f"{path} has schema {header['schema']}, but this version reads {SCHEMA}.")
-        return header
-
-    def _read_lines(self) -> list[dict]:
-        """All whole lines in order; the last one may be cut in a kill and is then left out."""
-        try:
-            rows = (self.directory / ACTIONS).read_bytes().split(b"\n")[:-1]
-        except FileNotFoundError:
-            return []  # killed between session.json and here
-        except OSError as error:
-            raise UserError(f"{self.directory / ACTIONS} cannot be read: {_sentence(error)}.") from None
-        lines = []
-        for number, row in enumerate(rows):
-            try:
-                line = json.loads(row)
-                if line["frame"] != number or not {"t_ns", "keys", "events", "reset"} <= line.keys():
-                    raise ValueError
-            except (ValueError, TypeError, KeyError):
-                raise UserError(f"{self.directory / ACTIONS} is damaged at line {number + 1}.") from None
-            lines.append(line)
-        return lines
 
 
 def find_recordings(data_dir: str | Path) -> list[Path]:

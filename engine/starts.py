@@ -1,65 +1,70 @@
 """Where a generated game starts: shipped clips, recordings and pictures; a few true frames with their keys.
 
-A shipped start is an ordinary recording of a few frames in `starts/<world>/<name>/` beside the checkpoint.
+Shipped starts lie inside the checkpoint, encoded already.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .config import UserError, WorldConfig
 from .picture import load_picture
 from .policies import make_policy
-from .recording import HEADER, Recorder, Recording
+from .recording import HEADER, Recording
 from .worlds import make_world
 from .worlds.base import ActionSpace
-
-FRAMES = 16  # in a shipped start: more than any shipped model remembers
-SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "starts"
 
 
 @dataclass(frozen=True)
 class Start:
-    """True frames, uint8 (t, h, w, 3), and the actions that caused them (t, k); the game follows the last."""
+    """True frames, uint8 (t, h, w, 3), the actions that caused them (t, k), and what the world told of itself
+    at each, None where that is not known; the game follows the last.
+    """
 
     name: str
     frames: np.ndarray
     actions: np.ndarray
+    states: list[dict[str, float] | None] | None = None
+    latents: Any = None  # (t, c, y, x) where frames are encoded already; of these only the last is there then
 
 
-def find_starts(world: str, checkpoint: str | Path) -> list[Path]:
-    """The shipped starts of a world, sorted: those beside the checkpoint, else those of this clone."""
-    for folder in (Path(checkpoint).parent / "starts", SHIPPED):
-        found = sorted(path.parent for path in (folder / world).glob(f"*/{HEADER}"))
-        if found:
-            return found
-    return []
+def packed_starts(extras: dict[str, Any], state_names: Sequence[str]) -> dict[str, Start]:
+    """The starts that a checkpoint holds as tensors (packing.py), by name."""
+    names = sorted({key.split(".")[1] for key in extras if key.startswith("starts.")})
+    starts = {}
+    for name in names:
+        part = {key: extras[f"starts.{name}.{key}"] for key in ("latents", "frame", "actions", "states")}
+        states = [dict(zip(state_names, row, strict=True)) for row in part["states"].tolist()]
+        frame, actions = part["frame"].numpy()[None], part["actions"].float().numpy()
+        starts[name] = Start(name, frame, actions, states or None, part["latents"].float())
+    return starts
 
 
-def load_start(choice: str, space: ActionSpace, shipped: list[Path], frames: int) -> Start:
+def load_start(choice: str, space: ActionSpace, shipped: dict[str, Start], frames: int) -> Start:
     """A shipped start's name, a recording `DIR` or `DIR:FRAME`, or a picture → at most `frames` frames.
 
     Raises UserError where the choice is none of these, is damaged, or holds keys that `space` lacks.
     """
-    named = {path.name: path for path in shipped}
-    if choice in named:
-        recording = Recording(named[choice])
-        return _cut(recording, len(recording) - 1, space, frames, choice)
+    if choice in shipped:
+        return shipped[choice]
     directory, last = split_choice(choice)
     if (directory / HEADER).is_file():
         recording = Recording(directory)
         if last is None:
             last = min(frames, recording.episodes()[0][1] if len(recording) else 1) - 1
-        return _cut(recording, last, space, frames, choice)
+        return cut_start(recording, last, space, frames, choice)
     if directory.is_file():
         picture = load_picture(choice)
         return Start(choice, picture[None], np.zeros((1, len(space)), np.float32))
-    known = f"its shipped starts are {', '.join(named)}" if named else "no start is shipped for this world"
+    known = (
+        f"its shipped starts are {', '.join(shipped)}" if shipped else "no start is shipped for this world"
+    )
     raise UserError(f"start={choice} is no recording and no picture, and {known}.")
 
 
@@ -78,33 +83,14 @@ def true_start(world: WorldConfig, seed: int, frames: int) -> Start:
     try:
         policy = make_policy("scripted", game.action_space, seed)
         seen, held = [game.reset(seed)], [np.zeros(len(game.action_space), np.float32)]
+        states = [game.state()]
         while len(seen) < frames and not game.done:
             held.append(policy(game.state(), game.action_space))
             seen.append(game.step(held[-1]))
+            states.append(game.state())
     finally:
         game.close()
-    return Start("true game", np.stack(seen), np.stack(held))
-
-
-def cut_start(recording: Recording, frame: int, directory: str | Path, frames: int = FRAMES) -> Path:
-    """Ships a start: a recording's `frames` frames up to number `frame`, stored exactly → `directory`.
-
-    A start that lies there already is replaced.
-    """
-    fields = WorldConfig.__dataclass_fields__
-    world = WorldConfig(**{key: value for key, value in recording.header["config"].items() if key in fields})
-    space = ActionSpace(recording.names, tuple(tuple(codes) for codes in world.keys.values()))
-    start = _cut(recording, frame, space, frames, str(recording.directory))
-    directory = Path(directory)
-    if (directory / HEADER).is_file():
-        shutil.rmtree(directory)
-    header = recording.header
-    with Recorder(
-        directory, world, header["source"], header["seed"], header["checkpoint"], True, recording.names
-    ) as recorder:
-        for number, (picture, action) in enumerate(zip(start.frames, start.actions, strict=True)):
-            recorder.add(picture, action, reset=number == 0, t_ns=round(number / world.fps * 1e9))
-    return directory
+    return Start("true game", np.stack(seen), np.stack(held), states)
 
 
 def known_actions(recording: Recording, start: int, stop: int, space: ActionSpace) -> np.ndarray:
@@ -120,7 +106,8 @@ def known_actions(recording: Recording, start: int, stop: int, space: ActionSpac
     return known
 
 
-def _cut(recording: Recording, last: int, space: ActionSpace, frames: int, name: str) -> Start:
+def cut_start(recording: Recording, last: int, space: ActionSpace, frames: int, name: str) -> Start:
+    """At most `frames` frames of a recording up to number `last`, all of one episode."""
     if not 0 <= last < len(recording):
         raise UserError(
             f"{recording.directory} has {len(recording)} frames; there is no frame {last} to start at."
@@ -128,7 +115,7 @@ def _cut(recording: Recording, last: int, space: ActionSpace, frames: int, name:
     episode = max(start for start, _ in recording.episodes() if start <= last)
     first = max(episode, last - frames + 1)
     actions = known_actions(recording, first, last + 1, space)
-    return Start(name, recording.frames(first, last + 1), actions)
+    return Start(name, recording.frames(first, last + 1), actions, recording.states[first : last + 1])
 
 
 def described(world: WorldConfig, space: ActionSpace) -> WorldConfig:

@@ -122,4 +122,4 @@ class Stepper:
         )
         self._pressed = 0.0
         self._notify()
-        playthrough.prepare()
+        playthrough.speculate()

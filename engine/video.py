@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 # swscale's conversion costs more than the encoder does. crf 16: 44 dB on ViZDoom at 128x96; qp 0 is exact.
 CODEC, QUALITY, EXACT = "libx264rgb", {"crf": "16"}, {"qp": "0"}
 CLUSTER_MS = 250  # of video that Matroska holds back, and a killed process therefore loses
+START_CODE = re.compile(b"\0?\0\0\1")  # before every unit that the encoder makes; the file has lengths
 
 
 def _rate(fps: float) -> Fraction:
@@ -34,11 +37,14 @@ class VideoWriter:
         self._stream.codec_context.thread_count = 1  # the same bytes on every machine
         self._stream.codec_context.gop_size = max(1, round(self._rate))  # a second
 
-    def write(self, number: int, frame: np.ndarray) -> None:
-        """Encodes the frame, uint8 (h, w, 3), whose number follows that of the last one."""
+    def write(self, number: int, frame: np.ndarray) -> int:
+        """Encodes the frame, uint8 (h, w, 3), whose number follows that of the last one → its checksum."""
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
         picture.pts, picture.time_base = number, 1 / self._rate
-        self._file.mux(self._stream.encode(picture))
+        packets = self._stream.encode(picture)  # one, as nothing is held back
+        checksum = _checksum(b"".join(map(bytes, packets)), START_CODE.split)
+        self._file.mux(packets)
+        return checksum
 
     def finish(self) -> None:
         """Encodes what is left, before `close`."""
@@ -55,13 +61,15 @@ def read_frames(path: Path, fps: float, start: int = 0) -> Iterator[av.VideoFram
         with av.open(str(path)) as file:
             stream = file.streams.video[0]
             stream.codec_context.thread_count = 1
+            # a picture that was mended by guessing is damage
+            stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
             scale = float(stream.time_base * _rate(fps))  # video ticks → frame numbers
             if start:
                 # Half a frame late, because Matroska rounds to milliseconds; goes back to a key frame.
                 file.seek(int((start + 0.5) / scale), stream=stream)
             for picture in file.decode(stream):
                 found = round(picture.pts * scale)
-                if found > number:
+                if found > number or picture.is_corrupt:
                     return
                 if found == number:
                     yield picture
@@ -70,18 +78,46 @@ def read_frames(path: Path, fps: float, start: int = 0) -> Iterator[av.VideoFram
         return  # the caller counts and says where
 
 
-def count_frames(path: Path, fps: float, most: int) -> int:
-    """Number of whole frames from the start, at most `most`, without decoding them; 0 if it is no video."""
-    count = 0
+def count_frames(path: Path, fps: float, checksums: Sequence[int | None]) -> tuple[int, int]:
+    """Whole frames from the start, and those after the first gap or damage; nothing is decoded.
+
+    `checksums` are those that `VideoWriter.write` told, one a frame; None where it is not known.
+    (0, 0) where it is no video.
+    """
+    count, later = 0, 0
     try:
         with av.open(str(path)) as file:
             stream = file.streams.video[0]
             scale = float(stream.time_base * _rate(fps))
             for packet in file.demux(stream):
-                whole = packet.pts is not None and not packet.is_corrupt
-                if count == most or not whole or round(packet.pts * scale) != count:
-                    break
-                count += 1
+                if packet.pts is None or packet.is_corrupt:
+                    continue
+                number = round(packet.pts * scale)
+                if not count <= number < len(checksums):
+                    continue
+                if checksums[number] not in (None, _checksum(bytes(packet), _units)):
+                    continue
+                if number == count and not later:
+                    count += 1
+                elif number > count:
+                    later += 1
     except (av.FFmpegError, IndexError):
         pass  # cut in a kill: what came before is whole
-    return count
+    return count, later
+
+
+def _checksum(packet: bytes, split: Callable[[bytes], Iterable[bytes]]) -> int:
+    """CRC-32 of a packet without what separates its units, which differs between encoder and file."""
+    checksum = 0
+    for unit in split(packet):
+        checksum = zlib.crc32(unit, checksum)
+    return checksum
+
+
+def _units(packet: bytes) -> Iterator[bytes]:
+    """The units of a packet in the file, each after its length."""
+    at = 0
+    while at + 4 <= len(packet):
+        end = at + 4 + int.from_bytes(packet[at : at + 4], "big")
+        yield packet[at + 4 : end]
+        at = end

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.autoencoder import Autoencoder, decode_clip, encode_clip, random_crops, to_float, zoom
 from engine.config import AutoencoderConfig, WorldConfig
+from engine.model.autoencoder import Autoencoder, decode_clip, encode_clip, random_crops, to_float, zoom
 
 TINY = AutoencoderConfig(channels=6, widths=[8, 12, 16], depth=2)  # a factor of 8
 
@@ -130,7 +130,7 @@ def test_clips_keep_their_order(frames):
 
 def test_latents_are_trained_with_noise_on_them(frames, monkeypatch):
     still = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
-    monkeypatch.setattr("engine.autoencoder.random_crops", lambda count: still.expand(count, -1, -1))
+    monkeypatch.setattr("engine.model.autoencoder.random_crops", lambda count: still.expand(count, -1, -1))
     autoencoder = make().train()
     assert autoencoder(frames[:2])[0].item() != autoencoder(frames[:2])[0].item()
     autoencoder.latent_noise = 0.0
@@ -140,24 +140,6 @@ def test_latents_are_trained_with_noise_on_them(frames, monkeypatch):
 def test_a_batch_of_one_frame_can_be_trained(frames):
     loss, logs = make().train()(frames[:1])
     assert loss.isfinite() and logs["psnr"].isfinite()
-
-
-def test_what_is_lost_on_the_way_to_a_picture_and_back_counts(frames):
-    """Nothing in true pictures; more, the further off they are; the encoder's scale does not matter."""
-    autoencoder, true = make(), to_float(frames)
-    assert autoencoder._lost(true, true) == 0
-    near, far = (autoencoder._lost(true + by * torch.randn_like(true), true).item() for by in (0.02, 0.2))
-    assert 0 < near < far
-    torch.manual_seed(1)
-    lost = autoencoder._lost(true.flip(-1), true)
-    with torch.no_grad():
-        autoencoder.encoder[-1].weight.mul_(7)
-        autoencoder.encoder[-1].bias.mul_(7)
-    torch.manual_seed(1)
-    assert torch.allclose(autoencoder._lost(true.flip(-1), true), lost, rtol=1e-3)
-    made = true.clone().requires_grad_()
-    autoencoder._lost(made + 0.1, true).backward()
-    assert (made.grad.abs().amax((1, 2, 3)) > 0).sum() == len(frames) // 2, "half of them are looked at"
 
 
 def test_zoom_shows_the_crop():
@@ -186,7 +168,7 @@ def test_half_of_the_frames_are_moved_with_their_latents(frames, monkeypatch):
         seen.append((x.shape, crops))
         return zoom(x, crops)
 
-    monkeypatch.setattr("engine.autoencoder.zoom", watched)
+    monkeypatch.setattr("engine.model.autoencoder.zoom", watched)
     monkeypatch.setattr(autoencoder, "encode", to_float)
     autoencoder.encoder, autoencoder.decoder = torch.nn.Identity(), torch.nn.Identity()
     autoencoder.latent_noise = 0.0

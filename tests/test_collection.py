@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,10 @@ def test_recordings_hold_what_was_asked_for(two_workers):
     assert [len(recording) for recording in recordings] == [90, 90, 60]
     assert figures["episodes"] == sum(recording.resets.sum() for recording in recordings) == 6
     first = recordings[0]
+    assert first.header["policies"] == collection.SHARES and first.parent is None
+    assert (
+        first.state_kinds.keys() == first.states[0].keys() >= {"x", "y", "angle", "eye", "vx", "vy", "health"}
+    )
     assert first.resets[0] and not first.actions[first.resets].any() and first.actions.any()
     assert list(np.flatnonzero(first.resets)) == [0, 51]
     starts = [recording.frames(0, 1) for recording in recordings]
@@ -74,6 +79,97 @@ def test_an_action_stands_at_the_frame_that_it_caused(two_workers):
 def test_workers_change_nothing_but_the_speed(two_workers, tmp_path):
     collect(config(tmp_path, workers=1))
     assert content(tmp_path) == content(two_workers[0])
+
+
+def test_a_collection_grows_to_the_same_bytes(two_workers, tmp_path):
+    assert collect(config(tmp_path, frames=100))["frames"] == 100
+    grown = collect(config(tmp_path, frames=240, workers=1))
+    assert grown["frames"] == 140 and grown["kept_frames"] == 100 and grown["recordings"] == 2
+    assert content(tmp_path) == content(two_workers[0])
+    again = collect(config(tmp_path, frames=100))
+    assert again["frames"] == 0 and content(tmp_path) == content(two_workers[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"doom_gathering-0-{number:05d}" for number in range(3)
+    ]
+
+
+def test_a_recording_that_lost_frames_is_made_anew(two_workers, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(two_workers[0], data)
+    video = data / "doom_gathering-0-00001" / "frames.mkv"
+    video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    left = len(Recording(video.parent))
+    assert 0 < left < 90
+    assert collect(config(data))["frames"] == 90 - left
+    assert content(data) == content(two_workers[0])
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"lossless": False}, "lossless is True there and False here"),
+        ({"width": 160, "height": 128}, "world.height is 96 there and 128 here; world.width is 128 there"),
+        ({"tics": 4}, "world.tics is 2 there and 4 here"),
+        (
+            {"name": "doom_home", "scenario": "my_way_home"},
+            "world.name is doom_gathering there and doom_home",
+        ),
+        ({"keys": {"forward": ["W"]}}, "world.keys"),
+    ],
+)
+def test_another_job_is_refused(two_workers, changes, said):
+    data, _ = two_workers
+    before = content(data)
+    wanted = config(data, frames=300)
+    wanted.lossless = changes.pop("lossless", True)
+    wanted.world = replace(wanted.world, **changes)
+    with pytest.raises(UserError, match=said) as caught:
+        collect(wanted)
+    assert "\n" not in str(caught.value) and content(data) == before
+
+
+def test_other_policies_are_another_job(two_workers, monkeypatch):
+    monkeypatch.setattr(collection, "SHARES", {"random": 1.0})
+    with pytest.raises(UserError, match="policies is explore .* there and random 1.0 here"):
+        collect(config(two_workers[0], frames=300))
+
+
+def test_seeds_of_any_size_lie_side_by_side(tmp_path):
+    seeds = (2**63, -5)
+    for seed in seeds:
+        assert collect(config(tmp_path, frames=30, seed=seed))["frames"] == 30
+    recordings = [Recording(path) for path in find_recordings(tmp_path)]
+    assert len({recording.header["seed"] for recording in recordings}) == 2  # each hashed to one of its own
+    first, second = (recording.actions.tobytes() for recording in recordings)
+    assert first != second
+
+
+def test_the_same_collection_twice_at_once(tmp_path):
+    """One makes it, the other is refused or finds it made; nothing is spoilt."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import sys, yaml\nfrom engine.collection import collect\nfrom engine.config import *\n"
+        "if __name__ == '__main__':\n"
+        "    world = WorldConfig(**yaml.safe_load(open(sys.argv[1])))\n"
+        "    try:\n"
+        "        config = TrainConfig('collect', world=world, data='data', frames=120)\n"
+        "        print(collect(config)['frames'])\n"
+        "    except UserError as error:\n"
+        "        print(error)\n"
+    )
+    command = [sys.executable, str(script), str(ROOT / "configs" / "world" / "doom_gathering.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path, env=environment, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0].strip() for process in both]
+    assert [process.returncode for process in both] == [0, 0] and "120" in said, said
+    assert all(words in ("120", "0") or words.startswith("Another collection is writing") for words in said)
+    assert len(Recording(tmp_path / "data" / "doom_gathering-0-00000")) == 120
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "program.py"], (
+        "ViZDoom left something"
+    )
 
 
 def test_an_interrupted_collection_is_finished_with_the_same_bytes(two_workers, tmp_path):

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from engine.config import DenoiserConfig
-from engine.kv_cache import Context, KVCache, Written
+from engine.model.kv_cache import KVCache, KVContext, KVRecorder
 
-LAYERS, HEADS, DIM, TOKENS, SINK, RECENT, WINDOW, BATCH, KEYS = 2, 3, 4, 2, 2, 3, 2, 2, 5
-SHAPE = (1, 2, 2)
+LAYERS, HEADS, DIM, TOKENS, SINK, RECENT, WINDOW, BATCH = 2, 3, 4, 2, 2, 3, 2, 2
 
 
 def make() -> KVCache:
-    sizes = {"width": HEADS * DIM, "layers": LAYERS, "head_dim": DIM, "momentum": 4}
-    config = DenoiserConfig(**sizes, sink=SINK, recent=RECENT, window=WINDOW, ladder=[0.5, 1.0])
-    return KVCache(config, TOKENS, KEYS, SHAPE, BATCH, torch.device("cpu"), torch.float32)
+    sizes = {"width": HEADS * DIM, "layers": LAYERS, "head_dim": DIM, "ladder": [0.5, 1.0]}
+    frames = {"sink_frames": SINK, "context_frames": RECENT, "window_frames": WINDOW}
+    config = DenoiserConfig(**sizes, **frames)
+    return KVCache(config, TOKENS, BATCH, torch.device("cpu"), torch.float32)
 
 
 def keys(*frames: int, layer: int = 0) -> Tensor:
@@ -28,8 +28,8 @@ def keys(*frames: int, layer: int = 0) -> Tensor:
 def fill(cache: KVCache, count: int) -> KVCache:
     for layer in range(LAYERS):
         k = keys(*range(count), layer=layer)
-        cache.fill(layer, k, -k)
-    cache.begin(count, torch.zeros(BATCH, 2, *SHAPE), torch.zeros(BATCH, 4, KEYS))
+        cache.prefill(layer, k, -k)
+    cache.finish_prefill(count)
     return cache
 
 
@@ -37,19 +37,13 @@ def filled(count: int = SINK + RECENT) -> KVCache:
     return fill(make(), count)
 
 
-def take(cache: KVCache) -> None:
-    """A finished frame in which its number stands, as does its action."""
-    frame = float(cache.frame)
-    cache.take(torch.full((BATCH, *SHAPE), frame), torch.full((BATCH, KEYS), frame))
-
-
 @torch.no_grad()
-def seen(cache: KVCache, layer: int, *own: int) -> list[list[int]]:
+def seen(cache: KVCache, layer: int, *own: int, pending: bool = True) -> list[list[int]]:
     """The frames that each group of a pass's rows sees, in the order of its pages. The pass writes the
     pending frame, if there is one, and those of the window, numbered `own`.
     """
-    first = (int(cache.frame) - 1,) if cache.pending else ()
-    cache.look(len(own))
+    first = (int(cache.frame) - 1,) if pending else ()
+    cache.plan_pass(len(own), pending)
     room = cache.room(layer)
     assert len(room.slots) == len(first) + len(own) and sum(room.rows) == TOKENS * len(room.slots)
     new = keys(*first, *own, layer=layer).unflatten(1, (-1, TOKENS))
@@ -69,10 +63,10 @@ def seen(cache: KVCache, layer: int, *own: int) -> list[list[int]]:
 def test_fill_keeps_the_first_and_the_last(count):
     cache = filled(count)
     for layer in range(LAYERS):
-        (found,) = seen(cache, layer, 100)
+        (found,) = seen(cache, layer, 100, pending=False)
         assert found[RECENT:] == [0, 1, 100]
         assert sorted(found[:RECENT]) == [count - 3, count - 2, count - 1]
-    assert cache.frame == count and not cache.pending
+    assert cache.frame == count
 
 
 def test_fill_refuses_too_few_frames():
@@ -84,30 +78,28 @@ def test_ring_forgets_the_oldest_and_the_sink_stays():
     """The committed frame still sees the oldest, which the window no longer does."""
     cache = filled()
     for newest in range(5, 205):
-        take(cache)
+        cache.append()
         for layer in range(LAYERS):
             commit, window = seen(cache, layer, 1000, 1001)
             assert sorted(commit) == list(range(newest - RECENT, newest + 1)), "no sink, no window"
             assert sorted(window[:RECENT]) == list(range(newest - RECENT + 1, newest + 1))
             assert window[RECENT:] == [0, 1, 1000, 1001]
-        cache.pending = False
     assert cache.frame == 205
 
 
 def test_a_frame_may_be_committed_alone():
     cache = filled()
-    take(cache)
+    cache.append()
     (found,) = seen(cache, 0)
     assert sorted(found) == [2, 3, 4, 5]
-    cache.pending = False
-    (found,) = seen(cache, 0, 77)
+    (found,) = seen(cache, 0, 77, pending=False)
     assert sorted(found[:RECENT]) == [3, 4, 5] and found[RECENT:] == [0, 1, 77]
 
 
 def test_what_is_unfinished_leaves_no_trace():
     cache = filled()
-    seen(cache, 0, 77, 78)
-    take(cache)
+    seen(cache, 0, 77, 78, pending=False)
+    cache.append()
     commit, window = seen(cache, 0, 5, 6)
     assert sorted(commit) == [2, 3, 4, 5] and sorted(window) == [0, 1, 3, 4, 5, 5, 6]
 
@@ -115,21 +107,20 @@ def test_what_is_unfinished_leaves_no_trace():
 def test_nothing_unwritten_is_seen():
     cache = make()
     cache.buffer.fill_(torch.nan)
-    cache.anchor.fill_(torch.nan)
+    cache.unrotated_sink.fill_(torch.nan)
     fill(cache, SINK + RECENT)
     cache.place_sink(lambda k: k)
     for _ in range(5):
-        take(cache)
+        cache.append()
         for layer in range(LAYERS):
             seen(cache, layer, 9, 10)  # would find that NaN is no number
-        cache.pending = False
 
 
 def test_sink_is_placed_anew_from_where_it_was_made():
     cache = filled()
     for frames in (10, 50, 70):
         cache.place_sink(lambda k, frames=frames: k + frames)
-        cache.look(1)
+        cache.plan_pass(1, pending=False)
         with torch.no_grad():
             for layer in range(LAYERS):
                 room = cache.room(layer)
@@ -140,26 +131,17 @@ def test_sink_is_placed_anew_from_where_it_was_made():
                 assert torch.allclose(v[0, :, 0, 0, 0], -there)
 
 
-def test_the_last_frames_and_actions_are_kept():
-    cache = filled()
-    for _ in range(3):
-        take(cache)
-    assert [float(x) for x in cache.last[0, :, 0, 0, 0]] == [6, 7]
-    assert [float(x) for x in cache.held[1, :, 0]] == [0, 5, 6, 7]
-    assert cache.pending
-
-
 def test_reset_forgets_all():
     cache, fresh = filled(9), filled()
-    take(cache)
+    cache.append()
     seen(cache, 0, 50, 51)
     cache.reset()
-    assert cache.frame == 0 and not cache.pending
-    assert not any(x.any() for x in (cache.buffer, cache.last, cache.held))
+    assert cache.frame == 0
+    assert not cache.buffer.any()
     fill(cache, SINK + RECENT)
     for _ in range(4):
         for game in (cache, fresh):
-            take(game)
+            game.append()
         for layer in range(LAYERS):
             assert seen(cache, layer, 7, 8) == seen(fresh, layer, 7, 8)
 
@@ -167,15 +149,16 @@ def test_reset_forgets_all():
 def test_all_state_stays_where_it_is():
     """A captured step would go on reading and writing the old places."""
     cache = filled()
+    cache.append()
     places = {name: x.data_ptr() for name, x in vars(cache).items() if isinstance(x, Tensor)}
-    assert len(places) >= 8
+    assert len(places) >= 6
     for _ in range(20):
-        take(cache)
+        cache.append()
         seen(cache, 0, 1, 2)
     cache.place_sink(lambda k: k + 1)
     fill(cache, 7)
     assert places == {name: x.data_ptr() for name, x in vars(cache).items() if isinstance(x, Tensor)}
-    cache.look(2)
+    cache.plan_pass(2, pending=False)
     with torch.no_grad():
         room = cache.room(1)
     assert room.keys.data_ptr() == cache.buffer[1, 0].data_ptr(), "a view, not a copy"
@@ -183,27 +166,42 @@ def test_all_state_stays_where_it_is():
 
 def test_gradients_pass_and_leave_the_buffer_alone():
     cache = filled()
-    cache.look(2)
+    cache.plan_pass(2, pending=False)
     assert cache.room(0) is None, "what is written in place has no gradients"
     before, new = cache.buffer.clone(), keys(60, 61).requires_grad_()
     k, v = cache.extend(0, new, -new)
     assert k.shape == (BATCH, (RECENT + SINK + 2) * TOKENS, HEADS, DIM) and torch.equal(v, -k)
-    (found,) = seen(cache, 0, 60, 61)
+    (found,) = seen(cache, 0, 60, 61, pending=False)
     assert [int(x) for x in k[0, ::TOKENS, 0, 0]] == found
     cache.buffer[:] = 5.0  # the next step's writes must not spoil this one's backward pass
     (k.sum() - v.sum()).backward()
     assert (new.grad == 2).all() and before.isfinite().all()
 
 
-def test_written_keeps_and_context_joins():
-    written = Written()
+def test_recorder_keeps_and_context_joins():
+    recorder = KVRecorder()
     for layer in range(LAYERS):
-        assert written.room(layer) is None
-        k, v = written.extend(layer, keys(0, 1, layer=layer), keys(2, 3, layer=layer))
+        assert recorder.room(layer) is None
+        k, v = recorder.extend(layer, keys(0, 1, layer=layer), keys(2, 3, layer=layer))
         assert torch.equal(k, keys(0, 1, layer=layer)) and torch.equal(v, keys(2, 3, layer=layer))
-    context = Context(written.layers, torch.zeros(BATCH, 2, 2, 3, 4), torch.zeros(BATCH, 4, 1))
+    context = KVContext(recorder.layers)
     for layer in range(LAYERS):
         assert context.room(layer) is None
         k, v = context.extend(layer, keys(4, layer=layer), keys(5, layer=layer))
         assert torch.equal(k, keys(0, 1, 4, layer=layer)) and torch.equal(v, keys(2, 3, 5, layer=layer))
-    assert written.layers[0][0].shape[1] == 2 * TOKENS, "a context does not grow what it looks at"
+    assert recorder.layers[0][0].shape[1] == 2 * TOKENS, "a context does not grow what it looks at"
+
+
+def test_without_a_sink_only_the_ring_is_seen():
+    config = DenoiserConfig(
+        width=HEADS * DIM, layers=LAYERS, head_dim=DIM, ladder=[0.5, 1.0], sink_frames=0,
+        context_frames=RECENT, window_frames=WINDOW,
+    )  # fmt: skip
+    cache = fill(KVCache(config, TOKENS, BATCH, torch.device("cpu"), torch.float32), RECENT)
+    cache.place_sink(torch.zeros_like)
+    for newest in range(3, 12):
+        cache.append()
+        commit, window = seen(cache, 0, 50, 51)
+        assert sorted(commit) == list(range(newest - RECENT, newest + 1))
+        assert sorted(window[:RECENT]) == list(range(newest - RECENT + 1, newest + 1))
+        assert window[RECENT:] == [50, 51]

@@ -24,7 +24,8 @@ from engine.pace import Schedule, Timings
 from engine.picture import load_picture, save_picture
 from engine.playthrough import Playthrough, check_policy
 from engine.recording import Recording
-from engine.starts import cut_start
+from engine.rollout.session import Player, Session
+from engine.starts import cut_start, packed_starts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,7 +58,7 @@ def test_headless_dream(tiny_checkpoint, tmp_path, capsys):
     assert recording.header["source"] == "dream" and recording.header["seed"] == 5
     assert recording.header["checkpoint"] == open_game(PlayConfig(checkpoint=str(tiny_checkpoint))).digest
     assert not recording.actions[0].any() and recording.actions[1:].any()
-    start = Recording(tiny_checkpoint.parent / "starts" / "doom_gathering" / "a").frames()[-1]
+    start = Recording(tiny_checkpoint.parent / "walk").frames(12, 13)[0]
     assert np.abs(recording.frames(0, 1)[0].astype(int) - start).mean() < 4  # lossy, but that picture
     with av.open(str(film)) as file:
         stream = file.streams.video[0]
@@ -154,13 +155,37 @@ def test_starts(tiny_checkpoint, tmp_path):
     np.testing.assert_array_equal(game.reset(0, str(tmp_path / "p.png")), picture)
 
 
-def test_a_cut_start_is_exact_and_stays_in_its_episode(tiny_checkpoint, tmp_path):
+def test_a_cut_start_stays_in_its_episode(tiny_checkpoint):
     walk = Recording(tiny_checkpoint.parent / "walk")
-    cut = Recording(cut_start(walk, 25, tmp_path / "s"))
-    np.testing.assert_array_equal(cut.frames(), walk.frames(20, 26))  # the episode began at 20
+    space = open_game(PlayConfig(checkpoint=str(tiny_checkpoint), precision="fp32")).action_space
+    cut = cut_start(walk, 25, space, 16, "b")
+    np.testing.assert_array_equal(cut.frames, walk.frames(20, 26))  # the episode began at 20
     np.testing.assert_array_equal(cut.actions, walk.actions[20:26])
-    cut_start(walk, 15, tmp_path / "s")
-    assert len(Recording(tmp_path / "s")) == 16
+    assert cut.states == walk.states[20:26] and cut.states[5]["x"] == 225
+    assert len(cut_start(walk, 19, space, 16, "c").frames) == 16
+
+
+def test_a_shipped_start_is_the_recording_that_it_was_cut_from(tiny_checkpoint):
+    """Latents, keys and states as they were: the game that follows is the same, and it knows where it is."""
+    player = Player(tiny_checkpoint, "cpu", "fp32")
+    walk, shipped, recorded = Recording(tiny_checkpoint.parent / "walk"), Session(player), Session(player)
+    start = packed_starts(player.checkpoint.extras, player.states.spec.names)["a"]
+    np.testing.assert_array_equal(shipped.begin(4, start), walk.frames(12, 13)[0])
+    recorded.reset(4, walk.frames(0, 13), walk.actions[:13], walk.states[:13])
+    assert shipped.state() == recorded.state() == {"x": 108, "y": 40, "angle": 84}
+    for key in (1, 1, 0, 2):
+        action = np.eye(3, dtype=np.float32)[key]
+        one, other = (session.step(action).astype(int) for session in (shipped, recorded))
+        np.testing.assert_allclose(one, other, atol=1)
+        assert shipped.state() == pytest.approx(recorded.state(), abs=1e-3)
+    assert shipped.state()["angle"] != 84
+
+
+def test_a_game_from_a_picture_knows_no_state(tiny_checkpoint, tmp_path):
+    save_picture(tmp_path / "p.png", np.zeros((96, 128, 3), np.uint8))
+    game = playthrough(tiny_checkpoint, start=str(tmp_path / "p.png"))
+    game.advance(np.eye(3, dtype=np.float32)[0])
+    assert game.game.state() == {} and game.frame.std() > 0
 
 
 def test_recording_can_begin_and_end_while_playing(tiny_checkpoint, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,43 @@ def test_add_copies_and_checks(tmp_path):
         recorder.add(frame, action_of(0))
 
 
+def test_state_axes_and_parent_come_back(tmp_path):
+    kinds, parent = {"x": "position", "angle": "angle", "fuel": "scalar"}, {"recording": "abc", "frame": 7}
+    with Recorder(
+        tmp_path / "r", WORLD, "dream", 0, state_kinds=kinds, parent=parent, policies={"idle": 1.0}
+    ) as recorder:
+        for i in range(8):
+            state = {"x": i / 3, "angle": 359.5, "fuel": -1} if i else None
+            recorder.add(numbered(i), action_of(i), state=state, axes={"stick": i / 7} if i % 2 else None)
+        with pytest.raises(ValueError):
+            recorder.add(numbered(8), action_of(8), state={"x": float("nan")})
+    recording = Recording(tmp_path / "r")
+    assert recording.state_kinds == kinds and recording.parent == parent and not recording.damage
+    assert recording.states[0] is None and recording.states[5] == {"x": 5 / 3, "angle": 359.5, "fuel": -1}
+    assert recording.axes[4] == {} and recording.axes[5] == {"stick": 5 / 7} and len(recording) == 8
+    assert recording.header["policies"] == {"idle": 1.0}
+
+
+def test_recordings_of_schema_1_are_still_read(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "r")
+    header = json.loads((whole / HEADER).read_text())
+    for name in ("state_kinds", "parent", "policies"):
+        header.pop(name)
+    (tmp_path / "r" / HEADER).write_text(json.dumps({**header, "schema": 1}))
+    rows = [json.loads(row) for row in (whole / ACTIONS).read_text().splitlines()]
+    for row in rows:
+        del row["axes"], row["crc"]
+        row["state"] = {"x": 1.0, "y": 2.0, "angle": 3.0, "health": 100.0, "ammo": 0.0}
+    (tmp_path / "r" / ACTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recording = Recording(tmp_path / "r")
+    check_alignment(recording)
+    assert recording.axes == [{}] * 120 and recording.parent is None
+    assert recording.state_kinds == {
+        **dict.fromkeys(("x", "y"), "position"),
+        **{"angle": "angle", "health": "scalar", "ammo": "scalar"},
+    }
+
+
 def child(script: str, *arguments: str) -> subprocess.Popen:
     head = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom test_recording import *\n"
@@ -194,12 +232,84 @@ def test_every_truncation_of_the_video_stays_readable(whole, tmp_path):
     assert lengths == sorted(lengths) and lengths[0] >= 12 and lengths[-1] >= 115
 
 
+def zeroed(video: bytes) -> bytes:
+    at = int(len(video) * 0.3)
+    return video[:at] + bytes(65536) + video[at + 65536 :]
+
+
+def cut_out(video: bytes) -> bytes:
+    at = int(len(video) * 0.3)
+    return video[:at] + video[at + 30_000 :]
+
+
+def halved(video: bytes) -> bytes:
+    return video[: len(video) // 2]
+
+
+def flipped(at: float) -> Callable[[bytes], bytes]:
+    def flip(video: bytes) -> bytes:
+        changed = bytearray(video)
+        changed[int(len(video) * at)] ^= 16
+        return bytes(changed)
+
+    return flip
+
+
+@pytest.mark.parametrize("harm", [zeroed, cut_out, halved, *map(flipped, (0.2, 0.35, 0.5, 0.65, 0.8))])
+def test_damage_is_told_and_never_seen(whole, tmp_path, harm, caplog):
+    shutil.copytree(whole, tmp_path / "r")
+    (tmp_path / "r" / FRAMES).write_bytes(harm((whole / FRAMES).read_bytes()))
+    recording = Recording(tmp_path / "r")
+    lost = 120 - len(recording)
+    assert 10 < len(recording) < 120
+    assert f"{lost} of 120 frames, from frame {len(recording)} on" in recording.damage
+    assert recording.damage in caplog.text
+    np.testing.assert_array_equal(recording.frames(), Recording(whole).frames(0, len(recording)))
+
+
+def test_a_whole_recording_tells_no_damage(whole, caplog):
+    assert Recording(whole).damage == "" and not caplog.text
+
+
 def test_a_cut_last_line_is_left_out(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "r")
     lines = (whole / ACTIONS).read_bytes()
     (tmp_path / "r" / ACTIONS).write_bytes(lines[:-9])
     assert len(Recording(tmp_path / "r")) == 119
     check_alignment(Recording(tmp_path / "r"))
+
+
+def header(**changes) -> bytes:
+    right = {"schema": 2, "names": list(NAMES), "fps": 17.5, "height": 96, "width": 128}
+    return json.dumps(right | changes).encode()
+
+
+def line(**changes) -> bytes:
+    right = {"frame": 0, "t_ns": 0, "keys": [], "events": [], "reset": True}
+    return json.dumps(right | changes).encode() + b"\n"
+
+
+WRONG_HEADERS = [
+    *({"fps": fps} for fps in ("x", 0, -1, 1e9, None, True)),
+    *({"names": names} for names in (5, [1], ["a", "a"], None)),
+    *({"height": height} for height in (10**9, 0, 96.0, "96")),
+    {"width": -128},
+    {"source": 3},
+    {"state_kinds": {"x": "colour"}},
+    {"parent": "abc"},
+    {"config": []},
+]
+WRONG_LINES = [
+    *({"t_ns": time} for time in ("x", 1.5, 2**70, None)),
+    *({"keys": keys} for keys in ("left", [1], None)),
+    {"reset": 1},
+    {"events": {}},
+    {"frame": 1},
+    {"rng": "x"},
+    {"state": [1]},
+    {"state": {"x": "1"}},
+    {"axes": {"stick": None}},
+]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +319,10 @@ def test_a_cut_last_line_is_left_out(whole, tmp_path):
         (HEADER, b"{", "not JSON"),
         (HEADER, b'{"a": 1}', "not written by Rollplay"),
         (HEADER, b'{"schema": 99, "names": [], "fps": 1, "height": 32, "width": 32}', "schema 99"),
+        *((HEADER, header(**wrong), f"its {next(iter(wrong))} cannot be") for wrong in WRONG_HEADERS),
+        *((ACTIONS, line(**wrong), "damaged at line 1") for wrong in WRONG_LINES),
+        (ACTIONS, line(keys=["fly"]), "the key 'fly'"),
+        (ACTIONS, line(state={"x": float("nan")}), "damaged at line 1"),
         (ACTIONS, b'{"frame": 0}\n', "line 1"),
         (ACTIONS, b"[]\nx\n", "line 1"),
         (FRAMES, b"nothing of the kind", "cannot be read"),

@@ -1,14 +1,18 @@
 """The true games: same bytes for the same seed and keys, keys that do as they are called, clear refusals."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from engine.config import POLICIES, UserError, WorldConfig
-from engine.policies import OPPOSITES, PolicyMixture, make_policy
-from engine.worlds import ActionSpace, make_world
+from engine.config import UserError, WorldConfig
+from engine.sight import free_distances
+from engine.worlds import make_world
+from engine.worlds.base import STATE_KINDS
 from engine.worlds.gym import fit
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "world"
@@ -97,6 +101,58 @@ def test_doom_idle_player_keeps_the_place(doom):
     assert {k: before[k] for k in ("x", "y", "angle")} == {k: doom.state()[k] for k in ("x", "y", "angle")}
 
 
+def test_doom_tells_its_state(doom):
+    doom.reset(1)
+    assert doom.state().keys() == doom.state_kinds.keys() and set(doom.state_kinds.values()) <= set(
+        STATE_KINDS
+    )
+    assert ("ammo" in doom.state_kinds) == ("attack" in doom.action_space.names)
+    if "forward" not in doom.action_space.names:
+        return
+    told = []
+    for seed in range(3):
+        doom.reset(seed)
+        for _ in range(12):
+            before = doom.state()
+            doom.step(doom.action_space.encode(["forward"]))
+            told.append((before, doom.state()))
+    eyes = [after["eye"] for _, after in told]
+    assert max(eyes) - min(eyes) > 3, "the camera bobs in walking"
+    # what remains of a tic's way after friction; a frame is two tics, and it may be a wall's fault otherwise
+    friction, exact = 0.90625, 0
+    for before, after in told:
+        for place, speed in (("x", "vx"), ("y", "vy")):
+            first = before[speed] + (after[speed] / friction**2 - before[speed]) / (1 + 1 / friction)
+            way = first + after[speed] / friction
+            exact += abs(after[place] - before[place] - way) < 0.02
+    assert exact > len(told)
+
+
+def test_doom_maps_hold_their_players(doom):
+    lines = doom.map_lines()
+    assert lines.ndim == 2 and lines.shape[1] == 4 and len(lines) >= 4
+    doom.reset(2)
+    place = np.array([[doom.state()["x"], doom.state()["y"]]] * 36)
+    assert np.isfinite(free_distances(lines, place, np.arange(36) * 10.0)).all(), "there are walls all around"
+    if "forward" in doom.action_space.names:
+        for _ in range(150):  # into the wall ahead
+            if doom.done:
+                break
+            doom.step(doom.action_space.encode(["forward"]))
+        told = doom.state()
+        ahead = free_distances(lines, np.array([[told["x"], told["y"]]] * 8), np.arange(8) * 45.0)
+        assert 10 < ahead.min() < 80
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a directory that nobody can write into")
+def test_doom_starts_where_nothing_can_be_written(monkeypatch):
+    monkeypatch.chdir("/proc")
+    world = make_world(world_config("doom_gathering"))
+    assert Path.cwd() == Path("/proc")
+    assert world.reset(2**70).shape == (96, 128, 3) and world.reset(-1).shape == (96, 128, 3)
+    world.close()
+
+
 def test_doom_episode_ends_by_death_and_by_length():
     short = make_world(world_config("doom_gathering", episode_frames=5))
     nothing = np.zeros(len(short.action_space))
@@ -132,7 +188,7 @@ def test_gym_worlds(id):
     assert all(world.action_space.bindings) and len(world.action_space) == 2
     first = play(world, 3, frames=30)
     assert first == play(world, 3, frames=30) and len(first[0]) == 96 * 128 * 3 and len(set(first)) > 10
-    assert world.state() == {}
+    assert world.state() == world.state_kinds == {} and world.map_lines().shape == (0, 4)
     world.close()
 
 
@@ -165,34 +221,28 @@ def test_fit_averages_areas_and_keeps_the_aspect():
     assert (fit(small, 96, 128) == 9).all()
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES if name != "keyboard"] + ["mixture"])
-@pytest.mark.parametrize("keys", [("forward", "backward", "turn_left", "turn_right"), ("a", "b"), ("x",)])
-def test_policies_play_any_keys_reproducibly(name, keys):
-    space = ActionSpace(keys, ((),) * len(keys))
-
-    def actions(seed):
-        policy = PolicyMixture(space, seed, 17.5) if name == "mixture" else make_policy(name, space, seed)
-        states = ({"x": 3.0 * min(t, 100), "y": 0.0} for t in range(300))  # walks, then runs into something
-        return np.stack([policy(state, space) for state in states])
-
-    played = actions(0)
-    assert played.shape == (300, len(keys)) and np.array_equal(played, actions(0))
-    assert played.any() == (name != "idle")
-    if name not in ("idle", "spin") and len(keys) > 1:
-        assert not np.array_equal(played, actions(1))
-    for pair in OPPOSITES:
-        if set(pair) <= set(keys):
-            assert not played[:, [keys.index(key) for key in pair]].all(1).any()
-
-
-def test_mixture_shares():
-    space = ActionSpace(("forward", "turn_left", "turn_right"), ((),) * 3)
-    mixture, names = PolicyMixture(space, 0, 17.5), []
-    for _ in range(60_000):
-        mixture({}, space)
-        names.append(mixture.name)
-    shares = {name: names.count(name) / len(names) for name in set(names)}
-    assert abs(shares["scripted"] - 0.55) < 0.1 and abs(shares["random"] - 0.20) < 0.1
-    assert abs(shares["idle"] - 0.12) < 0.05 and abs(shares["walls"] + shares["spin"] - 0.18) < 0.08
-    with pytest.raises(UserError, match="no policy 'keyboard'"):
-        make_policy("keyboard", space, 0)
+def test_a_simulator_ends_with_a_player_that_is_killed():
+    """ViZDoom itself minds no signal to end and would play on."""
+    pytest.importorskip("vizdoom")
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("needs Linux")
+    code = (
+        "import sys, time, yaml\n"
+        "from engine.config import WorldConfig\n"
+        "from engine.worlds import make_world\n"
+        "from engine.worlds.guard import children\n"
+        "before, config = children(), yaml.safe_load(open(sys.argv[1]))\n"
+        "world = make_world(WorldConfig(**config))\n"
+        "print(*children() - before, flush=True); time.sleep(100)"
+    )
+    command = [sys.executable, "-c", code, str(CONFIGS / "doom_gathering.yaml")]
+    player = subprocess.Popen(command, cwd=CONFIGS.parent.parent, stdout=subprocess.PIPE, text=True)
+    started = [Path("/proc") / number for number in player.stdout.readline().split()]
+    simulators = [path for path in started if "vizdoom" in (path / "cmdline").read_text()]
+    assert simulators
+    player.kill()
+    player.wait()
+    until = time.monotonic() + 300
+    while any(path.exists() for path in simulators) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not any(path.exists() for path in simulators)

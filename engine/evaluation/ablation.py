@@ -26,8 +26,8 @@ from .speed import speed
 from .stage import LIBRARIES, open_scope
 from .variants import VARIANTS, open_variant
 
-ROW = replace(Size(), clips=24, states=8, flips=8, minutes=(1, 2, 10), starts=1, long_starts=1, steps=200)
-SHORT = replace(ROW, minutes=(1, 2), starts=1)  # quick=true: no game of ten minutes
+ROW = replace(Size(), routes=48, states=32, flips=8, settings=False, rounds=1, steps=200)
+SHORT = replace(ROW, routes=24, states=8, starts=1)  # quick=true
 PICTURES = "pictures"  # in out=DIR: a folder for each row, which git ignores
 TOLD = ("stage", "steps", "minutes", "seed", "device")  # that a checkpoint may tell of how it was made
 
@@ -103,9 +103,9 @@ def measure(scope: Scope, row: str, variant: str) -> dict[str, float]:
     """
     own = scope.player
     player = open_variant(variant, own.checkpoint.path, own.device.type, own.precision)
-    scope = replace(scope, player=player, folder=scope.folder.parent / row)
+    scope = replace(scope, player=player, stateless=None, folder=scope.folder.parent / row)
     scope.folder.mkdir(parents=True, exist_ok=True)
-    sections = [speed(scope), fidelity(scope), control(scope), latency(scope, only_own=True), drift(scope)]
+    sections = [speed(scope), fidelity(scope), control(scope), latency(scope), drift(scope)]
     return {name: value for section in sections for name, value in section.figures.items()}
 
 

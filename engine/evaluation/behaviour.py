@@ -8,7 +8,7 @@ import numpy as np
 
 from ..picture import grid, save_picture
 from .branches import State, starts
-from .generated import roll
+from .generated import rebuilt, roll
 from .measures import flows, motion, psnr, sharpness
 from .section import Scope, Section, skipped
 
@@ -100,7 +100,7 @@ def _idle(scope: Scope, section: Section) -> list:
     idle = np.zeros((min(scope.most, scope.frames(scope.size.idle)), keys), np.float32)
     games = [replace(one, actions=idle[None]) for one in found]
     true = [scope.truth.run(one.state, idle)[0] for one in found]
-    return _judge(scope, section, "idle", true, list(roll(scope.player, *starts(games, scope.seed), "idle")))
+    return _judge(scope, section, "idle", true, list(roll(scope.player, starts(games, scope.seed), "idle")))
 
 
 def _walk(scope: Scope, section: Section, name: str, plan, number: int) -> list:
@@ -114,7 +114,7 @@ def _walk(scope: Scope, section: Section, name: str, plan, number: int) -> list:
     if not found:
         section.say(f"{name}: this world has no keys or no place for it.")
         return []
-    made = [roll(scope.player, *starts([one], scope.seed), name)[0] for one in found]
+    made = [roll(scope.player, starts([one], scope.seed), name)[0] for one in found]
     true = [one.frames[0] for one in found]
     if name == "spin":
         for key, some in (("", made), ("_true", true)):
@@ -126,15 +126,12 @@ def _walk(scope: Scope, section: Section, name: str, plan, number: int) -> list:
     return _judge(scope, section, name, true, made)
 
 
-def rebuilt(scope: Scope, frames: np.ndarray) -> np.ndarray:
-    """True frames, uint8 (n, h, w, 3), encoded and decoded: the best that the network could show."""
-    return scope.player.decode(scope.player.encode(frames)[0])
-
-
 def _judge(scope: Scope, section: Section, name: str, true: list[np.ndarray], made: list[np.ndarray]) -> list:
     """Walks (n, h, w, 3), true and generated → a row of the table; figures and a strip of the first."""
     end = max(2, scope.frames(END_SECONDS))
-    ends = [(ending(g[-end:]), ending(rebuilt(scope, t[-end:]))) for g, t in zip(made, true, strict=True)]
+    ends = [
+        (ending(g[-end:]), ending(rebuilt(scope.player, t[-end:]))) for g, t in zip(made, true, strict=True)
+    ]
     section.figures |= {
         f"{name}_sharpness": float(np.mean([g.sharpness / max(t.sharpness, 1e-6) for g, t in ends])),
         f"{name}_motion": float(np.mean([g.motion for g, _ in ends])),
@@ -153,7 +150,7 @@ def spin(scope: Scope, state: State) -> np.ndarray | None:
     if pair is None:
         return None
     left = _held(scope, pair[0], scope.frames(TURN_SECONDS))
-    angles = [s["angle"] for s in (state.told, *scope.truth.run(state, left)[1]) if "angle" in s]
+    angles = [s["angle"] for s in (state.told[-1], *scope.truth.run(state, left)[1]) if "angle" in s]
     if not angles:
         return None
     steps = (np.diff(angles) + 180) % 360 - 180  # degrees a frame, whatever the way

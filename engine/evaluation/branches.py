@@ -11,15 +11,22 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ..config import UserError, WorldConfig
 from ..policies import make_policy
 from ..worlds import World, make_world
+from .generated import Games
 
 SCRIPT = "scripted"  # the policy that leads to the states
 SHORTEST, LONGER, KINDS = 30, 17, 6  # frames that it plays: 30, 47, ... 115, and again
+SAMPLED = (
+    "scripted",
+    "random",
+    "spin",
+    "walls",
+)  # the policies that sample the world, an episode each by turns
+EPISODE, APART = 192, 6  # frames of such an episode at most, and between those that are kept
 ATTEMPTS = 8  # states that are tried for each that is wanted, as episodes end
 
 
@@ -31,7 +38,7 @@ class State:
     script: np.ndarray  # actions since the reset (n, k)
     frames: np.ndarray  # uint8 (t, h, w, 3)
     actions: np.ndarray  # that caused these frames (t, k)
-    told: dict[str, float] = field(default_factory=dict)  # what the simulator says of it: x, y, angle ...
+    told: list[dict[str, float]] = field(default_factory=list)  # of these frames: x, y, angle ...
 
 
 @dataclass(frozen=True)
@@ -70,14 +77,27 @@ class Truth:
         """
         policy = make_policy(SCRIPT, self.space, seed)
         frames, actions = [self.world.reset(seed)], [np.zeros(len(self.space), np.float32)]
+        told = [self.world.state()]
         while len(actions) <= length:
             if self.world.done:
                 return None
-            actions.append(policy(self.world.state(), self.space))
+            actions.append(policy(told[-1], self.space))
             frames.append(self.world.step(actions[-1]))
+            told.append(self.world.state())
         last = slice(-self.history, None)
-        told = self.world.state()
-        return State(seed, np.stack(actions[1:]), np.stack(frames[last]), np.stack(actions[last]), told)
+        return State(seed, np.stack(actions[1:]), np.stack(frames[last]), np.stack(actions[last]), told[last])
+
+    def follow(self, seed: int, actions: np.ndarray) -> tuple[np.ndarray, list[dict[str, float]]] | None:
+        """An episode from its first frame under actions (n, k) → n + 1 frames and the states at these; None
+        where it ends before.
+        """
+        frames, told = [self.world.reset(seed)], [self.world.state()]
+        for action in actions:
+            if self.world.done:
+                return None
+            frames.append(self.world.step(action))
+            told.append(self.world.state())
+        return (np.stack(frames), told) if not self.world.done else None
 
     def states(self, seed: int) -> Iterator[State | None]:
         """States without end, each from another episode; which, says the seed alone. Of an episode that ends
@@ -140,6 +160,26 @@ class Truth:
                 self.world.reset(episode)
             yield self.world.step(action)
 
+    def sample(self, count: int, seed: int) -> tuple[np.ndarray, list[dict[str, float]]]:
+        """So many true frames, uint8 (n, h, w, 3), of many episodes in the order they were played, and the
+        states at these.
+        """
+        frames, told = [], []
+        with tqdm(total=count, desc="true frames", unit="frame", disable=None) as bar:
+            for number in itertools.count(1000 * seed):
+                policy = make_policy(SAMPLED[number % len(SAMPLED)], self.space, number)
+                self.world.reset(number)
+                for step in range(EPISODE):
+                    if self.world.done:
+                        break
+                    frame = self.world.step(policy(self.world.state(), self.space))
+                    if step % APART == APART - 1:
+                        frames.append(frame)
+                        told.append(self.world.state())
+                        bar.update()
+                    if len(frames) == count:
+                        return np.stack(frames), told
+
     def _return_to(self, state: State) -> None:
         frame = self.world.reset(state.seed)
         for action in state.script:
@@ -152,12 +192,12 @@ class Truth:
         self.world.close()
 
 
-def starts(found: list[Branches], seed: int) -> tuple[np.ndarray, Tensor, Tensor]:
-    """All branches side by side as the network's game: frames (b, t, h, w, 3), actions from the history's
-    first to the branches' last (b, t + t', k), seeds (b,), the same for all branches of a state.
-    """
+def starts(found: list[Branches], seed: int) -> Games:
+    """All branches side by side as the network's games; those of one state have the same noise."""
     frames = np.concatenate([np.repeat(one.state.frames[None], len(one.actions), 0) for one in found])
     before = np.concatenate([np.repeat(one.state.actions[None], len(one.actions), 0) for one in found])
     after = np.concatenate([one.actions for one in found])
     numbers = np.concatenate([np.full(len(one.actions), seed + i) for i, one in enumerate(found)])
-    return frames, torch.from_numpy(np.concatenate([before, after], 1)), torch.from_numpy(numbers)
+    told = [one.state.told for one in found for _ in one.actions]
+    actions = torch.from_numpy(np.concatenate([before, after], 1))
+    return Games(frames, actions, torch.from_numpy(numbers), told)

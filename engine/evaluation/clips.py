@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config import UserError
 from ..recording import Recording
-from ..session import Player
+from ..rollout.session import Player
 
 
 class Clips:
@@ -29,8 +29,10 @@ class Clips:
 
     def choose(
         self, places: list[tuple[int, int]], count: int, length: int, seed: int
-    ) -> tuple[np.ndarray, Tensor]:
-        """`count` of the places at random → frames uint8 (b, length, h, w, 3), actions (b, length, k)."""
+    ) -> tuple[np.ndarray, Tensor, list[list[dict | None]]]:
+        """`count` of the places at random → frames uint8 (b, length, h, w, 3), actions (b, length, k), and
+        the recorded states (b)(length).
+        """
         if not places:
             raise UserError(
                 f"No held-out episode has the {length} frames needed; collect more (stage=collect)."
@@ -39,7 +41,8 @@ class Clips:
         chosen = [places[i] for i in sorted(picked)]
         frames = np.stack([self.recordings[i].frames(start, start + length) for i, start in chosen])
         actions = np.stack([self.recordings[i].actions[start : start + length] for i, start in chosen])
-        return frames, torch.from_numpy(actions)
+        told = [self.recordings[i].states[start : start + length] for i, start in chosen]
+        return frames, torch.from_numpy(actions), told
 
     def sample(self, count: int, seed: int, run: int = 32, every: int = 4) -> np.ndarray:
         """About `count` true frames, uint8 (n, h, w, 3): every fourth of short runs, since each run costs a
@@ -47,5 +50,5 @@ class Clips:
         """
         places = self.places(run) or self.places(1)
         length = run if self.places(run) else 1
-        frames, _ = self.choose(places, -(-count * every // length), length, seed)
+        frames, _, _ = self.choose(places, -(-count * every // length), length, seed)
         return frames[:, ::every].reshape(-1, *frames.shape[2:])[:count]

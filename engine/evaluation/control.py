@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from .plots import draw_confusion
 from .section import Scope, Section, skipped
 
 HOLD = 4  # frames that each key is held
+DEVIATIONS = 1.96  # of a normal distribution, within which 95 % lie
 STATES_SHOWN = 3
 VISIBLE = 2.0  # grey levels by which true branches must differ for a key to be judged
 
@@ -39,7 +41,7 @@ def control(scope: Scope) -> Section:
     if not found:
         section.say("No state was found from which every key could be held.")
         return section
-    made = roll(scope.player, *starts(found, scope.seed), "control")
+    made = roll(scope.player, starts(found, scope.seed), "control")
     made = made.reshape(len(found), len(names), *made.shape[1:])  # (state, action, t, h, w, 3)
     true = np.stack([one.frames for one in found])
     verdicts = [v for t, g in zip(true[:, :, -1], made[:, :, -1], strict=True) for v in judge(t, g)]
@@ -93,10 +95,19 @@ def confusion(verdicts: list[Verdict], actions: int) -> np.ndarray:
     return table
 
 
+def wilson(hits: int, trials: int) -> tuple[float, float]:
+    """The share's interval of 95 %, low and high (Wilson, 1927)."""
+    share, z2 = hits / trials, DEVIATIONS**2
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = DEVIATIONS / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    return middle - half, middle + half
+
+
 def _figures(section: Section, verdicts: list[Verdict], names: list[str]) -> None:
     if verdicts:
         agree = [v.action == v.nearest for v in verdicts]
-        section.figures["control"] = float(np.mean(agree))
+        low, high = wilson(sum(agree), len(agree))
+        section.figures |= {"control": float(np.mean(agree)), "control_low": low, "control_high": high}
         changed = [v for v in verdicts if v.action]
         if changed:
             section.figures["control_direction"] = float(np.mean([v.cosine for v in changed]))
@@ -117,6 +128,12 @@ def _tell(section: Section, verdicts: list[Verdict], names: list[str], states: i
         "against touching nothing (1 is best); size: the generated change along the true one "
         "(median; 1 is best)."
     )
+    f = section.figures
+    if verdicts:
+        section.say(
+            f"{f['control']:.1%} of {f['control_trials']:.0f} trials agree; the share's interval of 95 %: "
+            f"{f['control_low']:.1%} to {f['control_high']:.1%}."
+        )
     rows = []
     for number, name in enumerate(names):
         mine = [v for v in verdicts if v.action == number]

@@ -1,9 +1,10 @@
-"""Drift: long games side by side, looked at every few seconds; what changes from the first to the last?"""
+"""Drift: long games side by side, looked at every few seconds; do they go away from true pictures?"""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,14 +15,18 @@ from ..picture import grid, save_picture
 from ..policies import make_policy
 from ..worlds.base import ActionSpace
 from .branches import ATTEMPTS, State
-from .generated import play
+from .generated import Games, play
 from .measures import motion
 from .plots import draw_drift
 from .section import Scope, Section
-from .watch import EVERY, Watch, curves, ratio
+from .watch import Watch, curves, disagreement, growth, mean
 
 POLICIES = ("scripted", "random", "idle")
 MOVING = POLICIES[:2]  # by whose games motion is judged
+AGREEMENT = 0.1  # by which the growths of both halves of the games may differ
+SPAN = 12  # segments at either end that are compared, a third of a game at most
+LONG = 1000  # where the numbers of the longest games begin
+STEPS = 2000  # idle frames over which flicker is taken, and random ones over which distance may not grow
 SHOWN = 12  # pictures of a game in its strip
 FILM = "drift.mp4"
 FILMED = 60.0  # seconds
@@ -36,32 +41,43 @@ class Plan:
     seed: int
     state: State
     actions: np.ndarray  # (t, k)
-    first: bool  # of its policy's games: the one that is shown
+    shown: bool  # in strips and film
+
+
+class Played(NamedTuple):
+    """Games and, where there is a true world, the same under the same keys there."""
+
+    games: list[Watch]
+    true: list[Watch]
 
 
 def drift(scope: Scope) -> Section:
-    """Several games a policy, some of which go on to the longest; their beginnings are the shorter games."""
-    # rounded down, so that the segments of a minute fit into the frames of one
-    length = max(2 * EVERY, int(scope.size.segment * scope.player.world.fps))
-    plans = _plans(scope, length)
-    whole = scope.truth is not None and all(len(plan.state.script) for plan in plans)
-    total = sum(len(plan.actions) for plan in plans) * (1 + whole)
-    with tqdm(total=total, desc="drift", unit="frame", disable=None) as bar:
-        games = _play(scope, plans, length, bar)
-        true = [_play_true(scope, plan, length, bar) for plan in plans] if whole else []
-    section = Section("Drift")
-    _figures(section, scope, games, true)
-    lines = {policy: curves(of(policy, games)) for policy in POLICIES}
-    lines |= {f"{policy} true": curves(of(policy, true)) for policy in POLICIES if true}
-    _tell(section, scope, games, lines)
-    draw_drift(scope.folder / "drift.png", lines, length / scope.player.world.fps)
-    section.show("drift.png", "Means over the games of a policy; dashed: the true world under the same keys")
-    strips = [np.stack(game.strip) for game in games if game.strip]
-    save_picture(scope.folder / "drift_strip.png", grid(strips))
-    section.show("drift_strip.png", f"{', '.join(POLICIES)}, from the first frame to the last")
-    _film(scope, [some[0].beginning for some in (true, games) if some])
-    beside = "the true world on the left, generated on the right" if true else "generated"
+    """Games of a minute and two under each policy; more are played until both halves of them say the same."""
+    size = scope.size
+    both = Played([], [])
+    for number in range(size.rounds):
+        _play_round(scope, both, size.starts, size.minutes[-1], number * size.starts, "drift")
+        last = len(both.games[0].rows)
+        if max(disagreement(of(p, both.games), last, _span(last)) for p in POLICIES) <= AGREEMENT:
+            break
+    section = _told(scope, "Drift", both, size.minutes)
+    _walls(section, *both)
+    _steps(section, both.games)
+    section.round(3)
+    _pictures(scope, section, both, "drift")
+    _film(scope, [some[0].beginning for some in (both.true, both.games) if some])
+    beside = "the true world on the left, generated on the right" if both.true else "generated"
     section.say(f"[The first minute under the script as a film]({FILM}): {beside}.")
+    return section
+
+
+def long_drift(scope: Scope) -> Section:
+    """The same of a few games that go on for ten minutes."""
+    minutes, both = scope.size.long_minutes, Played([], [])
+    _play_round(scope, both, scope.size.long_starts, minutes[-1], LONG, "long drift")
+    section = _told(scope, "Long drift", both, minutes)
+    section.round(3)
+    _pictures(scope, section, both, "long_drift")
     return section
 
 
@@ -70,20 +86,28 @@ def of(policy: str, games: list[Watch]) -> list[Watch]:
     return [game for game in games if game.policy == policy]
 
 
-def _plans(scope: Scope, length: int) -> list[Plan]:
-    """All games, the policies by turns; the first few of each policy go on to the longest."""
-    size, keys = scope.size, scope.player.world.keys
+def _play_round(scope: Scope, both: Played, starts: int, minutes: int, turn: int, name: str) -> None:
+    """Plays `starts` games a policy and adds them; `turn`: how many were played before."""
+    plans = _plans(scope, starts, minutes, turn)
+    whole = scope.truth is not None and all(len(plan.state.script) for plan in plans)
+    total = sum(len(plan.actions) for plan in plans) * (1 + whole)
+    with tqdm(total=total, desc=name, unit="frame", disable=None) as bar:
+        both.games.extend(_play(scope, plans, bar))
+        both.true.extend(_play_true(scope, plan, bar) for plan in plans if whole)
+
+
+def _plans(scope: Scope, starts: int, minutes: int, turn: int) -> list[Plan]:
+    """Games of so many minutes, the policies by turns."""
+    keys, length = scope.player.world.keys, _segment(scope)
     space = ActionSpace(tuple(keys), tuple(map(tuple, keys.values())))
-    plans = []
-    for number in range(len(POLICIES) * size.starts):
-        turn, name = divmod(number, len(POLICIES))
-        minutes = size.minutes[-1] if turn < size.long_starts else size.minutes[-2:][0]
-        total = min(max(1, scope.most // length), _segments(scope, minutes)) * length
-        policy = make_policy(POLICIES[name], space, scope.seed + number)
-        actions = np.stack([policy({}, space) for _ in range(total)])
-        plans.append(
-            Plan(POLICIES[name], scope.seed + number, _start(scope, number), actions, first=turn == 0)
-        )
+    total = min(max(1, scope.most // length), _segments(scope, minutes)) * length
+    plans, first = [], turn * len(POLICIES)
+    for number in range(first, first + starts * len(POLICIES)):
+        policy = POLICIES[number % len(POLICIES)]
+        play_blind = make_policy(policy, space, scope.seed + number)
+        actions = np.stack([play_blind({}, space) for _ in range(total)])
+        shown = number < first + len(POLICIES) and turn in (0, LONG)
+        plans.append(Plan(policy, scope.seed + number, _start(scope, number), actions, shown))
     return plans
 
 
@@ -94,120 +118,166 @@ def _start(scope: Scope, number: int) -> State:
         found = next((state for state in states if state is not None), None)
         if found is not None:
             return found
-    length, count = scope.history, len(POLICIES) * scope.size.starts
-    frames, actions = scope.clips.choose(scope.clips.places(length), count, length, scope.seed)
-    place = number % len(frames)
-    return State(0, np.zeros((0, actions.shape[2]), np.float32), frames[place], actions[place].numpy())
+    length, count = scope.history, len(POLICIES) * scope.size.starts * scope.size.rounds
+    frames, actions, told = scope.clips.choose(scope.clips.places(length), count, length, scope.seed)
+    place, script = number % len(frames), np.zeros((0, actions.shape[2]), np.float32)
+    return State(0, script, frames[place], actions[place].numpy(), told[place])
 
 
-def _play(scope: Scope, plans: list[Plan], length: int, bar: tqdm) -> list[Watch]:
-    """The generated games, in the order of their plans; those of one length are played in one batch."""
-    games = [_watch(scope, plan, length) for plan in plans]
-    for total in sorted({len(plan.actions) for plan in plans}):
-        together = [number for number, plan in enumerate(plans) if len(plan.actions) == total]
-        batch = [plans[number] for number in together]
-        frames = np.stack([plan.state.frames for plan in batch])
-        actions = np.stack([np.concatenate([plan.state.actions, plan.actions]) for plan in batch])
-        seeds = torch.tensor([plan.seed for plan in batch])
-        for pictures in play(scope.player, frames, torch.from_numpy(actions), seeds):
-            for number, picture in zip(together, pictures, strict=True):
-                games[number].add(picture)
-            bar.update(len(batch))
-    return games
+def _play(scope: Scope, plans: list[Plan], bar: tqdm) -> list[Watch]:
+    """The generated games, side by side."""
+    watches = [_watch(scope, plan) for plan in plans]
+    actions = np.stack([np.concatenate([plan.state.actions, plan.actions]) for plan in plans])
+    games = Games(
+        np.stack([plan.state.frames for plan in plans]),
+        torch.from_numpy(actions),
+        torch.tensor([plan.seed for plan in plans]),
+        [plan.state.told for plan in plans],
+    )
+    for pictures in play(scope.player, games):
+        for watch, picture in zip(watches, pictures, strict=True):
+            watch.add(picture)
+        bar.update(len(plans))
+    return watches
 
 
-def _play_true(scope: Scope, plan: Plan, length: int, bar: tqdm) -> Watch:
+def _play_true(scope: Scope, plan: Plan, bar: tqdm) -> Watch:
     """The true world under the same keys, from episode to episode."""
-    game = _watch(scope, plan, length)
+    game = _watch(scope, plan)
     for frame in scope.truth.play(plan.state, iter(plan.actions)):
         game.add(frame)
         bar.update()
     return game
 
 
-def _watch(scope: Scope, plan: Plan, length: int) -> Watch:
-    total, filmed = len(plan.actions), plan.first and plan.policy == POLICIES[0]
-    shown = np.linspace(0, total - 1, SHOWN).astype(int).tolist() if plan.first else ()
-    begin = scope.frames(FILMED) if filmed else 0
-    return Watch(scope.features, length, plan.policy, frozenset(shown), begin)
+def _watch(scope: Scope, plan: Plan) -> Watch:
+    shown = np.linspace(0, len(plan.actions) - 1, SHOWN).astype(int).tolist() if plan.shown else ()
+    begin = scope.frames(FILMED) if plan.shown and plan.policy == POLICIES[0] else 0
+    return Watch(scope.reference, _segment(scope), plan.policy, frozenset(shown), begin, scope.probe)
+
+
+def _segment(scope: Scope) -> int:
+    """Frames; rounded down, so that the segments of a minute fit into the frames of one."""
+    return max(2, int(scope.size.segment * scope.player.world.fps))
 
 
 def _segments(scope: Scope, minutes: int) -> int:
     return max(1, round(minutes * scope.size.minute / scope.size.segment))
 
 
-def _lengths(scope: Scope, games: list[Watch]) -> dict[str, int]:
-    """Names of the lengths that a game was played to → segments."""
-    longest = max(len(game.rows) for game in games)
-    each = {f"{m}min": _segments(scope, m) for m in scope.size.minutes}
-    return {name: count for name, count in each.items() if 1 < count <= longest}
+def _span(segments: int) -> int:
+    return max(1, min(SPAN, segments // 3))
 
 
-def lasting(games: list[Watch], segments: int) -> list[Watch]:
-    """The games that go on for so many segments at least."""
-    return [game for game in games if len(game.rows) >= segments]
-
-
-def _figures(section: Section, scope: Scope, games: list[Watch], true: list[Watch]) -> None:
-    for name, count in _lengths(scope, games).items():
+def _figures(section: Section, scope: Scope, both: Played, minutes: tuple[int, ...]) -> None:
+    f, longest = section.figures, len(both.games[0].rows)
+    for minute in minutes:
+        count = _segments(scope, minute)
+        if not 1 < count <= longest:
+            continue
+        span = _span(count)
         for policy in POLICIES:
-            section.figures[f"drift_{name}_{policy}"] = ratio(lasting(of(policy, games), count), count)
-        for key, some in ((f"drift_{name}", games), (f"drift_{name}_true", true)):
-            if some:
-                some = lasting(some, count)
-                section.figures[key] = ratio(some, count)
-                last = [game.rows[count - 1]["stray"] for game in some]
-                section.figures[key.replace("drift", "stray")] = float(np.mean(last))
-    section.figures["motion_ratio"] = motion_ratio(scope, games, true)
-    section.round(3)
+            key, some, true = f"{minute}min_{policy}", of(policy, both.games), of(policy, both.true)
+            f[f"drift_{key}"] = growth(some, count, span)
+            f[f"nearest_{key}"] = mean(some, "nearest", slice(count - span, count))
+            if len(some) > 1:
+                f[f"drift_{key}_halves"] = disagreement(some, count, span)
+            if true:
+                f[f"drift_{key}_true"] = growth(true, count, span)
+                f[f"nearest_{key}_true"] = mean(true, "nearest", slice(count))
+            if policy in MOVING:
+                f[f"motion_{key}"] = motion_share(scope, some, true, count)
 
 
-def motion_ratio(scope: Scope, games: list[Watch], true: list[Watch]) -> float:
-    """Motion in the longest games' last minute, in shares of the true world's under the same policies, all
-    its minutes; or, where there is none, of held-out recordings.
+def motion_share(scope: Scope, games: list[Watch], true: list[Watch], segments: int) -> float:
+    """Motion at the end of the games' first `segments`, in shares of the true world's under the same policy,
+    all its minutes; or, where there is none, of recordings.
     """
-    moving = [game for game in games if game.policy in MOVING]
-    longest = lasting(moving, max(len(game.rows) for game in moving))
-    last = max(1, scope.frames(scope.size.minute) // games[0].length)
-    made = np.mean([row["motion"] for game in longest for row in game.rows[-last:]])
+    span = _span(segments)
+    made = mean(games, "motion", slice(segments - span, segments))
     if true:
-        usual = np.mean([row["motion"] for game in true if game.policy in MOVING for row in game.rows])
+        usual = mean(true, "motion", slice(None))
     else:
-        clips, _ = scope.clips.choose(scope.clips.places(2), 64, 2, scope.seed)
-        usual = np.mean([motion(clip) for clip in clips])
-    return float(made / max(usual, 1e-9))
+        clips, _, _ = scope.clips.choose(scope.clips.places(2), 64, 2, scope.seed)
+        usual = float(np.mean([motion(clip) for clip in clips]))
+    return made / max(usual, 1e-9)
 
 
-def _tell(section: Section, scope: Scope, games: list[Watch], lines: dict[str, dict]) -> None:
-    f, fps = section.figures, scope.player.world.fps
-    counts = {frames: sum(game.frames == frames for game in games) for frames in {g.frames for g in games}}
-    played = " and ".join(f"{counts[frames]} of {frames / fps:.0f} s" for frames in sorted(counts))
+def _walls(section: Section, games: list[Watch], true: list[Watch]) -> None:
+    """Views in moving games that a wall fills, and in the true world under the same keys."""
+    pair = [[game for game in some if game.policy in MOVING] for some in (games, true)]
+    if not all(pair) or "wall" not in pair[0][0].rows[0]:
+        return
+    f = section.figures
+    f["drift_wall_share"], f["drift_wall_share_true"] = (mean(some, "wall", slice(None)) for some in pair)
+    f["drift_wall_ratio"] = f["drift_wall_share"] / max(f["drift_wall_share_true"], 1e-9)
     section.say(
-        f"{len(games)} games under {len(POLICIES)} policies, {played}; their beginnings are the shorter "
-        f"games. Drift is the Fréchet distance to true frames in the last {scope.size.segment:g} s, in "
-        "shares of that in the first; the frames of all games that last so long are pooled. A game's views "
-        "change, which this distance minds, so the true world's own ratio is beside it, and straying: how "
-        "far the features of the last segment's frames are from the nearest true ones (median; mean over "
-        "games). What is frozen does not drift: motion in the longest games' last minute of scripted and "
-        "random play is "
-        f"{f['motion_ratio']:.0%} of the true."
+        f"A wall fills {f['drift_wall_share']:.0%} of the views under script and random keys, and "
+        f"{f['drift_wall_share_true']:.0%} in the true world under the same keys."
+    )
+
+
+def _steps(section: Section, games: list[Watch]) -> None:
+    """The first 2,000 frames: flicker and wandering of what stands still, distance under random keys."""
+    count = max(1, min(STEPS // games[0].length, len(games[0].rows)))
+    idle, random, f = of("idle", games), of("random", games), section.figures
+    later = slice(1, count) if count > 1 else slice(count)  # at first the last walk fades
+    f["flicker_idle"] = mean(idle, "motion", later)
+    f["flicker_idle_first"] = mean(idle, "motion", slice(1))
+    f["flicker_idle_last"] = mean(idle, "motion", slice(count - 1, count))
+    f["idle_away"] = mean(idle, "away", slice(count - 1, count))
+    f["random_growth"] = growth(random, count, _span(count))
+    section.say(
+        f"Over the first {count * games[0].length} frames: standing still, a frame differs from the one "
+        f"before by {f['flicker_idle']:.2g} grey levels ({f['flicker_idle_first']:.2g} in the first "
+        f"segment, while the last walk fades, {f['flicker_idle_last']:.2g} in the last), and the view has "
+        f"wandered by {f['idle_away']:.2g} grey levels of the coarse picture; under random keys the "
+        f"distance to true frames is {f['random_growth']:.2f} times that at the start."
+    )
+
+
+def _told(scope: Scope, title: str, both: Played, minutes: tuple[int, ...]) -> Section:
+    section = Section(title)
+    _figures(section, scope, both, minutes)
+    f, games = section.figures, both.games
+    seconds, each = games[0].frames / scope.player.world.fps, len(games) // len(POLICIES)
+    section.say(
+        f"{each} games of {seconds:.0f} s under each of {len(POLICIES)} policies; their beginnings are the "
+        "shorter games. Drift is how much farther from the nearest true frames (fixed features; median of a "
+        f"segment of {scope.size.segment:g} s, mean over segments and games) they are at their ends than at "
+        f"their starts, a third of a game each, {SPAN} segments at most; halves: by how much two halves of "
+        "the games disagree. What is frozen does not drift, so motion at the end stands beside it, in shares "
+        "of the true world's."
     )
     rows = []
-    for name, count in _lengths(scope, games).items():
-        number = str(len(lasting(games, count)))
-        each = [f[f"drift_{name}_{policy}"] for policy in POLICIES]
-        stray = [f.get(f"stray_{name}{whose}", "–") for whose in ("", "_true")]
-        rows.append([name, number, f[f"drift_{name}"], *each, f.get(f"drift_{name}_true", "–"), *stray])
-    section.table(["length", "games", "drift", *POLICIES, "true world", "straying", "straying, true"], rows)
-    names = list(games[0].rows[0])
-    section.table(
-        ["policy, segment", *names],
-        [
-            [f"{policy}, {when}", *(figures[name][at] for name in names)]
-            for policy, figures in lines.items()
-            for when, at in (("first", 0), ("last", -1))
-        ],
+    for key in [f"{minute}min_{policy}" for minute in minutes for policy in POLICIES]:
+        names = [f"drift_{key}{end}" for end in ("", "_true", "_halves")]
+        names += [f"nearest_{key}{end}" for end in ("", "_true")] + [f"motion_{key}"]
+        if names[0] in f:
+            rows.append([key.replace("min_", " min, "), *(f.get(name, "–") for name in names)])
+    columns = ["drift", "true world's", "halves", "distance at the end", "true frames'", "motion"]
+    section.table(["length", *columns], rows)
+    return section
+
+
+def _pictures(scope: Scope, section: Section, both: Played, name: str) -> None:
+    """Curves and strips, and a table of the first segment and the last."""
+    lines = {policy: curves(of(policy, both.games)) for policy in POLICIES}
+    lines |= {f"{policy} true": curves(of(policy, both.true)) for policy in POLICIES if both.true}
+    names = list(both.games[0].rows[0])
+    rows = [
+        [f"{policy}, {when}", *(figures[column][at] for column in names)]
+        for policy, figures in lines.items()
+        for when, at in (("first", 0), ("last", -1))
+    ]
+    section.table(["policy, segment", *names], rows)
+    draw_drift(scope.folder / f"{name}.png", lines, both.games[0].length / scope.player.world.fps)
+    section.show(
+        f"{name}.png", "Means over the games of a policy; dashed: the true world under the same keys"
     )
+    strips = [np.stack(game.strip) for game in both.games if game.strip]
+    save_picture(scope.folder / f"{name}_strip.png", grid(strips))
+    section.show(f"{name}_strip.png", f"{', '.join(POLICIES)}, from the first frame to the last")
 
 
 def _film(scope: Scope, beside: list[list[np.ndarray]]) -> None:

@@ -1,58 +1,90 @@
-"""Features of pictures as the autoencoder sees them, and the Fréchet distance between two crowds of them."""
+"""Features of pictures by fixed filters, and the Fréchet distance between two crowds of them.
+
+No network has made them and nothing is fitted: the same figure means the same for every autoencoder, every
+world and every year. Four octaves of a grey pyramid are filtered by wave packets of four orientations (Gabor,
+1946), whose even and odd answers together give an energy that minds no small shift; their logarithm makes a
+texture that is half as strong weigh the same at every contrast. Colours are means over a coarse grid.
+"""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..autoencoder import to_float
-from ..device import autocast
-from ..session import Player
+OCTAVES, ORIENTATIONS = 4, 4
+SIDE, WAVELENGTH, SPREAD = 7, 3.2, 1.6  # pixels of a filter: its side, wavelength and deviation
+FLOOR = 2.0  # grey levels: texture below this counts as none
+TEXTURE_GRID, COLOUR_GRID = (2, 2), (3, 4)  # parts of the picture, rows and columns, that are told apart
+COLOUR = 32.0  # grey levels that weigh as much as a texture e times as strong
+BATCH = 64  # pictures at once
+COUNT = OCTAVES * ORIENTATIONS * math.prod(TEXTURE_GRID) + 3 * math.prod(COLOUR_GRID)
 
-COMPONENTS = 32  # principal components of true frames; more would make a few seconds' estimate noisy
-BATCH = 64  # pictures that are encoded at once
+
+def wave_packets() -> Tensor:
+    """The filters (2 * ORIENTATIONS, 1, SIDE, SIDE): even and odd by turns, without a mean, of equal norm."""
+    at = torch.arange(SIDE, dtype=torch.float32) - SIDE // 2
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    hull = torch.exp(-(x.square() + y.square()) / (2 * SPREAD**2))
+    filters = []
+    for number in range(ORIENTATIONS):
+        angle = math.pi * number / ORIENTATIONS
+        phase = 2 * math.pi / WAVELENGTH * (x * math.cos(angle) + y * math.sin(angle))
+        for wave in (phase.cos(), phase.sin()):
+            packet = hull * wave
+            packet = packet - hull * packet.sum() / hull.sum()
+            filters.append(packet / packet.norm())
+    return torch.stack(filters)[:, None]
 
 
-class Features:
-    """Means over the picture of the encoder's last hidden layer, on the leading principal components of true
-    frames, uint8 (n, h, w, 3).
+def features(frames: np.ndarray) -> Tensor:
+    """uint8 (n, h, w, 3) → (n, COUNT), float64: log energies by octave, orientation and part of the picture,
+    then brightness, red against green and blue against yellow by part.
     """
+    parts = [_features(frames[at : at + BATCH]) for at in range(0, len(frames), BATCH)]
+    return torch.cat(parts) if parts else torch.zeros(0, COUNT, dtype=torch.float64)
 
-    def __init__(self, player: Player, true: np.ndarray, components: int = COMPONENTS):
-        self.player = player
-        self.hidden = player.autoencoder.encoder[:-1]
-        seen = self._hidden(true)
-        self.mean = seen.mean(0)
-        variances, axes = torch.linalg.eigh(torch.cov((seen - self.mean).T))  # ascending
-        self.axes = axes.flip(1)[:, :components]
-        self.explained = float(variances.flip(0)[:components].sum() / variances.sum().clamp_min(1e-12))
-        self.true = (seen - self.mean) @ self.axes
 
-    def of(self, frames: np.ndarray) -> Tensor:
-        """uint8 (n, h, w, 3) → (n, d), float64."""
-        return (self._hidden(frames) - self.mean) @ self.axes
+@torch.inference_mode()
+def _features(frames: np.ndarray) -> Tensor:
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    red, green, blue = pixels.unbind(1)
+    grey = pixels.mean(1, keepdim=True)  # (n, 1, h, w)
+    colours = torch.stack([grey[:, 0], red - green, blue - (red + green) / 2], 1)
+    columns, packets = [], wave_packets()
+    for _ in range(OCTAVES):
+        edge = SIDE // 2
+        even, odd = F.conv2d(F.pad(grey, [edge] * 4, "replicate"), packets).unflatten(1, (-1, 2)).unbind(2)
+        energy = F.adaptive_avg_pool2d(even.square() + odd.square(), TEXTURE_GRID)
+        columns.append((1 + energy / FLOOR**2).log().flatten(1) / 2)
+        grey = F.avg_pool2d(grey, 2)
+    columns.append(F.adaptive_avg_pool2d(colours, COLOUR_GRID).flatten(1) / COLOUR)
+    return torch.cat(columns, 1).double()
 
-    def distance(self, frames: np.ndarray) -> float:
-        """Fréchet distance of the frames, uint8 (n, h, w, 3), to the true ones."""
-        return frechet(self.of(frames), self.true)
 
-    def stray(self, points: Tensor) -> float:
-        """Median distance of pictures' features (n, d) to the true ones nearest to each: whatever the view, a
-        sound picture has true ones near it.
+class Reference:
+    """True frames, uint8 (n, h, w, 3), that generated ones are held against."""
+
+    def __init__(self, frames: np.ndarray):
+        self.points = features(frames)
+
+    def nearest(self, points: Tensor) -> Tensor:
+        """Distances of features (n, COUNT) to the true ones nearest to each (n,): whatever the view, a sound
+        picture has true ones near it.
         """
-        return float(torch.cdist(points, self.true).amin(1).median())
+        return torch.cdist(points, self.points).amin(1)
 
-    @torch.inference_mode()
-    def _hidden(self, frames: np.ndarray) -> Tensor:
-        parts = []
-        for start in range(0, len(frames), BATCH):
-            part = np.ascontiguousarray(frames[start : start + BATCH])
-            pixels = to_float(torch.from_numpy(part).permute(0, 3, 1, 2).to(self.player.device))
-            with autocast(self.player.device, self.player.dtype):
-                hidden = self.hidden(pixels.contiguous(memory_format=torch.channels_last))
-            parts.append(hidden.double().mean((2, 3)).cpu())
-        return torch.cat(parts)  # (n, c)
+    def nearest_distance(self, points: Tensor) -> float:
+        """The median of these."""
+        return float(self.nearest(points).median())
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Fréchet distance between the features of two crowds of pictures, uint8 (n, h, w, 3)."""
+    return frechet(features(a), features(b))
 
 
 def frechet(a: Tensor, b: Tensor) -> float:

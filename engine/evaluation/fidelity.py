@@ -1,65 +1,148 @@
-"""Fidelity: generated frames against the true ones that came of the same keys."""
+"""Fidelity: routes in the generated world against the same routes in the true one."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ..picture import grid, save_picture
-from .generated import moved, roll
-from .measures import psnr, sharpness, ssim
-from .section import Scope, Section
+from ..sight import wall_views
+from .features import frechet_distance
+from .generated import rebuilt, roll
+from .measures import OCTAVES, highpass_correlation, octaves, psnr, sharpness, ssim
+from .played import Played, play_routes, recorded
+from .route import RETURN
+from .section import STATELESS, Scope, Section
 
-HORIZONS = (1, 16, 64)  # frames after the start at which pictures are compared
-EVERY = 4  # of the generated frames, for the Fréchet distance
+HORIZONS = (1, 8, 16, 64)  # frames after the start at which pictures are compared
+EVERY = 4  # of the frames, for the Fréchet distance
+END = 16  # last frames of a route, of which it is told how many a wall fills
+KINDS_SHOWN = 5
+ABOUT = ("psnr", "ssim", "sharpness", *(f"octave{n + 1}" for n in range(OCTAVES)), "highpass")
 
 
 def fidelity(scope: Scope) -> Section:
-    """PSNR and SSIM against the true frames after 1, 16 and 64 frames, PSNR of doing nothing (the last frame
-    repeated), both also where a key is held, and that of the autoencoder alone, which bounds it; sharpness in
-    shares of the true frames' own; Fréchet distances to other true frames, of the generated and the true.
+    """How alike, sharp and rich in detail pictures are after 1, 8, 16 and 64 frames; all, open views, and
+    views that a wall fills, as the true ones are; beside them the same network without its state, the last
+    true frame repeated and the autoencoder alone.
     """
-    player, clips, start = scope.player, scope.clips, scope.history
-    horizons = [h for h in HORIZONS if clips.places(start + h)] or HORIZONS[:1]  # episodes may be short
-    length = start + horizons[-1]
-    frames, actions = clips.choose(clips.places(length), scope.size.clips, length, scope.seed)
-    made = roll(player, frames, actions, scope.seed, "fidelity")
-    true = frames[:, start:]
+    played = _played(scope)
+    horizons = [h for h in HORIZONS if h <= played.true.shape[1]]
+    made = roll(scope.player, played.games(scope.seed), "routes")
+    blind = roll(scope.stateless, played.games(scope.seed), "routes, no state") if scope.stateless else None
     section = Section("Fidelity")
-    figures = section.figures
+    figures, walls = section.figures, _walls(scope, played)
     for horizon in horizons:
-        pair = made[:, horizon - 1], true[:, horizon - 1]
-        figures[f"psnr_{horizon}"], figures[f"ssim_{horizon}"] = psnr(*pair), ssim(*pair)
-        figures[f"sharpness_{horizon}"] = sharpness(pair[0]) / sharpness(pair[1])
-    figures["psnr_1_repeat"] = psnr(frames[:, start - 1], true[:, 0])
-    figures["psnr_1_moved"] = psnr(moved(player, frames[:, :start], actions[:, : start + 1]), true[:, 0])
-    moving = actions[:, start].any(-1).numpy()  # a still picture is easy to repeat
-    if moving.any():
-        figures["psnr_1_moving"] = psnr(made[moving, 0], true[moving, 0])
-        figures["psnr_1_moving_repeat"] = psnr(frames[moving, start - 1], true[moving, 0])
-    rebuilt = np.stack([player.decode(player.encode(clip[start : start + 1])[0])[0] for clip in frames])
-    figures["psnr_autoencoder"] = psnr(rebuilt, true[:, 0])
-    figures["ssim_autoencoder"] = ssim(rebuilt, true[:, 0])
-    figures["sharpness_autoencoder"] = sharpness(rebuilt) / sharpness(true[:, 0])
-    for name, some in (("frechet", made), ("frechet_true", true)):
-        figures[name] = scope.features.distance(some[:, ::EVERY].reshape(-1, *some.shape[2:]))
+        at = horizon - 1
+        true, drawn = played.true[:, at], made[:, at]
+        best, still = rebuilt(scope.player, true), played.before[:, -1]
+        groups = {"": np.ones(len(true), bool)}
+        groups |= {} if walls is None else {"_open": ~walls[:, at], "_wall": walls[:, at]}
+        for name, some in groups.items():
+            if some.any():
+                figures |= compared(drawn[some], true[some], f"{horizon}{name}")
+                figures[f"autoencoder_psnr_{horizon}{name}"] = psnr(best[some], true[some])
+                figures[f"repeat_psnr_{horizon}{name}"] = psnr(still[some], true[some])
+                figures[f"views_{horizon}{name}"] = int(some.sum())
+        if blind is not None:
+            figures |= compared(blind[:, at], true, f"{horizon}{STATELESS}")
+        figures |= {f"autoencoder_{k}": v for k, v in compared(best, true, str(horizon)).items()}
+        for kind in dict.fromkeys(played.kinds):
+            some = np.array(played.kinds) == kind
+            figures[f"psnr_{horizon}_of_{kind}"] = psnr(drawn[some], true[some])
+    flat = [x[:, ::EVERY].reshape(-1, *x.shape[2:]) for x in (made, played.true)]
+    figures["frechet"] = frechet_distance(*flat)
+    if blind is not None:
+        figures[f"frechet{STATELESS}"] = frechet_distance(blind[:, ::EVERY].reshape(flat[1].shape), flat[1])
+    figures["frechet_autoencoder"] = frechet_distance(rebuilt(scope.player, flat[1]), flat[1])
+    _wall_share(scope, section, made, played, walls)
     section.round(3)
-    _tell(section, horizons, len(frames), len(scope.features.true))
-    rows = [x[i, ::8] for i in range(min(4, len(made))) for x in (true, made)]
-    save_picture(scope.folder / "rollout.png", grid(rows))
-    section.show("rollout.png", "Every eighth frame of four clips: true, and generated below")
+    _tell(section, played, horizons)
+    shown = [played.kinds.index(kind) for kind in dict.fromkeys(played.kinds)][:KINDS_SHOWN]
+    save_picture(scope.folder / "routes.png", grid([x[i, ::6] for i in shown for x in (played.true, made)]))
+    section.show("routes.png", "A route of each kind, every sixth frame: true, and generated below")
     return section
 
 
-def _tell(section: Section, horizons: list[int], clips: int, reference: int) -> None:
-    f = section.figures
+def compared(made: np.ndarray, true: np.ndarray, when: str) -> dict[str, float]:
+    """Figures of generated pictures (n, h, w, 3) beside the true ones; sharpness and octaves are shares of
+    theirs.
+    """
+    shares = octaves(made) / np.maximum(octaves(true), 1e-9)
+    return {
+        f"psnr_{when}": psnr(made, true),
+        f"ssim_{when}": ssim(made, true),
+        f"sharpness_{when}": sharpness(made) / max(sharpness(true), 1e-9),
+        **{f"octave{number + 1}_{when}": float(share) for number, share in enumerate(shares)},
+        f"highpass_{when}": highpass_correlation(made, true),
+    }
+
+
+def _played(scope: Scope) -> Played:
+    """The routes in the true world; without one, clips of recordings."""
+    if scope.truth is not None:
+        routes = [route for route in scope.routes if not route.kind.startswith(RETURN)]
+        some = routes[:: -(-len(routes) // scope.size.routes)]
+        return play_routes(scope.truth, some).cut(scope.most)
+    length = next((h for h in HORIZONS[::-1] if scope.clips.places(scope.history + h)), HORIZONS[0])
+    return recorded(scope.clips, scope.size.routes, scope.history, min(length, scope.most), scope.seed)
+
+
+def _walls(scope: Scope, played: Played) -> np.ndarray | None:
+    """Which true views a wall fills, by the map (b, t); None where there is no map."""
+    each = [wall_views(told, scope.lines) for told in played.told]
+    return None if any(one is None for one in each) else np.stack(each)
+
+
+def _wall_share(
+    scope: Scope, section: Section, made: np.ndarray, played: Played, walls: np.ndarray | None
+) -> None:
+    """Views at the routes' ends that a wall fills, by the probe."""
+    if scope.probe is None or walls is None:
+        return
+    f, shape = section.figures, (-1, *made.shape[2:])
+    f["probe_accuracy"] = scope.probe.accuracy
+    f["wall_share_map"] = float(walls[:, -END:].mean())
+    f["wall_share_true"] = float(scope.probe.fills(played.true[:, -END:].reshape(shape)).mean())
+    f["wall_share"] = float(scope.probe.fills(made[:, -END:].reshape(shape)).mean())
+    f["wall_ratio"] = f["wall_share"] / max(f["wall_share_true"], 1e-9)
+
+
+def _tell(section: Section, played: Played, horizons: list[int]) -> None:
+    f, kinds = section.figures, dict.fromkeys(played.kinds)
+    counts = ", ".join(f"{played.kinds.count(kind)} {kind}" for kind in kinds)
     section.say(
-        f"{clips} held-out clips; the network starts from their true frames and is given their keys. Fréchet "
-        f"distances of autoencoder features are to {reference} other true frames; that of the clips' own "
-        f"true frames is the floor: {f['frechet']:.3g} generated, {f['frechet_true']:.3g} true."
+        f"{len(played.kinds)} routes of {played.true.shape[1]} frames ({counts}), from the same true "
+        "frames and under the same keys in the true world and in the generated one. PSNR in dB; sharpness "
+        "and the energies of the grey picture's octaves, the finest first, in shares of the true ones; "
+        "high-pass: correlation of the two finest octaves with the true ones. The true world's map says "
+        "which true views a wall fills. Repeated: PSNR of the last true frame; autoencoder: of the true "
+        "frame encoded and decoded."
     )
-    rows = [[f"after {h}", f[f"psnr_{h}"], f[f"ssim_{h}"], f[f"sharpness_{h}"]] for h in horizons]
-    bound = [f"{name}_autoencoder" for name in ("psnr", "ssim", "sharpness")]
-    rows.append(["autoencoder alone, which bounds it", *(f[name] for name in bound)])
-    rows.append(["last frame repeated, after 1", f["psnr_1_repeat"], "", ""])
-    rows.append(["last frame moved, nothing drawn, after 1", f["psnr_1_moved"], "", ""])
-    section.table(["frames", "PSNR, dB", "SSIM", "sharpness, share of the true"], rows)
+    rows = []
+    for horizon in horizons:
+        for name, title in (("", ""), ("_open", ", open"), ("_wall", ", wall")):
+            key = f"{horizon}{name}"
+            if f"psnr_{key}" in f:
+                row = [f[f"{what}_{key}"] for what in ABOUT]
+                row += [f[f"{what}_{key}"] for what in ("views", "repeat_psnr", "autoencoder_psnr")]
+                rows.append([f"after {horizon}{title}", *row])
+        others = [(f"autoencoder, {horizon}", [f"autoencoder_{what}_{horizon}" for what in ABOUT])]
+        others += [(f"after {horizon}, no state", [f"{what}_{horizon}{STATELESS}" for what in ABOUT])]
+        for title, names in others:
+            rows += [[title, *(f[name] for name in names), "", "", ""]] if names[0] in f else []
+    columns = ["PSNR", "SSIM", "sharpness", *(f"octave {n + 1}" for n in range(OCTAVES)), "high-pass"]
+    section.table(["frames", *columns, "views", "repeated", "autoencoder"], rows)
+    section.table(
+        ["PSNR after", *map(str, horizons)],
+        [[kind, *(f[f"psnr_{horizon}_of_{kind}"] for horizon in horizons)] for kind in kinds],
+    )
+    section.say(
+        f"Fréchet distance of fixed features to the same routes' true frames: {f['frechet']:.3g} generated, "
+        f"{f['frechet_autoencoder']:.3g} the autoencoder alone."
+    )
+    if "wall_share" in f:
+        section.say(
+            f"In the routes' last {END} frames a wall fills {f['wall_share']:.0%} of the generated views "
+            f"and {f['wall_share_true']:.0%} of the true ones (by the map {f['wall_share_map']:.0%}); so "
+            f"says a probe that is right in {f['probe_accuracy']:.1%} of true views that it has not seen."
+        )

@@ -3,82 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..autoencoder import to_bytes
-from ..denoiser import Denoiser
 from ..device import autocast
-from ..session import Player
+from ..rollout.session import Player
 
 BATCH = 32  # games that are played at once
 
 
-def roll(
-    player: Player, frames: np.ndarray, actions: Tensor, seed: int | Tensor, name: str = "roll"
-) -> np.ndarray:
-    """Plays `actions` (b, t, k) from the first true frames (b, t, h, w, 3) → the generated rest, uint8. With
-    one `seed` game i gets seed + i; counterfactuals that are to have the same noise give seeds (b,).
+@dataclass(frozen=True)
+class Games:
+    """Games to be played side by side: each goes on from its own true frames."""
+
+    frames: np.ndarray  # the true frames that they begin with, uint8 (b, t, h, w, 3)
+    actions: Tensor  # (b, t + t', k): what caused these, and what is held from there on
+    seeds: Tensor  # of their noise (b,), int64
+    # (b)(t): the true states at these frames, None where they are not known
+    told: list[list[dict[str, float] | None]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def part(self, some: slice) -> Games:
+        told = None if self.told is None else self.told[some]
+        return Games(self.frames[some], self.actions[some], self.seeds[some], told)
+
+
+def start_frames(player: Player) -> int:
+    """True frames that a game begins with: all that a frame knows of those before it."""
+    config = player.denoiser.config
+    return max(config.sink_frames + config.context_frames, config.action_history)
+
+
+def roll(player: Player, games: Games, name: str = "roll", correction: float | None = None) -> np.ndarray:
+    """Plays all games to their ends → the generated frames, uint8 (b, t', h, w, 3); see Rollout for
+    `correction`.
     """
-    seeds = seed if isinstance(seed, Tensor) else torch.arange(len(frames)) + seed
-    start = player.denoiser.config.sink + player.denoiser.config.recent
-    total = len(frames) * (actions.shape[1] - start)
+    total = len(games) * (games.actions.shape[1] - games.frames.shape[1])
     made = []
     with tqdm(total=total, desc=name, unit="frame", disable=None) as progress:
-        for at in range(0, len(frames), BATCH):
-            part = slice(at, at + BATCH)
+        for at in range(0, len(games), BATCH):
             seen = []
-            for pictures in play(player, frames[part, :start], actions[part], seeds[part]):
+            for pictures in play(player, games.part(slice(at, at + BATCH)), correction):
                 seen.append(pictures)
                 progress.update(len(pictures))
             made.append(np.stack(seen, 1))
     return np.concatenate(made)
 
 
-def play(player: Player, frames: np.ndarray, actions: Tensor, seeds: Tensor) -> Iterator[np.ndarray]:
-    """Plays games with seeds (b,) on from their first true frames (b, t, h, w, 3) under actions (b, t', k),
-    whose first t caused these → the next frame of each at a time, uint8 (b, h, w, 3). A game comes out as if
-    it were played alone.
+def play(player: Player, games: Games, correction: float | None = None) -> Iterator[np.ndarray]:
+    """Plays games on → the next frame of each at a time, uint8 (b, h, w, 3). A game comes out as if it were
+    played alone.
     """
-    rollout = player.make_rollout(len(frames))
-    latents = torch.cat([player.encode(clip) for clip in frames])
-    actions, start = actions.to(player.device), frames.shape[1]
+    rollout = player.make_rollout(len(games), correction=correction)
+    latents = _encoded(player, games.frames)
+    actions, start = games.actions.to(player.device), games.frames.shape[1]
+    states = None
+    if player.states is not None:
+        told = games.told or [None] * len(games)
+        states = torch.cat([player.laid_states(one, start) for one in told])
+        states = player.known_states(latents, actions[:, :start], states)
     with torch.inference_mode(), autocast(player.device, player.dtype, cache=False):
-        rollout.reset(latents, actions[:, :start], seeds.to(player.device))
+        rollout.reset(latents, actions[:, :start], games.seeds.to(player.device), states)
     for action in actions[:, start:].unbind(1):
         # entered anew for each frame: neither may hold for whoever takes it
         with torch.inference_mode(), autocast(player.device, player.dtype, cache=False):
-            rollout.step(action)
-            pictures = to_bytes(rollout.picture).permute(0, 2, 3, 1).cpu().numpy()
-        yield pictures
+            latents = rollout.step(action)
+        yield player.decode(latents)
 
 
-@torch.inference_mode()
-def moved(player: Player, frames: np.ndarray, actions: Tensor) -> np.ndarray:
-    """First guesses at what follows true frames (b, t, h, w, 3) under the actions (b, t + 1, k), uint8: the
-    last frame moved, and nothing drawn.
-    """
-    denoiser = player.denoiser
-    latents = torch.cat([player.encode(clip[-2:]) for clip in frames])
-    actions = actions.to(player.device)[:, -denoiser.config.momentum - 1 :]
-    with autocast(player.device, player.dtype):
-        guess = denoiser.motion(latents, actions[:, :-1], actions[:, -1:]).mean[:, 0]
-    return player.decode(guess)
+def _encoded(player: Player, frames: np.ndarray) -> Tensor:
+    """Frames (b, t, h, w, 3) → latents (b, t, c, y, x); neighbours that begin alike are encoded once."""
+    each: list[Tensor] = []
+    for number, clip in enumerate(frames):
+        same = number and np.array_equal(clip, frames[number - 1])
+        each.append(each[-1] if same else player.encode(clip))
+    return torch.cat(each)
 
 
-@contextmanager
-def played_with(denoiser: Denoiser, commit_position: int, correction: float) -> Iterator[None]:
-    """Rollouts made inside bind actions at another commit position and correct otherwise than the checkpoint
-    says.
-    """
-    own = denoiser.config
-    denoiser.config = replace(own, commit_position=commit_position, correction=correction)
-    try:
-        yield
-    finally:
-        denoiser.config = own
+def rebuilt(player: Player, frames: np.ndarray) -> np.ndarray:
+    """True frames, uint8 (n, h, w, 3), encoded and decoded: the best that the network could show."""
+    parts = [frames[at : at + BATCH] for at in range(0, len(frames), BATCH)]
+    return np.concatenate([player.decode(player.encode(part)[0]) for part in parts])

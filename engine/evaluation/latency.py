@@ -7,20 +7,19 @@ a frame is drawn anew is no answer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from ..config import PlayConfig
 from ..device import threads
-from ..session import Session
+from ..rollout.session import Session
 from .branches import State, starts
 from .control import alternatives
-from .generated import played_with, roll
+from .generated import roll
 from .measures import difference, flat
 from .plots import draw_responses
 from .section import Scope, Section, skipped
 
+OWN = "as trained"
 ANSWERS = 48  # steps over which their time is taken
 AFTER = 8  # frames that the answer is followed
 VISIBLE = 1.0  # grey levels of the coarse picture by which the true world must have answered
@@ -29,41 +28,20 @@ SHARES = {"half": 0.5, "full": 0.9}  # of the strength that an answer reaches
 SPAN = 3  # frames over which that is taken
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How actions are bound, and whether the leaving frame is corrected (level 0: never)."""
-
-    commit_position: int
-    correction: float
-
-    def name(self, window: int) -> str:
-        bound = "frozen" if self.commit_position == window - 1 else f"c{self.commit_position}"
-        return f"{bound}_{'corrected' if self.correction else 'plain'}"
-
-
-def settings(window: int, correction: float) -> list[Setting]:
-    """Commit positions 0, 1, 2 and the window's last, at which actions are frozen at entry; each with
-    correction and without.
-    """
-    positions = sorted({min(c, window - 1) for c in (0, 1, 2)} | {window - 1})
-    return [Setting(c, level) for level in (correction, 0.0) for c in positions]
-
-
 def answer_ms(scope: Scope) -> float:
     """Median ms of steps that answer changed keys, all having been done before that can be."""
     session, keys = Session(scope.player), alternatives(len(scope.player.world.keys))
-    frames, actions = scope.clips.choose(scope.clips.places(scope.history), 1, scope.history, scope.seed)
-    session.reset(scope.seed, frames[0], actions[0].numpy())
+    session.reset(scope.seed, *scope.start())
     with threads(PlayConfig.threads):
         for number in range(ANSWERS):
-            session.prepare()
+            session.speculate()
             session.step(keys[number % len(keys)])
     return float(np.median(session.step_ms))
 
 
-def latency(scope: Scope, only_own: bool = False) -> Section:
+def latency(scope: Scope) -> Section:
     """Frames from a key to the first visible answer, to half and to all of the true one, as the checkpoint
-    plays and at all settings, or only as it plays.
+    plays and, with `size.settings`, without correction.
     """
     if scope.truth is None:
         return skipped("Latency", scope)
@@ -72,25 +50,22 @@ def latency(scope: Scope, only_own: bool = False) -> Section:
     if not found:
         section.say("No state was found in which a key changes the true picture.")
         return section
-    config = scope.player.denoiser.config
-    own = Setting(config.commit_position, config.correction)
-    every = [] if only_own else settings(config.window, config.correction or type(config)().correction)
     true = np.stack([one.frames for one in found])  # (flips, 2, t, h, w, 3)
+    levels = {OWN: None} | ({"uncorrected": 0.0} if scope.size.settings else {})
     answers = {}
-    for setting in [own, *(s for s in every if s != own)]:
-        with played_with(scope.player.denoiser, setting.commit_position, setting.correction):
-            made = roll(scope.player, *starts(found, scope.seed), f"latency {setting.name(config.window)}")
-        answers[setting] = answer(made.reshape(true.shape), true)
+    for name, level in levels.items():
+        made = roll(scope.player, starts(found, scope.seed), f"latency {name}", level)
+        answers[name] = answer(made.reshape(true.shape), true)
     seen = difference(true[:, 0], true[:, 1]) >= VISIBLE  # (flips, t)
-    times = {setting: summary(made, seen) for setting, made in answers.items()}
-    _figures(section, times, own, config.window, scope.player.world.fps, step_ms)
-    section.figures["latency_strength"] = float(np.median(strength(answers[own])))
-    section.figures["latency_half_true_frames"] = float(np.median(frames_until(answers[own], seen, 0.5)))
+    times = {name: summary(made, seen) for name, made in answers.items()}
+    _figures(section, times, scope.player.world.fps, step_ms)
+    section.figures["latency_strength"] = float(np.median(strength(answers[OWN])))
+    section.figures["latency_half_true_frames"] = float(np.median(frames_until(answers[OWN], seen, 0.5)))
     section.figures["latency_true_first"] = float(np.median(seen.argmax(1) + 1))
     section.round()
-    _tell(section, times, own, config.window, len(found), step_ms, scope.player.world.fps)
-    curves = {s.name(config.window): np.median(made, 0) for s, made in answers.items()}
-    draw_responses(scope.folder / "latency.png", curves, own.name(config.window))
+    _tell(section, times, len(found), step_ms, scope.player.world.fps)
+    curves = {name: np.median(made, 0) for name, made in answers.items()}
+    draw_responses(scope.folder / "latency.png", curves, OWN)
     section.show("latency.png", "Median size of the answer, in shares of the true world's at the same frame")
     return section
 
@@ -143,24 +118,20 @@ def summary(made: np.ndarray, seen: np.ndarray) -> dict[str, float]:
     return {name: float(np.median(frames_until(made, seen, level))) for name, level in levels.items()}
 
 
-def _figures(
-    section: Section, times: dict[Setting, dict], own: Setting, window: int, fps: float, step_ms: float
-) -> None:
-    for name, value in times[own].items():
+def _figures(section: Section, times: dict[str, dict], fps: float, step_ms: float) -> None:
+    for name, value in times[OWN].items():
         section.figures[f"latency_{name}_frames"] = value
     # a key goes down half a frame before the next step, on average; that step's picture is shown when what is
     # left of it to do is done
     section.figures["latency_answer_ms"] = step_ms
-    waiting = (times[own]["first"] - 1 + 0.5) * 1000 / fps
+    waiting = (times[OWN]["first"] - 1 + 0.5) * 1000 / fps
     section.figures["latency_ms"] = waiting + step_ms
     for setting, found in times.items():
-        for name, value in found.items():
-            section.figures[f"latency_{setting.name(window)}_{name}"] = value
+        for name, value in found.items() if setting != OWN else ():
+            section.figures[f"latency_{setting}_{name}"] = value
 
 
-def _tell(
-    section: Section, times: dict, own: Setting, window: int, flips: int, step_ms: float, fps: float
-) -> None:
+def _tell(section: Section, times: dict[str, dict], flips: int, step_ms: float, fps: float) -> None:
     f = section.figures
     section.say(
         f"{flips} key changes in true states, each against the same game without it, with the same noise. "
@@ -168,18 +139,12 @@ def _tell(
         f"from the first at which the true world visibly answers (by {VISIBLE:g} grey level), which is 1; "
         f"medians: first answer ({FIRST:g} of the true one), half and full (0.5 and 0.9 of the strength that "
         "it reaches, as its delay is one thing and how pale its pictures are another). The checkpoint's "
-        f"own setting is {own.name(window)}; its answers reach {f['latency_strength']:.2f} of the true "
+        f"own answers reach {f['latency_strength']:.2f} of the true "
         f"ones, half of which are reached after {f['latency_half_true_frames']:g}. A key waits half a frame "
-        f"for the next step on average, so its first answer is seen after ({times[own]['first']:g} - ½) x "
+        f"for the next step on average, so its first answer is seen after ({times[OWN]['first']:g} - ½) x "
         f"{1000 / fps:.0f} ms + {step_ms:.0f} ms = {f['latency_ms']:.0f} ms; the second part is what is "
         "left of a step when the key is known."
     )
-    rows = []
-    for setting, found in times.items():
-        c = setting.commit_position
-        bound = f"{c}, frozen at entry" if c == window - 1 else str(c)
-        level = f"{setting.correction:g}" if setting.correction else "off"
-        own_mark = " (own)" if setting == own else ""
-        rows.append([bound + own_mark, level, *(f"{found[name]:g}" for name in found)])
-    section.table(["commit position", "correction", "first", "half", "full"], rows)
+    rows = [[name, *(f"{found[key]:g}" for key in found)] for name, found in times.items()]
+    section.table(["played", "first", "half", "full"], rows)
     section.say(f"{AFTER + 1} means that it did not come within {AFTER} frames.")

@@ -1,9 +1,12 @@
-"""Figures of pictures, uint8 (n, h, w, 3): how alike, how sharp, how much in motion, shifted by how much."""
+"""Figures of pictures, uint8 (n, h, w, 3): how alike, how sharp and in which octaves, how much in motion,
+shifted by how much.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange, reduce
 
 POOL = 4  # pixels a side that a difference of views is averaged over: grain must not hide it
@@ -33,6 +36,41 @@ def sharpness(frames: np.ndarray) -> float:
     """Mean absolute difference of neighbouring pixels, in grey levels."""
     pixels = frames.astype(np.float32)
     return float(np.abs(np.diff(pixels, axis=1)).mean() + np.abs(np.diff(pixels, axis=2)).mean())
+
+
+OCTAVES = 4  # whose energies are told, the finest first
+HIGH = 2  # octaves that the high-pass part holds
+
+
+def octaves(frames: np.ndarray) -> np.ndarray:
+    """Mean energy of the grey picture's octaves, squared grey levels (OCTAVES,): of each what is lost when it
+    is halved in resolution and brought back, the finest first.
+    """
+    grey, energies = _pixels(frames).mean(1, keepdim=True), []
+    for _ in range(OCTAVES):
+        half = F.avg_pool2d(grey, 2)
+        energies.append(float((grey - _enlarged(half, 2)).square().mean()))
+        grey = half
+    return np.array(energies)
+
+
+def highpass_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over pictures of the correlation between the grey pictures' finest octaves, `HIGH` of them; 1
+    where they are equal. A detail that is sharp and in the wrong place does not help here.
+    """
+    a, b = (_highpass(x) for x in (a, b))
+    return float(((a * b).mean(1) / (a.square().mean(1) * b.square().mean(1)).sqrt().clamp_min(1e-6)).mean())
+
+
+def _highpass(frames: np.ndarray) -> torch.Tensor:
+    """uint8 (n, h, w, 3) → (n, h * w), without a mean."""
+    grey = _pixels(frames).mean(1, keepdim=True)
+    fine = (grey - _enlarged(F.avg_pool2d(grey, 2**HIGH), 2**HIGH)).flatten(1)
+    return fine - fine.mean(1, keepdim=True)
+
+
+def _enlarged(pixels: torch.Tensor, factor: int) -> torch.Tensor:
+    return F.interpolate(pixels, scale_factor=factor, mode="bilinear")
 
 
 def motion(frames: np.ndarray) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from .report import write
 from .section import Scope, Section
 
-VERSION = 1  # to be raised when a part comes to measure something else
+VERSION = 3  # to be raised when a part comes to measure something else
 
 
 class Parts:
@@ -50,7 +50,8 @@ class Parts:
 def key_of(scope: Scope) -> str:
     """Digest of all that the figures depend on."""
     player, truth = scope.player, scope.truth is not None
-    held = [[recording.directory.name, len(recording)] for recording in scope.clips.recordings]
-    arithmetic = [player.precision, player.device.type]
+    held = [[r.directory.name, len(r)] for r in scope.clips.recordings] if scope.clips else []
+    arithmetic = [player.precision, player.device.type, player.states is not None]
+    routes = [[r.kind, r.seed, r.warmup.tolist(), r.actions.tolist()] for r in scope.routes]
     about = [VERSION, player.checkpoint.digest(), scope.seed, asdict(scope.size), scope.most, truth]
-    return hashlib.sha256(json.dumps([*about, *arithmetic, held]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([*about, *arithmetic, held, routes]).encode()).hexdigest()[:16]

@@ -35,24 +35,17 @@ def draw_confusion(path: Path, table: np.ndarray, names: list[str]) -> None:
 
 
 def draw_responses(path: Path, curves: dict[str, np.ndarray], own: str) -> None:
-    """Answers to a key (t,) by setting, in two panels: with correction, and without."""
-    figure, axes = _figure(10, 4, 1, 2)
-    for axis, kind, title in zip(
-        axes[0], ("corrected", "plain"), ("leaving frame corrected", "no correction"), strict=True
-    ):
-        axis.axhline(1, color="black", linewidth=1, linestyle=":")
-        for name, curve in curves.items():
-            if name.endswith(kind):
-                bound = name.removesuffix(f"_{kind}").replace("c", "commit position ", 1)
-                bound = "frozen at entry" if name.startswith("frozen") else bound
-                label, width = (f"{bound} (own)", 3) if name == own else (bound, 1.5)
-                axis.plot(range(1, len(curve) + 1), curve, marker="o", linewidth=width, label=label)
-        axis.set_title(title)
-        axis.set_xlabel("frames after the key changed")
-        axis.set_ylabel("answer, share of the true one")
-        axis.set_ylim(-0.1, 1.3)
-        if len(axis.lines) > 1:  # one panel stays empty where a single setting was measured
-            axis.legend()
+    """Answers to a key (t,) by the way of playing; that called `own` is drawn thick."""
+    figure, axes = _figure(6, 4, 1, 1)
+    axis = axes[0, 0]
+    axis.axhline(1, color="black", linewidth=1, linestyle=":")
+    for name, curve in curves.items():
+        width = 3 if name == own else 1.5
+        axis.plot(range(1, len(curve) + 1), curve, marker="o", linewidth=width, label=name)
+    axis.set_xlabel("frames after the key changed")
+    axis.set_ylabel("answer, share of the true one")
+    axis.set_ylim(-0.1, 1.3)
+    axis.legend()
     figure.savefig(path, dpi=DPI)
 
 
@@ -61,11 +54,11 @@ def draw_drift(path: Path, games: dict[str, dict[str, np.ndarray]], seconds: flo
     names end in "true" are dashed, in the colour of their generated ones.
     """
     panels = {
-        "frechet": "Fréchet distance to true frames",
+        "nearest": "distance to the nearest true frames (features)",
         "sharpness": "sharpness, grey levels",
         "motion": "motion, grey levels a frame",
         "deviation": "deviation of colours, grey levels",
-        "stray": "distance to the nearest true frames (features)",
+        "away": "wandered since the first segment, grey levels",
         "red": "mean red, grey levels",
     }
     figure, axes = _figure(14, 7.5, 2, 3)

@@ -5,46 +5,59 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..session import Player
+import numpy as np
+
+from ..rollout.session import Player
 from .branches import Truth
 from .clips import Clips
-from .features import Features
+from .features import Reference
+from .generated import start_frames
+from .probe import WallProbe
+from .route import Route
+
+STATELESS = "_stateless"  # at the end of figures of the same network without its state
+STARTS = 16  # episodes that are tried for a start, and frames into them
 
 
 @dataclass(frozen=True)
 class Size:
     """How much is tried: the defaults are the full evaluation."""
 
-    held: int = 36_000  # frames that are recorded where no recording is given
-    clips: int = 64  # held-out clips over which fidelity is averaged
-    reference: int = 2048  # true frames that Fréchet distances are taken to
-    turns: int = 100
-    places: int = 3  # from which the minutes of endurance start; 0 leaves them out
-    minutes: tuple[int, ...] = (1, 2, 10)  # of the long games, ascending
+    routes: int = 96  # short routes that are played at most
+    returns: int = 8  # routes back to their start that are played of each length at most
+    return_seconds: tuple[int, ...] = (5, 10, 20)
+    reference: int = 3072  # true frames to which the nearest is sought
+    minutes: tuple[int, ...] = (1, 2)  # of the games in which drift is seen, ascending
+    long_minutes: tuple[int, ...] = (10,)  # of a few that go on
     minute: float = 60.0  # seconds
     segment: float = 5.0  # seconds over which a long game's figures are taken
-    starts: int = 3  # long games a policy, up to the second-longest of the minutes
-    long_starts: int = 2  # of these, games that go on to the longest
+    starts: int = 2  # games a policy and round
+    rounds: int = 3  # of them at most, until the halves agree
+    long_starts: int = 1  # of the long ones a policy
     steps: int = 300  # over which their time is taken
-    states: int = 24  # for counterfactuals
+    states: int = 96  # for counterfactuals
     flips: int = 16  # keys that change, for latency
+    settings: bool = True  # latency: at all settings, not only the network's own
     walks: int = 3  # places for each kind of behaviour
     idle: float = 60.0  # seconds of standing still
 
 
 QUICK = Size(
-    held=12_000,
-    clips=8,
+    routes=16,
+    returns=2,
+    return_seconds=(5,),
     reference=768,
-    turns=30,
-    places=0,
     minutes=(1,),
+    long_minutes=(),
     starts=1,
+    rounds=1,
+    long_starts=1,
     steps=120,
     states=6,
-    flips=6,
+    flips=4,
+    settings=False,
     walks=1,
-    idle=20.0,
+    idle=10.0,
 )
 
 
@@ -53,10 +66,14 @@ class Scope:
     """What is evaluated, what it is held against, and where pictures go."""
 
     player: Player
-    clips: Clips
-    features: Features
+    stateless: Player | None  # the same network without its state; None where it has none anyway
     truth: Truth | None  # None where the simulator is not to be had
     missing: str  # why
+    clips: Clips | None  # recordings, where there is no simulator
+    reference: Reference
+    probe: WallProbe | None  # None where no map tells which true views a wall fills
+    lines: np.ndarray  # of the map (n, 4), none where there is no map
+    routes: list[Route]
     folder: Path
     seed: int
     size: Size
@@ -65,10 +82,22 @@ class Scope:
     @property
     def history(self) -> int:
         """True frames that a game starts from."""
-        return self.player.denoiser.config.sink + self.player.denoiser.config.recent
+        return start_frames(self.player)
 
     def frames(self, seconds: float) -> int:
         return max(1, round(seconds * self.player.world.fps))
+
+    def start(self) -> tuple[np.ndarray, np.ndarray, list[dict[str, float] | None]]:
+        """True frames (t, h, w, 3) to begin a game with, the keys that caused them (t, k), and the states at
+        these (t).
+        """
+        if self.truth is not None:
+            for number in range(STARTS):
+                if state := self.truth.state(self.seed + number, self.history + STARTS):
+                    return state.frames, state.actions, state.told
+        places = self.clips.places(self.history)
+        frames, actions, told = self.clips.choose(places, 1, self.history, self.seed)
+        return frames[0], actions[0].numpy(), told[0]
 
 
 @dataclass

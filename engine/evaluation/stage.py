@@ -1,63 +1,80 @@
 """Stage `evaluate`: the generated world held against the true one; a report with pictures, and figures.
 
-Held-out recordings give true clips. Where the simulator is installed it gives what no recording can: the same
-moment under other keys.
+The simulator plays routes, states under other keys and long games, so no recording is needed. Where it is not
+installed, held-out recordings give true clips, and what needs the true world is left out.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..collection import collect
+import numpy as np
+
 from ..config import TrainConfig, UserError
 from ..dataset import split
 from ..recording import Recording, find_recordings
-from ..session import Player
+from ..rollout.session import Player
+from ..sight import wall_views
 from .behaviour import behaviour
 from .branches import Truth
+from .build_routes import KINDS, Builder
 from .clips import Clips
 from .control import control
-from .drift import drift
-from .endurance import endurance
-from .features import Features
+from .drift import POLICIES, drift, long_drift
+from .features import Reference
 from .fidelity import fidelity
+from .generated import start_frames
 from .latency import latency
 from .parts import Parts, key_of
+from .probe import WallProbe
 from .report import write_report
-from .section import QUICK, Scope, Section, Size
+from .returning import returning
+from .route import Route, load_routes, shipped_routes
+from .section import QUICK, STATELESS, Scope, Section, Size
 from .speed import speed
-from .turning import turning
 
 FULL = Size()
 SIMULATORS = {"doom": "vizdoom", "gym": "gymnasium"}
-HELD_OUT = 100_000  # seed of recordings that are played for the evaluation alone
+SAMPLE = 7000  # seed of the true frames to which the nearest is sought
 MEASURED: dict[str, Callable[[Scope], Section]] = {
     "fidelity": fidelity,
-    "turning": turning,
-    "drift": drift,
+    "returning": returning,
     "control": control,
     "latency": latency,
     "behaviour": behaviour,
-    "endurance": endurance,
     "speed": speed,
+    "drift": drift,
+    "long_drift": long_drift,
 }  # the parts, in the report's order
 LIBRARIES = ("torchmetrics", "matplotlib")
 HEADLINE = (
-    *(f"psnr_{h}" for h in (1, 16, 64)),
-    "ssim_1",
+    *(f"psnr_{h}" for h in (1, 8, 16, 64)),
+    *(f"sharpness_{h}" for h in (1, 8, 16, 64)),
+    *(f"octave1_{h}" for h in (1, 8, 16, 64)),
+    *(f"highpass_{h}" for h in (1, 8)),
+    *(f"psnr_{h}{STATELESS}" for h in (1, 8, 16, 64)),
     "frechet",
-    *(f"drift_{m}min" for m in (1, 2, 10)),
-    "motion_ratio",
+    "wall_ratio",
+    "drift_wall_ratio",
+    "flicker_idle",
     "control",
+    "control_low",
+    "control_high",
+    *(f"return_psnr_{s}" for s in (5, 10, 20)),
+    *(f"return_psnr_{s}{STATELESS}" for s in (5, 10, 20)),
+    *(f"drift_{m}min_{policy}" for m in (1, 2, 10) for policy in POLICIES),
+    *(f"motion_{m}min_{policy}" for m in (1, 2, 10) for policy in POLICIES[:2]),
     "latency_first_frames",
     "latency_half_frames",
     "latency_ms",
     "fps_p50",
+    "real_time",
+    "collapses",
 )
 
 
@@ -104,51 +121,67 @@ def evaluate(config: TrainConfig) -> dict:
 
 
 def open_scope(config: TrainConfig) -> Scope:
+    """Opens a network and its world, and samples true frames."""
     out = Path(config.out)
-    newest = [out / f"{stage}.safetensors" for stage in ("distill", "rollout", "denoiser")]
-    player = Player(
-        config.checkpoint or next((p for p in newest if p.exists()), newest[0]),
-        config.device,
-        config.precision,
-    )
+    newest = [out / f"{stage}.safetensors" for stage in ("decoder", "rollout", "denoiser")]
+    chosen = config.checkpoint or next((path for path in newest if path.exists()), newest[0])
+    player = Player(chosen, config.device, config.precision, state=config.state)
+    stateless = Player(chosen, config.device, config.precision, state=False) if player.states else None
     size = QUICK if config.quick else FULL
     folder = out / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
-    clips = Clips([Recording(path) for path in _held_out(config, player, folder, size)], player)
-    features = Features(player, clips.sample(size.reference, config.seed))
-    geometry = player.denoiser.config
+    file = config.routes or shipped_routes(player.world.name, player.world.keys)
+    routes = load_routes(file, player.world.name, player.world.keys) if file else []
     try:
-        truth, missing = Truth.open(player.world, geometry.sink + geometry.recent, config.seed), ""
+        truth, missing = Truth.open(player.world, start_frames(player), config.seed), ""
     except UserError as error:
         truth, missing = None, str(error)
-    return Scope(player, clips, features, truth, missing, folder, config.seed, size, config.frames)
-
-
-def _held_out(config: TrainConfig, player: Player, folder: Path, size: Size) -> list[Path]:
-    """Recordings that the network was not trained on; where data=DIR holds none at all, new ones are
-    played, if the simulator is there.
-    """
+    what = {"player": player, "stateless": stateless, "truth": truth, "missing": missing}
+    what |= {"routes": routes, "folder": folder, "seed": config.seed, "size": size, "most": config.frames}
+    if truth is None:
+        clips = _recordings(config, player)
+        reference = Reference(clips.sample(size.reference, config.seed))
+        return Scope(**what, clips=clips, reference=reference, probe=None, lines=np.zeros((0, 4)))
     try:
-        recordings = find_recordings(config.data)
-    except UserError:
-        if find_spec(SIMULATORS[player.world.kind]) is None:
-            raise
-        fresh = folder / "held_out"
-        print(f"There is no recording in {config.data}: new ones are played into {fresh}.", file=sys.stderr)
-        collect(
-            replace(
-                config, world=player.world, data=str(fresh), frames=size.held, seed=HELD_OUT + config.seed
-            )
+        lines = truth.world.map_lines()
+        if not routes:
+            what["routes"] = _drawn_routes(truth, lines, player.world.fps, config.seed, size)
+        frames, told = truth.sample(size.reference, SAMPLE + config.seed)
+        walls = wall_views(told, lines)
+        both = walls is not None and 0 < walls.mean() < 1
+        probe = WallProbe(frames, walls) if both else None
+        return Scope(**what, clips=None, reference=Reference(frames), probe=probe, lines=lines)
+    except BaseException:  # stopped by hand, too
+        truth.close()
+        raise
+
+
+def _drawn_routes(truth: Truth, lines: np.ndarray, fps: float, seed: int, size: Size) -> list[Route]:
+    """Routes for a world that none ship for."""
+    share = size.routes / sum(KINDS.values())
+    kinds = {kind: math.ceil(share * count) for kind, count in KINDS.items()}
+    returns = {seconds: size.returns for seconds in size.return_seconds}
+    return list(Builder(truth, lines, fps, seed).build(kinds, returns))
+
+
+def _recordings(config: TrainConfig, player: Player) -> Clips:
+    """Recordings that the network was not trained on, where there is no simulator."""
+    recordings = find_recordings(config.data)
+    unseen = recordings if config.unseen else split(recordings)[1]
+    if not unseen:
+        print(
+            f"{config.data} holds a single recording, of which nothing was held out: the network may have "
+            "learned what it is measured on, and then the figures are better than they should be.",
+            file=sys.stderr,
         )
-        return find_recordings(fresh)
-    return recordings if config.unseen else split(recordings)[1] or recordings
+    return Clips([Recording(path) for path in unseen or recordings], player)
 
 
 def _measure(scope: Scope, parts: Parts, until: float) -> tuple[list[Section], dict[str, float], list[str]]:
     """The parts one after the other, those that are found finished or can be begun before the clock reads
     `until`, but one at least → their sections, the seconds that each took, and the names of those left.
     """
-    names = [name for name in MEASURED if name != "endurance" or scope.size.places]
+    names = [name for name in MEASURED if name != "long_drift" or scope.size.long_minutes]
     found = {name: part for name in names if (part := parts.find(name))}
     if found:
         print(f"Taken over from {parts.folder}: {', '.join(found)}.", file=sys.stderr)

@@ -11,11 +11,12 @@ from .variants import VARIANTS
 BEGIN, END = "<!-- ablation -->", "<!-- /ablation -->"
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 COLUMNS = {
-    "drift_1min": "drift 1 min",
-    "drift_2min": "2 min",
-    "drift_10min": "10 min",
-    "stray_2min": "straying",
-    "motion_ratio": "motion ratio",
+    "drift_2min_scripted": "drift, script",
+    "drift_2min_random": "random",
+    "drift_2min_idle": "idle",
+    "motion_2min_random": "motion",
+    "flicker_idle": "flicker",
+    "drift_wall_ratio": "walls",
     "frechet": "Fréchet",
     "psnr_16": "PSNR@16",
     "psnr_64": "PSNR@64",

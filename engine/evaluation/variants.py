@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..config import DenoiserConfig
-from ..denoiser import Denoiser
-from ..distillation import shortened
-from ..kv_cache import KVCache
-from ..rollout import Rollout
-from ..sampler import add_noise, counter_noise
-from ..session import Player, make_denoiser
+from ..model.kv_cache import KVCache
+from ..model.noise import add_noise, counter_noise
+from ..rollout.rollout import Rollout
+from ..rollout.session import Player
 
 REFRESH = 88  # frames between two sinks, five seconds
 
@@ -23,11 +19,10 @@ REFRESH = 88  # frames between two sinks, five seconds
 class Sinkless(Rollout):
     """No sink at all. The config keeps it, so games start from the same frames as all others."""
 
-    def __init__(self, denoiser: Denoiser, batch: int = 1, dtype: torch.dtype = torch.float32, folded=True):
-        super().__init__(denoiser, batch, dtype, folded)
-        config, tokens = replace(self.config, sink=0), self.cache.tokens
-        device = denoiser.ladder.device
-        self.cache = KVCache(config, tokens, denoiser.keys, denoiser.shape, batch, device, dtype)
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        config, cache = replace(self.config, sink_frames=0), self.cache
+        self.cache = KVCache(config, cache.tokens, len(self.seed), cache.frame.device, cache.buffer.dtype)
 
 
 class SinkAtIndex(Rollout):
@@ -45,16 +40,16 @@ class SinkRefreshed(Rollout):
     What is due is decided on the device, so that a captured step can do it.
     """
 
-    def __init__(self, denoiser: Denoiser, batch: int = 1, dtype: torch.dtype = torch.float32, folded=True):
-        super().__init__(denoiser, batch, dtype, folded)
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
         self.begun = torch.zeros_like(self.cache.frame)  # index of the first frame that was played
         self.made = torch.zeros_like(self.cache.frame)  # index of the sink's first frame
-        self.behind = torch.arange(self.config.sink, device=self.made.device)
+        self.behind = torch.arange(self.config.sink_frames, device=self.made.device)
 
-    def reset(self, latents: Tensor, actions: Tensor, seed: Tensor) -> None:
+    def reset(self, latents: Tensor, actions: Tensor, seed: Tensor, states: Tensor | None = None) -> None:
         self.begun.fill_(max(latents.shape[1], self.start_frames))
         self.made.zero_()
-        super().reset(latents, actions, seed)
+        super().reset(latents, actions, seed, states)
 
     def _place_sink(self) -> None:
         cache, age = self.cache, self.cache.frame - self.begun
@@ -62,11 +57,11 @@ class SinkRefreshed(Rollout):
         newest = cache.frame - 1 - cache.sink  # the frame behind is pending: its keys are yet to be written
         keys, values = cache.buffer.index_select(3, (newest + self.behind) % cache.ring).unbind(1)
         kept = cache.buffer[:, 1, :, cache.ring : cache.ring + cache.sink]
-        cache.anchor.copy_(torch.where(due, keys, cache.anchor))
+        cache.unrotated_sink.copy_(torch.where(due, keys, cache.unrotated_sink))
         kept.copy_(torch.where(due, values, kept))
         self.made.copy_(torch.where(due, newest, self.made))
         place = cache.frame - self.start_frames - self.made
-        cache.place_sink(lambda anchor: self.denoiser.transformer.positions.shift(anchor, place))
+        cache.place_sink(lambda sink: self.denoiser.transformer.positions.shift(sink, place))
 
 
 class FrameByFrame(Rollout):
@@ -75,12 +70,11 @@ class FrameByFrame(Rollout):
     as it goes through there, each over one frame instead of all.
     """
 
-    def __init__(self, denoiser: Denoiser, batch: int = 1, dtype: torch.dtype = torch.float32, folded=True):
-        super().__init__(denoiser, batch, dtype, folded)
-        self.window.commit_position = 0  # its keys are known when a frame is begun
-        self.levels = denoiser.config.ladder[::-1]
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.levels = self.config.ladder[::-1]
 
-    def prepare(self) -> None:
+    def speculate(self) -> None:
         """Nothing can be done before the keys are known."""
 
     def step(self, action: Tensor, stale: bool | None = None) -> Tensor:
@@ -89,32 +83,37 @@ class FrameByFrame(Rollout):
     @torch.no_grad()
     def _alone(self, action: Tensor) -> Tensor:
         """The keys (b, k) → the frame that they cause (b, 1, c, y, x)."""
-        shown, known = (x[:, :1] for x in self.window.bind(action))
-        guess = self._guess(shown)
+        condition = self.window_condition(action[:, None])
         noise = counter_noise(self.seed, self.cache.frame, self.level[:1], self.denoiser.shape)
-        clean = guess.mean
+        clean = self.last[:, 1:]
         for level in self.levels:
             sigma = level * self.one
-            noisy = add_noise(clean, guess.doubt * noise, sigma)
-            clean = self._pass(noisy, sigma, shown, known, guess)
-        return clean
+            clean = self._pass(add_noise(clean, noise, sigma), sigma, condition)
+        return clean.expand(-1, self.config.window_frames, -1, -1, -1)
 
 
 class OnePass(FrameByFrame):
     """Frame by frame, each drawn from pure noise in a single pass."""
 
-    def __init__(self, denoiser: Denoiser, batch: int = 1, dtype: torch.dtype = torch.float32, folded=True):
-        super().__init__(denoiser, batch, dtype, folded)
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
         self.levels = self.levels[:1]
+
+
+class Uncorrected(Rollout):
+    """The window is denoised when the keys are known, and frames in flight are not sent back."""
+
+    def __init__(self, *given, **named):
+        super().__init__(*given, **(named | {"correction": 0.0}))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How the games are played, and what is otherwise than in the checkpoint's config."""
+    """How the games are played otherwise than in the checkpoint's config."""
 
     title: str  # in the table
     rollout: type[Rollout] = Rollout
-    changes: Callable[[DenoiserConfig], dict] = lambda config: {}
+    state: bool = True  # whether games have one
 
 
 VARIANTS = {
@@ -124,20 +123,8 @@ VARIANTS = {
     "sink_refreshed": Variant("sink renewed every 5 s", SinkRefreshed),
     "window_1": Variant("frame by frame, all levels", FrameByFrame),
     "window_1_one_pass": Variant("frame by frame, one pass", OnePass),
-    "ladder_3": Variant("window of 3", changes=lambda c: {"window": 3, "ladder": [0.5, 0.8, 1.0]}),
-    "ladder_2": Variant("window of 2", changes=lambda c: {"window": 2, "ladder": [0.6, 1.0]}),
-    "frozen": Variant(
-        "actions frozen at entry", changes=lambda c: {"commit_position": c.window - 1, "correction": 0.0}
-    ),
-    "c1": Variant("actions final at position 1", changes=lambda c: {"commit_position": 1}),
-    "c2": Variant("actions final at position 2", changes=lambda c: {"commit_position": 2}),
-    "uncorrected": Variant("no correction", changes=lambda c: {"correction": 0.0}),
-    "c1_uncorrected": Variant(
-        "position 1, no correction", changes=lambda c: {"commit_position": 1, "correction": 0.0}
-    ),
-    "c2_uncorrected": Variant(
-        "position 2, no correction", changes=lambda c: {"commit_position": 2, "correction": 0.0}
-    ),
+    "uncorrected": Variant("no correction", Uncorrected),
+    "stateless": Variant("no state", state=False),
 }
 
 
@@ -145,15 +132,4 @@ def open_variant(name: str, checkpoint: str | Path, device: str = "auto", precis
     """A checkpoint's networks, with the same weights in all variants, that play as the variant of this name
     does.
     """
-    player, variant = Player(checkpoint, device, precision), VARIANTS[name]
-    own = player.denoiser.config
-    config = replace(own, **variant.changes(own))
-    player.rollout = variant.rollout
-    if config.window == own.window:
-        player.denoiser.config = config
-        return player
-    made = make_denoiser(player.checkpoint, player.autoencoder)
-    player.checkpoint.load_into("denoiser", made)  # anew, as the player's own are laid out for speed
-    shorter = Denoiser(config, made.keys, *made.shape, player.autoencoder)
-    player.denoiser = player.ready(shortened(made, shorter))
-    return player
+    return Player(checkpoint, device, precision, VARIANTS[name].rollout, VARIANTS[name].state)

@@ -1,35 +1,35 @@
-"""Watch: figures and features of a long game as it goes by, segment after segment, in bounded memory."""
+"""Watch: figures of a long game as it goes by, segment after segment, in bounded memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from .features import Features, frechet
-from .measures import motion, sharpness
+from .features import Reference, features
+from .measures import difference, motion, sharpness
+from .probe import WallProbe
 
-EVERY = 3  # of the frames, for features: encoding is dear
+EVERY = 3  # of the frames, for features
 
 
 @dataclass
 class Watch:
-    """What is kept of a game: a row of figures and the features of each segment of `length` frames, the
-    pictures whose numbers are `shown`, and the first `begin` frames. Of the rest no more than a segment.
+    """What is kept of a game: a row of figures for each segment of `length` frames, the pictures whose
+    numbers are `shown`, and the first `begin` frames. Of the rest no more than a segment.
     """
 
-    features: Features
+    reference: Reference
     length: int
     policy: str = ""
     shown: frozenset[int] = frozenset()
     begin: int = 0
+    probe: WallProbe | None = None
     rows: list[dict[str, float]] = field(default_factory=list)
-    points: list[Tensor] = field(default_factory=list)  # a segment's features (n, d)
     strip: list[np.ndarray] = field(default_factory=list)
     beginning: list[np.ndarray] = field(default_factory=list)
     frames: int = 0
+    settled: np.ndarray | None = None  # the first segment's last frame
     _seen: list[np.ndarray] = field(default_factory=list)
 
     def add(self, frame: np.ndarray) -> None:
@@ -41,36 +41,49 @@ class Watch:
         self.frames += 1
         self._seen.append(frame)
         if len(self._seen) == self.length:
-            frames = np.stack(self._seen)
-            self.points.append(self.features.of(frames[::EVERY]))
-            self.rows.append(_figures(frames, self.points[-1], self.features))
+            self.settled = frame if self.settled is None else self.settled
+            self.rows.append(self._figures(np.stack(self._seen)))
             self._seen = []
 
+    def _figures(self, frames: np.ndarray) -> dict[str, float]:
+        """Of a segment, uint8 (n, h, w, 3): sharpness, mean colour and its deviation over pixels, distance to
+        the nearest true frames, motion, how far the view has come from that after the first segment (grey
+        levels of the coarse picture), and the share of views that a wall fills.
+        """
+        points = features(frames[::EVERY])
+        red, green, blue = frames.mean((0, 1, 2))
+        row = {
+            "sharpness": sharpness(frames),
+            "red": float(red),
+            "green": float(green),
+            "blue": float(blue),
+            "deviation": float(frames.std((0, 1, 2)).mean()),
+            "nearest": self.reference.nearest_distance(points),
+            "motion": motion(frames),
+            "away": float(difference(frames[-1], self.settled)),
+        }
+        return row if self.probe is None else row | {"wall": float(self.probe.of(points).mean())}
 
-def _figures(frames: np.ndarray, points: Tensor, features: Features) -> dict[str, float]:
-    """Of frames, uint8 (n, h, w, 3), and their features (n', d): sharpness, mean colour and its deviation
-    over pixels, Fréchet distance to true frames and straying from them, motion.
+
+def mean(games: list[Watch], name: str, some: slice) -> float:
+    """Of a figure over games and some of their segments."""
+    return float(np.mean([row[name] for game in games for row in game.rows[some]]))
+
+
+def growth(games: list[Watch], segments: int, span: int) -> float:
+    """Distance to the nearest true frames in the last `span` of the games' first `segments`, in shares of
+    that in the first `span`; all games pooled.
     """
-    red, green, blue = frames.mean((0, 1, 2))
-    return {
-        "sharpness": sharpness(frames),
-        "red": float(red),
-        "green": float(green),
-        "blue": float(blue),
-        "deviation": float(frames.std((0, 1, 2)).mean()),
-        "frechet": frechet(points, features.true),
-        "stray": features.stray(points),
-        "motion": motion(frames),
-    }
+    last = mean(games, "nearest", slice(segments - span, segments))
+    return last / max(mean(games, "nearest", slice(span)), 1e-9)
 
 
-def ratio(games: list[Watch], segments: int) -> float:
-    """Fréchet distance in the last of the games' first `segments`, in shares of that in the first. The frames
-    of all games are pooled: a few seconds of one game show one view, whose distance tells of the place.
-    """
-    pools = (torch.cat([game.points[at] for game in games]) for at in (0, segments - 1))
-    first, last = (frechet(pool, games[0].features.true) for pool in pools)
-    return last / max(first, 1e-9)
+def disagreement(games: list[Watch], segments: int, span: int) -> float:
+    """By how much the growths of both halves of the games differ, in shares of their mean; inf of one."""
+    if len(games) < 2:
+        return float("inf")
+    halves = [growth(games[number::2], segments, span) for number in (0, 1)]
+    return abs(halves[0] - halves[1]) / max(np.mean(halves), 1e-9)
 
 
 def curves(games: list[Watch]) -> dict[str, np.ndarray]:

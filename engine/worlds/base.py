@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+# position: a coordinate on a fixed map · angle: degrees, 0 to 360 · velocity: of a position, along the axes
+# of the map, in its units per step of the simulator (not per frame) · scalar: anything else
+STATE_KINDS = ("position", "angle", "velocity", "scalar")
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,20 @@ class ActionSpace:
         return tuple(name for name, held in zip(self.names, action, strict=True) if held > 0.5)
 
 
+def short_seed(seed: int) -> int:
+    """A seed of any size or sign → 0 to 2**31 - 1, which every simulator takes; itself where it fits."""
+    if 0 <= seed < 2**31:
+        return seed
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big") >> 1
+
+
 class World(Protocol):
     """A true game; `Session` has the same verbs. `step(action)` returns the frame that this action caused."""
 
     action_space: ActionSpace
     fps: float
     done: bool  # the episode ended with the last frame; reset before the next step
+    state_kinds: dict[str, str]  # what `state` tells → its kind, one of STATE_KINDS; empty: it tells nothing
 
     def reset(self, seed: int) -> np.ndarray:
         """Starts an episode → first frame, uint8 (h, w, 3)."""
@@ -54,7 +67,11 @@ class World(Protocol):
         ...
 
     def state(self) -> dict[str, float]:
-        """True state where the simulator tells it: x, y, angle (degrees), health, ammo."""
+        """True state at the last frame, with the names of `state_kinds`."""
+        ...
+
+    def map_lines(self) -> np.ndarray:
+        """The walls of the map, in the units of the positions: (m, 4), x1 y1 x2 y2; (0, 4) without a map."""
         ...
 
     def close(self) -> None: ...

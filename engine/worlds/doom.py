@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ..config import UserError, WorldConfig
-from .base import ActionSpace
+from .base import ActionSpace, short_seed
+from .guard import Guard, children
 
 BUTTONS = {
     "forward": "MOVE_FORWARD",
@@ -25,14 +28,24 @@ VARIABLES = {
     "x": "POSITION_X",
     "y": "POSITION_Y",
     "angle": "ANGLE",
+    "eye": "CAMERA_POSITION_Z",
+    "vx": "VELOCITY_X",
+    "vy": "VELOCITY_Y",
     "health": "HEALTH",
     "ammo": "SELECTED_WEAPON_AMMO",
 }
+KINDS = {"x": "position", "y": "position", "angle": "angle", "vx": "velocity", "vy": "velocity"}
+STEP, DOORWAY = 24, 56  # map units: the highest step and the lowest gap that a player passes
+_starting = threading.Lock()  # the working directory belongs to all threads
 START_TICS = 14  # by then the weapon is raised in every scenario
 
 
 class DoomWorld:
-    """One ViZDoom scenario; `step` advances it by `config.tics` of 1/35 s."""
+    """One ViZDoom scenario; `step` advances it by `config.tics` of 1/35 s.
+
+    Its state: x, y (map units), angle (degrees, 0 east, 90 north), eye (height of the camera, which bobs in
+    walking), vx, vy (map units a tic, after friction), health, and ammo where there is a key to fire.
+    """
 
     def __init__(self, config: WorldConfig) -> None:
         """Starts the simulator. Raises UserError for a missing package, scenario, key or resolution."""
@@ -45,18 +58,27 @@ class DoomWorld:
         self.fps = config.fps
         self.done = True
         self._frames = 0
-        self._variables = {name: getattr(vizdoom.GameVariable, value) for name, value in VARIABLES.items()}
-        # unless told otherwise ViZDoom writes its .ini into the working directory, shared by all processes
-        self._folder = tempfile.TemporaryDirectory(prefix="rollplay-doom-")
-        self._game = self._configure(vizdoom)
+        told = [name for name in VARIABLES if name != "ammo" or "attack" in config.keys]
+        self.state_kinds = {name: KINDS.get(name, "scalar") for name in told}
+        self._variables = {name: getattr(vizdoom.GameVariable, VARIABLES[name]) for name in told}
         try:
-            self._game.init()
+            self._folder = tempfile.TemporaryDirectory(prefix="rollplay-doom-", ignore_cleanup_errors=True)
+        except OSError as error:
+            raise UserError(f"ViZDoom needs a temporary folder to start in: {error.strerror}.") from None
+        others = children()
+        try:
+            self._game = self._configure(vizdoom)
+            with _inside(self._folder.name):
+                self._game.init()
         except Exception as error:  # one class per cause; all mean that it did not start
             self._folder.cleanup()
+            if isinstance(error, UserError):
+                raise
             said = " ".join(str(error).split())
             raise UserError(f"ViZDoom did not start {config.scenario!r}: {said}") from None
-        with contextlib.suppress(OSError):  # ViZDoom makes an empty folder where it starts and never needs it
-            os.rmdir("_vizdoom")
+        self._lines = _walls(self._game.get_state().sectors)
+        self._game.set_sectors_info_enabled(False)  # read once: in every state it costs a fifth of the speed
+        self._guard = Guard(children() - others)
 
     def _configure(self, vizdoom):
         config = self.config
@@ -89,13 +111,14 @@ class DoomWorld:
         game.set_render_weapon(True)
         for draw in ("hud", "minimal_hud", "crosshair", "messages", "screen_flashes"):
             getattr(game, f"set_render_{draw}")(False)
+        game.set_sectors_info_enabled(True)
         game.set_episode_start_time(START_TICS)
         game.set_episode_timeout(0)  # `done` counts frames itself
         return game
 
     def reset(self, seed: int) -> np.ndarray:
         """Starts an episode → first frame, uint8 (h, w, 3)."""
-        self._game.set_seed(seed & 0x7FFFFFFF)
+        self._game.set_seed(short_seed(seed))
         self._game.new_episode()
         self.done = False
         self._frames = 0
@@ -122,10 +145,52 @@ class DoomWorld:
         self._state = {name: self._game.get_game_variable(value) for name, value in self._variables.items()}
 
     def state(self) -> dict[str, float]:
-        """True state at the last frame: x, y, angle (degrees), health, ammo."""
+        """True state at the last frame, as the class says."""
         return dict(self._state)
+
+    def map_lines(self) -> np.ndarray:
+        """The walls and steps that stop a player, in map units: (m, 4), x1 y1 x2 y2."""
+        return self._lines
 
     def close(self) -> None:
         """Ends the simulator."""
         self._game.close()
+        self._guard.close()
         self._folder.cleanup()
+
+
+@contextlib.contextmanager
+def _inside(folder: str) -> Iterator[None]:
+    """Works in `folder` for a moment. ViZDoom writes into the directory that it starts in, and without leave
+    to write there, or where several start at once, it may crash.
+    """
+    with _starting:
+        try:
+            before = os.getcwd()
+        except OSError:  # it has been deleted
+            before = tempfile.gettempdir()
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+
+def _walls(sectors) -> np.ndarray:
+    """ViZDoom's sectors → (m, 4) of the lines that stop a player: walls, high steps and low gaps."""
+    sides: dict[tuple, list] = {}
+    blocking = set()
+    for sector in sectors:
+        for line in sector.lines:
+            ends = tuple(sorted([(line.x1, line.y1), (line.x2, line.y2)]))
+            sides.setdefault(ends, []).append(sector)
+            if line.is_blocking:
+                blocking.add(ends)
+    for ends, (first, *others) in sides.items():
+        for other in others:
+            gap = min(first.ceiling_height, other.ceiling_height) - max(
+                first.floor_height, other.floor_height
+            )
+            if abs(first.floor_height - other.floor_height) > STEP or gap < DOORWAY:
+                blocking.add(ends)
+    return np.array([[*a, *b] for a, b in sorted(blocking)], float).reshape(-1, 4)

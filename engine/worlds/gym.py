@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..config import UserError, WorldConfig
-from .base import ActionSpace
+from .base import ActionSpace, short_seed
 
 NATURAL = {
     "left": ("Left", "A"),
@@ -44,6 +44,7 @@ class GymWorld:
         if not (isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.shape[2] == 3):
             raise UserError(f"The environment {config.id!r} does not render RGB (render_mode rgb_array).")
         self.config = config
+        self.state_kinds: dict[str, str] = {}
         self.fps = config.fps
         self.done = True
         self._frames = 0
@@ -52,7 +53,7 @@ class GymWorld:
 
     def reset(self, seed: int) -> np.ndarray:
         """Starts an episode → first frame, uint8 (h, w, 3)."""
-        self._env.reset(seed=seed)
+        self._env.reset(seed=short_seed(seed))
         self.done = False
         self._frames = 0
         return self._frame()
@@ -77,6 +78,10 @@ class GymWorld:
     def state(self) -> dict[str, float]:
         """Empty: environments have no common words for their state."""
         return {}
+
+    def map_lines(self) -> np.ndarray:
+        """Empty (0, 4): no map is known."""
+        return np.zeros((0, 4))
 
     def close(self) -> None:
         """Ends the environment."""

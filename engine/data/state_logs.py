@@ -1,0 +1,153 @@
+"""Logs of states, apart from pictures: games cut from them, and the pictures' latents that belong to some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import StageConfig, UserError
+from ..recording import Recording
+
+WARM = 16  # at most so many recorded frames before those that are predicted
+APART_SHARE = 0.4  # of the iterations, in which frames are predicted from recorded ones
+APART = 24  # frames of a game in these
+SHORTEST = 8  # frames that are unrolled
+RESET_SHARE = 0.15  # of games that begin where an episode does
+ENCODED = 64  # pictures at once
+
+
+class StateBatch(NamedTuple):
+    """Recorded states (b, warm + t, S), the actions (b, warm + t, k) that caused them, and `warm`."""
+
+    states: Tensor
+    actions: Tensor
+    warm: int
+
+    def to(self, device: torch.device) -> StateBatch:
+        return StateBatch(self.states.to(device), self.actions.to(device), self.warm)
+
+
+class StateLogs:
+    """States, actions and resets of many recordings, one after the other, and games cut from them."""
+
+    def __init__(self, states: Tensor, actions: Tensor, resets: Tensor) -> None:
+        """(n, S) float32 raw units, (n, k) float32, (n,) bool: true where an episode or recording starts."""
+        self.states, self.actions, self.resets = states.float(), actions.float(), resets.bool()
+        first = torch.arange(len(resets))
+        borders = torch.cat([first[self.resets], torch.tensor([len(resets)])])
+        place = torch.searchsorted(borders, first, right=True).clamp_max(len(borders) - 1)
+        self.left = borders[place] - first  # frames of the same episode from here on
+
+    @classmethod
+    def read(
+        cls, recordings: Iterable[Recording], names: Sequence[str], keys: Sequence[str]
+    ) -> StateLogs | None:
+        """Opened recordings → logs with the numbers `names` and the actions laid out as `keys`.
+
+        Frames without state are left out; None where none has any. Raises UserError for a recording that
+        tells something of its world, but not all of `names`.
+        """
+        parts = []
+        for recording in recordings:
+            rows, states = known_states(recording, names)
+            if not len(rows):
+                continue
+            actions = np.zeros((len(rows), len(keys)), np.float32)
+            for column, name in enumerate(recording.names):
+                if name in keys:
+                    actions[:, keys.index(name)] = recording.actions[rows, column]
+            resets = recording.resets[rows] | (np.diff(rows, prepend=-2) != 1)
+            parts.append([torch.from_numpy(part) for part in (states, actions, resets)])
+        return cls(*(torch.cat(part) for part in zip(*parts, strict=True))) if parts else None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def cut(self, starts: Tensor, length: int, warm: int) -> StateBatch:
+        """Games that begin at the frames `starts` (b,) and are `length` frames long."""
+        rows = starts[:, None] + torch.arange(length)
+        return StateBatch(self.states[rows], self.actions[rows], warm)
+
+    def batch(self, seed: int, stage: StageConfig) -> StateBatch:
+        """Games drawn by the seed: with nothing to unroll, or unrolled for as many frames as one of the
+        lengths that double from SHORTEST up to `stage.unroll`, the fewer games the longer these are.
+        """
+        random = torch.Generator().manual_seed(seed)
+        lengths = [min(SHORTEST, stage.unroll)]
+        while lengths[-1] < stage.unroll:
+            lengths.append(min(2 * lengths[-1], stage.unroll))
+        unroll = lengths[int(torch.randint(len(lengths), (), generator=random))]
+        if float(torch.rand((), generator=random)) < APART_SHARE:
+            unroll = 0
+        warm = int(torch.randint(1, WARM + 1, (), generator=random)) if unroll else 0
+        length = warm + (unroll or APART)
+        fits = self.left >= length
+        anywhere, begun = fits.nonzero()[:, 0], (fits & self.resets).nonzero()[:, 0]
+        if not len(anywhere):
+            raise UserError(f"No recorded episode has {length} frames; collect longer ones.")
+        count = max(stage.batch // 4, stage.batch * lengths[0] // unroll) if unroll else stage.batch
+        starts = anywhere[torch.randint(len(anywhere), (count,), generator=random)]
+        if len(begun):
+            early = begun[torch.randint(len(begun), (count,), generator=random)]
+            starts = torch.where(torch.rand(count, generator=random) < RESET_SHARE, early, starts)
+        return self.cut(starts, length, warm)
+
+
+class StatePictures(NamedTuple):
+    """Some frames of recordings, spread over them, as latents, with their states."""
+
+    latents: Tensor  # (n, c, y, x) float16
+    states: Tensor  # (n, S) raw units
+
+    @classmethod
+    def read(
+        cls,
+        recordings: Iterable[Recording],
+        names: Sequence[str],
+        encode: Callable[[Tensor], Tensor],
+        limit: int,
+        seed: int,
+    ) -> StatePictures | None:
+        """At most `limit` frames drawn by the seed from opened recordings with the numbers `names`; `encode`:
+        uint8 (n, 3, h, w) → (n, c, y, x). None where no frame has a state.
+        """
+        told = [(recording, *known_states(recording, names)) for recording in recordings]
+        total = sum(len(rows) for _, rows, _ in told)
+        if not total:
+            return None
+        chosen = np.sort(np.random.default_rng(seed).permutation(total)[:limit])
+        latents, kept, first = [], [], 0
+        for recording, rows, states in told:
+            mine = chosen[(chosen >= first) & (chosen < first + len(rows))] - first
+            first += len(rows)
+            frames = recording.pick(rows[mine])
+            for at in range(0, len(mine), ENCODED):
+                part = mine[at : at + ENCODED]
+                pixels = np.stack([next(frames) for _ in part])
+                latents.append(encode(torch.from_numpy(pixels).permute(0, 3, 1, 2)).half().cpu())
+                kept.append(torch.from_numpy(states[part]))
+        return cls(torch.cat(latents), torch.cat(kept))
+
+    def batch(self, seed: int, count: int) -> StatePictures:
+        """`count` of them, drawn by the seed, in float32."""
+        random = torch.Generator().manual_seed(seed)
+        rows = torch.randint(len(self.latents), (count,), generator=random)
+        return StatePictures(self.latents[rows].float(), self.states[rows])
+
+    def to(self, device: torch.device) -> StatePictures:
+        return StatePictures(self.latents.to(device), self.states.to(device))
+
+
+def known_states(recording: Recording, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the frames whose state is known (n,), and these states (n, len(names)) float32."""
+    rows = [i for i, state in enumerate(recording.states) if state]
+    if rows and (missing := set(names) - recording.states[rows[0]].keys()):
+        said = f"{recording.directory} does not record {', '.join(sorted(missing))}"
+        raise UserError(f"{said}; collect it again, or train without that recording.")
+    rows = [i for i in rows if recording.states[i].keys() >= set(names)]
+    states = [[recording.states[i][name] for name in names] for i in rows]
+    return np.array(rows, np.int64), np.array(states, np.float32).reshape(len(rows), len(names))

@@ -1,0 +1,59 @@
+"""Two evaluations side by side, in Markdown: python -m engine.evaluation.compare BEFORE.json AFTER.json"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from .drift import POLICIES
+from .fidelity import HORIZONS
+from .section import STATELESS
+
+FPS = 17.5  # of a world, where figures do not tell how many times real time a step takes
+ROWS = {
+    **{f"PSNR after {h}": f"psnr_{h}" for h in HORIZONS},
+    **{f"PSNR after {h}, without state": f"psnr_{h}{STATELESS}" for h in HORIZONS},
+    **{f"sharpness after {h}": f"sharpness_{h}" for h in HORIZONS},
+    **{f"finest octave after {h}": f"octave1_{h}" for h in HORIZONS},
+    **{f"high-pass correlation after {h}": f"highpass_{h}" for h in HORIZONS[:2]},
+    "Fréchet distance": "frechet",
+    "idle flicker, grey levels a frame": "flicker_idle",
+    "control": "control control_low control_high",
+    "first answer, frames": "latency_first_frames",
+    "half answer, frames": "latency_half_frames",
+    **{
+        f"{m} min, {p}: nearest-true distance last/first (motion)": f"drift_{m}min_{p} motion_{m}min_{p}"
+        for m in (2, 10)
+        for p in POLICIES
+    },
+    "views filled by a wall, generated/true": "wall_ratio",
+    "the same in long games": "drift_wall_ratio",
+    **{f"coming back after {s} s, PSNR": f"return_psnr_{s}" for s in (5, 10, 20)},
+    **{f"coming back after {s} s, without state": f"return_psnr_{s}{STATELESS}" for s in (5, 10, 20)},
+    "collapses": "collapses",
+    "× real time": "real_time",
+}
+
+
+def cell(figures: dict, names: str) -> str:
+    """One or more figures: a value, and in brackets its interval or what stands beside it."""
+    figures = {"real_time": figures["fps_p50"] / FPS if "fps_p50" in figures else None} | figures
+    found = [f"{figures[name]:.3g}" for name in names.split() if figures.get(name) is not None]
+    value, *beside = found or ["–"]
+    return f"{value} ({' to '.join(beside)})" if beside else value
+
+
+def compare(before: dict, after: dict) -> str:
+    """Figures of stage=evaluate, twice → Markdown; rows that neither has are left out."""
+    lines = ["| | before | after |", "| --- | ---: | ---: |"]
+    for title, names in ROWS.items():
+        pair = [cell(figures, names) for figures in (before, after)]
+        lines += [f"| {title} | {' | '.join(pair)} |"] if set(pair) != {"–"} else []
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    print(compare(*(json.loads(Path(name).read_text("utf-8")) for name in sys.argv[1:])))

@@ -1,0 +1,151 @@
+"""How far the predicted state strays from the true one under the same keys, and if it leaves the rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import UserError
+from ..data.state_logs import StateLogs
+from ..model.state import StateModel
+from ..model.state_spec import difference, pick
+
+CELL = 1.0  # large steps: side of a cell of the map of places that the true player visited
+BATCH = 256
+
+
+@torch.no_grad()
+def evaluate_state(
+    model: StateModel,
+    logs: StateLogs,
+    visited: StateLogs,
+    horizons: Sequence[int] = (8, 64, 1000),
+    warm: int = 16,
+    fps: float = 17.5,
+    minutes: float = 10.0,
+) -> dict[str, float]:
+    """Median and 95th percentile of the error after each horizon, and escapes, on logs not trained on.
+
+    Every stretch begins with `warm` recorded frames; from there on the network has nothing but keys. A
+    horizon that no episode is long enough for is left out. Position errors and `idle_drift` in map units,
+    angles in degrees, the rest in raw units. `visited` are all logs that show where rooms are; see `escapes`.
+    """
+    figures: dict[str, float] = {}
+    model.eval()
+    for horizon in horizons:
+        starts = (logs.left >= warm + horizon).nonzero()[:, 0]
+        starts = starts[:: max(1, min(horizon, len(starts) // 400))]
+        if not len(starts):
+            continue
+        errors = [_errors(model, logs, part, warm, horizon) for part in starts.split(BATCH)]
+        figures[f"stretches_{horizon}"] = len(starts)
+        for name in errors[0]:
+            error = torch.cat([part[name] for part in errors])
+            figures[f"{name}_{horizon}_median"] = round(error.median().item(), 3)
+            figures[f"{name}_{horizon}_p95"] = round(error.quantile(0.95).item(), 3)
+    if model.spec.indices("position"):
+        figures |= escapes(model, logs, visited, warm, fps, minutes)
+        figures["idle_drift"] = idle_drift(model, logs, warm, round(12 * minutes * fps))
+    return figures
+
+
+def _errors(model: StateModel, logs: StateLogs, starts: Tensor, warm: int, horizon: int) -> dict[str, Tensor]:
+    """Distance from the truth after `horizon` frames, by kind or scalar's name, (n,) each."""
+    batch, spec = logs.cut(starts, warm + horizon, warm), model.spec
+    carry = model.begin(batch.states[:, :warm], batch.actions[:, :warm])
+    for action in batch.actions[:, warm:].unbind(1):
+        carry = model.step(carry, action)
+    off = difference(spec, carry.state, batch.states[:, -1])
+    errors = {}
+    for kind in ("position", "angle", "velocity"):
+        if spec.indices(kind):
+            errors[kind] = pick(off, spec.indices(kind)).norm(dim=-1)
+    return errors | {spec.names[i]: off[:, i].abs() for i in spec.indices("scalar")}
+
+
+@torch.no_grad()
+def escapes(
+    model: StateModel,
+    logs: StateLogs,
+    visited: StateLogs,
+    warm: int = 16,
+    fps: float = 17.5,
+    minutes: float = 10.0,
+    games: int = 8,
+) -> dict[str, float]:
+    """Games of some minutes under the keys of `logs`: how often and for how long they leave the rooms.
+
+    The rooms are all places within a large step of one that the true player was at. An escape is a stay
+    outside, however short. `never_returned` counts games that end outside or are out for ten seconds.
+    """
+    frames = round(60 * minutes * fps)
+    begun = (logs.left >= warm).nonzero()[:, 0]
+    if not len(begun):
+        raise UserError(f"No held-out episode has {warm} frames; give longer ones.")
+    starts = begun[torch.linspace(0, len(begun) - 1, games).long()]
+    first = logs.cut(starts, warm, warm)
+    carry = model.begin(first.states, first.actions)
+    rows = (starts[:, None] + warm + torch.arange(frames)) % len(logs)
+    rooms = Rooms(model, visited)
+    outside = torch.zeros(games, frames, dtype=torch.bool)
+    for frame, at in enumerate(rows.T):
+        carry = model.step(carry, logs.actions[at])
+        outside[:, frame] = rooms.outside(carry.state)
+    left = outside & ~torch.cat([torch.zeros_like(outside[:, :1]), outside[:, :-1]], 1)
+    stay = longest = torch.zeros(games)
+    for out in outside.T:
+        stay = (stay + 1) * out
+        longest = torch.maximum(longest, stay)
+    never = outside[:, -1] | (longest > 10 * fps)
+    return {
+        "escapes_per_ten_minutes": round(left.sum().item() / games * 10 / minutes, 3),
+        "longest_escape_seconds": round(longest.max().item() / fps, 2),
+        "never_returned": int(never.sum()),
+    }
+
+
+@torch.no_grad()
+def idle_drift(
+    model: StateModel, logs: StateLogs, warm: int = 16, frames: int = 2000, rest: int = 64
+) -> float:
+    """Median way in map units that a body strays in `frames` without keys, having come to rest before."""
+    begun = (logs.left >= warm).nonzero()[:, 0]
+    starts = begun[torch.linspace(0, len(begun) - 1, 32).long()]
+    first = logs.cut(starts, warm, warm)
+    carry = model.begin(first.states, first.actions)
+    still = torch.zeros_like(first.actions[:, 0])
+    for frame in range(rest + frames):
+        carry = model.step(carry, still)
+        if frame == rest - 1:
+            rested = carry.state
+    off = pick(carry.state - rested, model.spec.indices("position"))
+    return round(off.norm(dim=-1).median().item(), 3)
+
+
+class Rooms:
+    """Where the true player can be: cells that it visited, and their neighbours."""
+
+    def __init__(self, model: StateModel, visited: StateLogs) -> None:
+        self.places = model.spec.indices("position")
+        self.cell = CELL * pick(model.scales.step, self.places).max()
+        self.corner = pick(visited.states, self.places).amin(0) - 2 * self.cell
+        cells = self._cells(visited.states)
+        self.free = torch.zeros(*(cells.amax(0) + 3).tolist(), dtype=torch.bool)
+        self.free[tuple(cells.T)] = True
+        pool = {1: torch.nn.functional.max_pool1d, 2: torch.nn.functional.max_pool2d}
+        pool[3] = torch.nn.functional.max_pool3d
+        grown = pool[len(self.places)](self.free[None, None].float(), 3, 1, 1)
+        self.free = grown[0, 0] > 0
+
+    def _cells(self, states: Tensor) -> Tensor:
+        """(n, S) → (n, positions) whole numbers."""
+        return ((pick(states, self.places) - self.corner) / self.cell).floor().long()
+
+    def outside(self, states: Tensor) -> Tensor:
+        """(b, S) → (b,) bool: the state is in no cell of the rooms."""
+        cells = self._cells(states)
+        top = torch.tensor(self.free.shape)
+        beyond = ((cells < 0) | (cells >= top)).any(1)
+        return beyond | ~self.free[tuple(torch.minimum(cells.clamp_min(0), top - 1).T)]

@@ -1,0 +1,143 @@
+"""Frames ↔ latents at a spatial factor of 8, each frame alone: no look-ahead, no temporal delay."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..config import AutoencoderConfig
+
+
+class ResidualLayer(nn.Module):
+    """x + convolutions(x); starts as the identity, so the deep stack needs no normalisation."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(F.silu(x))))  # (n, width, y, x)
+
+
+def _down(width: int, wider: int) -> nn.Module:
+    return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * width, wider, 1))
+
+
+def _up(wide: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(wide, 4 * width, 1), nn.PixelShuffle(2))
+
+
+class Autoencoder(nn.Module):
+    """Convolutional autoencoder, narrow where pixels are many: decoding takes a few milliseconds on a CPU.
+
+    Latents have zero mean and unit variance over all channels together. Noise on them in training gives
+    more of the variance to what matters more for the picture. Moved and zoomed latents must decode to the
+    moved and zoomed picture (Kouzelis et al., 2025, EQ-VAE), so that motion in the world is motion in the
+    latents.
+    """
+
+    latent_noise = 0.2
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        w = list(config.widths)
+        encoder: list[nn.Module] = [
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(12, w[0], 3, padding=1),
+            ResidualLayer(w[0]),
+        ]
+        for fine, coarse in zip(w, w[1:], strict=False):
+            encoder += [_down(fine, coarse), ResidualLayer(coarse)]
+        encoder += [ResidualLayer(w[-1]) for _ in range(config.depth - 1)]
+        self.encoder = nn.Sequential(*encoder, nn.Conv2d(w[-1], config.channels, 1))
+        self.standard = nn.BatchNorm2d(1, affine=False, momentum=0.01)
+        decoder: list[nn.Module] = [nn.Conv2d(config.channels, w[-1], 3, padding=1)]
+        decoder += [ResidualLayer(w[-1]) for _ in range(config.depth)]
+        for coarse, fine in zip(w[::-1], w[-2::-1], strict=False):
+            decoder += [_up(coarse, fine), ResidualLayer(fine)]
+        self.decoder = nn.Sequential(*decoder, nn.Conv2d(w[0], 12, 3, padding=1), nn.PixelShuffle(2))
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 frames (n, 3, h, w) → latents (n, c, h/8, w/8)."""
+        return self.read(to_float(frames))
+
+    def read(self, pixels: Tensor) -> Tensor:
+        """Float pixels in [-1, 1] (n, 3, h, w) → latents (n, c, h/8, w/8), float32."""
+        latents = self._raw(pixels)
+        return self.standard(latents.flatten(1)[:, None, None]).view_as(latents)
+
+    def _raw(self, pixels: Tensor) -> Tensor:
+        return self.encoder(pixels.contiguous(memory_format=torch.channels_last)).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (n, c, y, x) → uint8 frames (n, 3, 8 y, 8 x)."""
+        return to_bytes(self.paint(latents))
+
+    def paint(self, latents: Tensor) -> Tensor:
+        """Latents (n, c, y, x) → float pixels, about in [-1, 1], (n, 3, 8 y, 8 x), float32."""
+        return self.decoder(latents.contiguous(memory_format=torch.channels_last)).float()
+
+    def loss(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruction loss of uint8 frames (n, 3, h, w): absolute and squared error, and that of the
+        gradients.
+
+        The gradient term keeps texture and small things (enemies, medkits) that squared error alone averages
+        away.
+        """
+        latents, pixels = self.encode(frames), to_float(frames)
+        moved = (len(frames) + 1) // 2
+        latents = torch.cat([zoom(latents[:moved], grid := random_crops(moved)), latents[moved:]])
+        pixels = torch.cat([zoom(pixels[:moved], grid), pixels[moved:]])
+        level = self.latent_noise * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+        made = self.paint(latents + level * torch.randn_like(latents))
+        error = made - pixels  # (n, 3, h, w)
+        squared = error.square().mean()
+        edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (
+            error[..., 1:, :] - error[..., :-1, :]
+        ).abs().mean()
+        loss = error.abs().mean() + 4 * squared + 0.1 * edges
+        return loss, {"psnr": 10 * torch.log10(4 / squared.detach())}
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(frames)
+
+
+def random_crops(count: int) -> Tensor:
+    """Affine maps (n, 2, 3) of random windows that are three quarters of the picture or more on each side."""
+    size = 0.75 + 0.25 * torch.rand(count)
+    middle = (2 * torch.rand(count, 2) - 1) * (1 - size)[:, None]
+    return torch.cat([torch.diag_embed(size[:, None].expand(-1, 2)), middle[..., None]], -1)
+
+
+def zoom(x: Tensor, crops: Tensor) -> Tensor:
+    """The crops (n, 2, 3) of x (n, c, h, w), bilinearly enlarged to its size."""
+    grid = F.affine_grid(crops.to(x.device), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def to_float(frames: Tensor) -> Tensor:
+    """uint8 [0, 255] → float [-1, 1], any shape."""
+    return frames.float() / 127.5 - 1
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Float, about in [-1, 1] → uint8 [0, 255], any shape."""
+    return ((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def encode_clip(autoencoder: Autoencoder, frames: Tensor) -> Tensor:
+    """uint8 frames (b, t, 3, h, w) → latents (b, t, c, y, x)."""
+    latents = autoencoder.encode(rearrange(frames, "b t c h w -> (b t) c h w"))
+    return rearrange(latents, "(b t) c y x -> b t c y x", b=frames.shape[0])
+
+
+def decode_clip(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+    """Latents (b, t, c, y, x) → uint8 frames (b, t, 3, h, w)."""
+    frames = autoencoder.decode(rearrange(latents, "b t c y x -> (b t) c y x"))
+    return rearrange(frames, "(b t) c h w -> b t c h w", b=latents.shape[0])

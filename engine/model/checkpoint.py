@@ -1,0 +1,265 @@
+"""Weights on disk: safetensors with config and provenance inside, written beside and then renamed.
+
+Weights lie there as they were trained, in float32. Smaller files are made by packing.py alone; both are read
+here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.overrides import TorchFunctionMode
+
+from ..config import ModelConfig, UserError, WorldConfig
+
+FORMAT = 2  # 1: the networks with a flow, always packed
+SCALE = "#scale"  # behind the name of a tensor kept in 8 bits: that of its rows' scales
+EXTRAS = "extras"  # before the names of tensors that are no network's
+LARGEST = 4096  # that a size in a header may be; a million frames remembered fit into no memory
+
+
+T = TypeVar("T")
+
+
+def save_checkpoint(
+    path: Path,
+    modules: dict[str, nn.Module],
+    model: ModelConfig,
+    world: WorldConfig,
+    extras: dict[str, Tensor] | None = None,
+    **about: Any,
+) -> None:
+    """Writes the modules' weights as they are, and `extras`, any tensors besides (starts, say).
+
+    `about` is free provenance (seed, minutes trained, card, licence notices, scores) and must be JSON.
+    """
+    tensors = {
+        f"{name}.{key}": value
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
+    tensors |= {f"{EXTRAS}.{name}": value for name, value in (extras or {}).items()}
+    head = {"modules": list(modules), "model": asdict(model), "world": asdict(world), **about}
+    write_tensors(path, tensors, head)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], head: dict[str, Any]) -> None:
+    """Writes a checkpoint from its parts; a failed write raises UserError and leaves what was there."""
+    # copies, as two names may be of one tensor, which safetensors refuses
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, beside, metadata={"rollplay": json.dumps(head | {"format": FORMAT})})
+        os.umask(mask := os.umask(0))
+        os.chmod(beside, 0o666 & ~mask)  # it comes readable for its owner alone
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        if path.parent.is_dir():
+            beside.unlink(missing_ok=True)
+        raise UserError(
+            f"The checkpoint {path} could not be written ({error}); free some space and run again."
+        ) from error
+
+
+def kept(made: T, wanted: T, given: Collection[str], section: str, free: Collection[str]) -> T:
+    """The config `made` of networks that exist, with what the command line gave of those fields laid over it
+    that are `free` to change: `wanted` has its values, and `given` names it, as "model.denoiser.ladder" for
+    the section "model.denoiser". Raises UserError where it gave another field a new value.
+    """
+    changes = {}
+    for name in (f.name for f in fields(made)):
+        option, before, now = f"{section}.{name}", getattr(made, name), getattr(wanted, name)
+        if before == now or not ({option, section} & set(given)):
+            continue
+        if name not in free:
+            raise UserError(f"{option}={now} cannot be chosen any more: it was trained with {before}.")
+        changes[name] = now
+    return replace(made, **changes)
+
+
+class Checkpoint:
+    """A checkpoint file, read and checked. Raises UserError for a file that is missing, cut, or not ours.
+
+    `about` is all of its header, `model` and `world` its configs, `modules` the names of its networks,
+    `extras` the tensors besides these.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        head, self.tensors = _read(self.path)
+        try:
+            self.about: dict[str, Any] = json.loads(head)
+            if self.about["format"] != FORMAT:
+                raise UserError(
+                    f"{self.path} has format {self.about['format']}; this version reads {FORMAT}."
+                )
+            self.modules = list(self.about["modules"])
+            parts, world, kinds = self.about["model"], self.about["world"], get_type_hints(ModelConfig)
+            _check_sizes([parts, [world.get(side, 0) for side in ("height", "width")]])
+            self.model = ModelConfig(**{name: kinds[name](**part) for name, part in parts.items()})
+            self.world = WorldConfig(**world)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"The config inside {self.path} is not one that this version understands: {error}."
+            ) from error
+        prefix = EXTRAS + "."
+        self.extras = {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+    def build(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
+        """The network `name`, which `make` makes with fresh weights, with those of the file.
+
+        Its sizes are compared with the file before any memory is taken: a header may say anything.
+        """
+        expected = {key: tuple(value.shape) for key, value in self._weights(name).items()}
+        there = sum(value.numel() for value in self.tensors.values())
+        try:
+            with _only_shapes(4 * there + 10**6):
+                made = {key: tuple(value.shape) for key, value in make().state_dict().items()}
+        except _TooLarge:
+            made = {}
+        if made != expected:
+            wrong = sorted(key for key in made.keys() | expected.keys() if made.get(key) != expected.get(key))
+            raise self._misfit(name, wrong[0])
+        module = make()
+        self.load_into(name, module)
+        return module
+
+    def load_into(self, name: str, module: nn.Module) -> None:
+        """Fills `module` with the weights stored as `name`, or as a part of one ("denoiser.motion"); refuses
+        missing, foreign and misshapen ones.
+        """
+        own = self._weights(name)
+        scales = {key: self.tensors.get(f"{name}.{key}{SCALE}") for key in own}
+        try:
+            module.load_state_dict({k: x if scales[k] is None else x * scales[k] for k, x in own.items()})
+        except RuntimeError as error:
+            first = "".join(str(error).splitlines()[1:2]).strip()[:160]
+            raise self._misfit(name, first) from error
+
+    def _weights(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a network or of a part of one, by their names in it, without scales."""
+        if name.split(".")[0] not in self.modules:
+            raise UserError(
+                f"{self.path} holds no {name}, only {self.about['modules']}; train that stage first."
+            )
+        prefix = name + "."
+        return {
+            key[len(prefix) :]: value
+            for key, value in self.tensors.items()
+            if key.startswith(prefix) and not key.endswith(SCALE)
+        }
+
+    def _misfit(self, name: str, where: str) -> UserError:
+        return UserError(f"The weights of {name} in {self.path} do not fit its config ({where}); train anew.")
+
+    def digest(self) -> str:
+        """Short hash of the file: the name by which recordings, caches and later stages know it."""
+        return file_digest(self.path)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The header of a checkpoint alone, which costs nothing; raises UserError as Checkpoint does."""
+    try:
+        return json.loads(_read(path, ())[0])
+    except ValueError as error:
+        raise UserError(f"The header of {path} is damaged; copy it again or train anew.") from error
+
+
+def _read(path: Path, wanted: Sequence[str] | None = None) -> tuple[str, dict[str, Tensor]]:
+    """→ the text of a file's header and its tensors, all of them or those that are wanted."""
+    if not path.is_file():
+        raise UserError(
+            f"There is no checkpoint {path}; train one (python train.py) or give checkpoint=FILE."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            head = (file.metadata() or {}).get("rollplay")
+            tensors = {key: file.get_tensor(key) for key in (file.keys() if wanted is None else wanted)}
+    except (SafetensorError, OSError, ValueError) as error:
+        said = f"{path} is not a readable checkpoint (cut short, or another kind of file)"
+        raise UserError(f"{said}; copy it again or train one.") from error
+    if head is None:
+        raise UserError(f"{path} holds weights of another program, not a Rollplay checkpoint.")
+    return head, tensors
+
+
+def _check_sizes(part: Any) -> None:
+    """No number in a header's configs may be so large that what it describes fits into no memory."""
+    values = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    for value in values:
+        if isinstance(value, int | float) and not abs(value) <= LARGEST:
+            raise ValueError(f"the size {value} is beyond {LARGEST}")
+        _check_sizes(value)
+
+
+class _TooLarge(Exception):
+    """More was made than the file can fill."""
+
+
+class _NoMemory(TorchFunctionMode):
+    """What is made with a given shape has no memory. Not torch.device("meta"), under which arange and its
+    like load Triton, too: loaded in a window's thread, that crashes with the LLVM of Mesa's drivers.
+    """
+
+    FILLED = (torch.empty, torch.zeros, torch.ones, torch.full)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        more = {"device": "meta"} if function in self.FILLED else {}
+        return function(*args, **{**(kwargs or {}), **more})
+
+
+@contextmanager
+def _only_shapes(limit: int) -> Iterator[None]:
+    """Networks made inside have shapes and no memory; one of more than `limit` weights is stopped."""
+    made = 0
+
+    def count(module: nn.Module, name: str, value: Tensor | None) -> None:
+        nonlocal made
+        made += 0 if value is None else value.numel()
+        if made > limit:
+            raise _TooLarge
+
+    with _NoMemory():
+        hooks = [register_module_parameter_registration_hook(count)]
+        hooks.append(register_module_buffer_registration_hook(count))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def file_digest(path: Path) -> str:
+    """Short hash of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def weights_digest(module: nn.Module, without: Sequence[str] = ()) -> str:
+    """Short hash of a network's weights: caches made with it are known by it. Parts of the names in `without`
+    do not count.
+    """
+    digest = hashlib.sha256()
+    for key, value in module.state_dict().items():
+        if key.split(".")[0] not in without:
+            digest.update(value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

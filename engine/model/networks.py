@@ -1,0 +1,68 @@
+"""The networks that a checkpoint's configs describe, made and loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from ..config import ModelConfig, WorldConfig
+from .autoencoder import Autoencoder
+from .checkpoint import Checkpoint
+from .denoiser import Denoiser
+from .scene import SceneModel
+from .state import StateModel
+from .state_reader import StateReader
+from .state_spec import StateSpec, features_width, scene_columns
+
+
+def spec_of(model: ModelConfig) -> StateSpec | None:
+    """What a world tells of itself; None where that is nothing."""
+    return StateSpec.from_dict(asdict(model.state)) if model.state.names else None
+
+
+def make_states(model: ModelConfig, world: WorldConfig) -> StateModel | None:
+    """The predictor of a world's state with fresh weights; None for a world that tells none."""
+    spec = spec_of(model)
+    return StateModel(spec, len(world.keys)) if spec else None
+
+
+def make_reader(model: ModelConfig, world: WorldConfig) -> StateReader | None:
+    """What reads a world's state off latents, with fresh weights; None for a world that tells none."""
+    spec = spec_of(model)
+    return StateReader(*model.autoencoder.latent_shape(world), spec) if spec else None
+
+
+def make_denoiser(model: ModelConfig, world: WorldConfig) -> Denoiser:
+    """The denoiser with fresh weights."""
+    spec = spec_of(model)
+    features = features_width(spec) if spec else 0
+    shape, known_by = model.autoencoder.latent_shape(world), scene_columns(spec) if spec else ()
+    return Denoiser(model.denoiser, len(world.keys), features, *shape, known_by)
+
+
+def make_scene(model: ModelConfig, world: WorldConfig) -> SceneModel | None:
+    """What knows what is to be seen where, with fresh weights; None for a world that tells no state."""
+    return make_denoiser(model, world).condition.scene
+
+
+def load_autoencoder(checkpoint: Checkpoint) -> Autoencoder:
+    """The autoencoder of a checkpoint with its weights."""
+    return checkpoint.build("autoencoder", lambda: Autoencoder(checkpoint.model.autoencoder))
+
+
+def load_states(checkpoint: Checkpoint) -> StateModel | None:
+    """The state's predictor of a checkpoint with its weights; None where its world tells no state."""
+    if spec_of(checkpoint.model) is None:
+        return None
+    return checkpoint.build("states", lambda: make_states(checkpoint.model, checkpoint.world))
+
+
+def load_reader(checkpoint: Checkpoint) -> StateReader | None:
+    """What reads the state off latents, with its weights; None where the checkpoint has none."""
+    if "reader" not in checkpoint.modules:
+        return None
+    return checkpoint.build("reader", lambda: make_reader(checkpoint.model, checkpoint.world))
+
+
+def load_denoiser(checkpoint: Checkpoint) -> Denoiser:
+    """The denoiser of a checkpoint with its weights."""
+    return checkpoint.build("denoiser", lambda: make_denoiser(checkpoint.model, checkpoint.world))

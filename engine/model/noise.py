@@ -1,0 +1,83 @@
+"""Noise as pure functions: counter-based Gaussian noise, adding it, and the levels that training shows.
+
+Flow matching: x = (1 - sigma) * clean + sigma * noise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOWEST = 0.2  # share of the ladder's levels down to which a denoiser is trained
+
+
+def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """(b, t, c, y, x) clean and noise, sigma (b, t) → noisy latents of the same shape."""
+    sigma = sigma[..., None, None, None]
+    return torch.lerp(clean, noise, sigma)
+
+
+def counter_noise(seed: Tensor, frame: Tensor | int, level: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Gaussian noise as a function of (seed, frame index, level), the same on every device.
+
+    seed (b,) int64, frame index () of the first of t frames, level (t,) int64, shape of one frame's latents →
+    (b, t, *shape). A 32-bit integer hash (the finaliser of MurmurHash3) of the counter gives two uniforms for
+    the Box-Muller transform.
+    """
+    device, count = seed.device, math.prod(shape)
+    frames = frame + torch.arange(len(level), device=device)
+    seed = seed ^ _hash(seed >> 32)  # all 64 bits of a seed count
+    key = _hash(seed[:, None] * 0x9E3779B1 + _hash(frames * 0x85EBCA77 + level * 0xC2B2AE3D))  # (b, t)
+    half = (count + 1) // 2
+    counter = torch.arange(2 * half, device=device) * 0x27D4EB2F
+    bits = _hash(_hash(key[..., None] ^ counter) + key[..., None])  # (b, t, 2 half) in [0, 2^32)
+    uniform = (bits.float() + 0.5) * 2**-32
+    radius = (-2 * uniform[..., :half].clamp_min(1e-9).log()).sqrt_()
+    angle = 2 * math.pi * uniform[..., half:]
+    normal = torch.cat([radius * angle.cos(), radius * angle.sin()], -1)[..., :count]
+    return normal.unflatten(-1, shape)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Mixes the low 32 bits of int64 counters."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def ramp(ladder: Tensor, filled: int) -> Tensor:
+    """The window's levels (w,) while it is being filled: position k has gone through at most `filled` passes
+    before.
+
+    With `filled` = 0 all positions are pure noise, with `filled` ≥ w - 1 they are the ladder.
+    """
+    positions = torch.arange(len(ladder), device=ladder.device)
+    return ladder[
+        torch.maximum(positions, torch.tensor(len(ladder) - 1 - filled, device=ladder.device).clamp_min(0))
+    ]
+
+
+def jittered(ladder: Tensor, most: float) -> Tensor:
+    """Levels (b, w), each a random share of at most `most` lower, but for the last, which stays pure noise:
+    what is trained at a ladder's very levels alone is at a loss where others are wanted.
+    """
+    share = most * torch.rand(ladder.shape, device=ladder.device)
+    share[:, -1] = 0
+    return ladder * (1 - share)
+
+
+def training_sigma(ladder: Tensor, batch: int, jitter: float) -> Tensor:
+    """Noise levels (batch, w) that a denoiser is trained at: the ladder's, each a share of at most `jitter`
+    lower. A third of the rows is raised from some position on, as while a window fills up and when frames
+    are sent back; another third is lowered as a whole, for who asks it about details (stage `distill`).
+    """
+    window, device = len(ladder), ladder.device
+    rungs = torch.arange(window, device=device).expand(batch, window)
+    raised = torch.randint(window, (batch, 1), device=device)
+    kind = torch.rand(batch, 1, device=device)
+    raised = torch.where(kind < 0.33, raised, 0)
+    share = torch.where(kind > 0.67, LOWEST + (1 - LOWEST) * torch.rand(batch, 1, device=device), 1)
+    return share * jittered(ladder[torch.maximum(rungs, raised)], jitter)

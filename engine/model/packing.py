@@ -1,0 +1,117 @@
+"""Stage `pack`: the small file that ships. Most weights in 8 bits, each row with a scale; the rest in 16."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import TrainConfig, UserError
+from ..dataset import split
+from ..recording import Recording, find_recordings
+from .checkpoint import EXTRAS, SCALE, Checkpoint, write_tensors
+from .networks import load_autoencoder
+
+START_FRAMES = 16  # of a start: more than any model remembers
+STARTS = 5  # unless they are named
+SMALLEST = 4096  # elements of a tensor that is worth a scale for each of its rows
+# 16 bits for what makes pixels, as the eye sees what rounding does there, and for the state's predictor,
+# whose errors add up
+HALF = ("autoencoder.decoder", "states")
+
+
+def pack(config: TrainConfig) -> dict:
+    """Packs `config.checkpoint` into `config.out`, a file or a directory → its size, and the matrix that lost
+    most.
+
+    Raises UserError where something lies there already and `again` is not given.
+    """
+    if not config.checkpoint:
+        raise UserError("stage=pack needs checkpoint=FILE, of which it makes a small one at out=FILE.")
+    source, out = Checkpoint(config.checkpoint), Path(config.out)
+    target = out if out.suffix == ".safetensors" else out / f"{source.world.name}.safetensors"
+    if target.exists() and (target.samefile(source.path) or not config.again):
+        raise UserError(f"{target} is there already; choose another out=FILE, or again=true to replace it.")
+    if any(key.endswith(SCALE) for key in source.tensors):
+        raise UserError(f"{source.path} is packed already; give the checkpoint that training wrote.")
+    tensors: dict[str, Tensor] = {}
+    worst, name = 0.0, ""
+    for key, value in source.tensors.items():
+        small = {key: value} if key.startswith(f"{EXTRAS}.") else packed(key, value)
+        tensors |= small
+        if value.is_floating_point() and value.ndim > 1 and key in small:
+            kept = small[key].double() * small.get(key + SCALE, torch.ones(1)).double()
+            error = float((kept - value.double()).norm() / value.double().norm().clamp_min(1e-12))
+            worst, name = max((worst, name), (error, key))
+    tensors |= {f"{EXTRAS}.{key}": value for key, value in starts_of(config, source).items()}
+    write_tensors(target, tensors, source.about | {"packed_from": source.digest(), "card": card_of(source)})
+    size = target.stat().st_size / 1e6
+    print(f"{target}: {size:.2f} MB; the matrix that lost most is {name}, by {worst:.2%} of its norm.")
+    return {"checkpoint": str(target), "megabytes": round(size, 3), "error": round(worst, 5), "matrix": name}
+
+
+def packed(key: str, value: Tensor) -> dict[str, Tensor]:
+    """A tensor of a network as it ships: vectors in float32, matrices and convolutions in 8 bits with a scale
+    for each row (output channel), those of HALF and small ones in float16; what is no float as it is.
+    """
+    if not value.is_floating_point() or value.ndim < 2:
+        return {key: value}
+    if key.startswith(HALF) or value.numel() <= SMALLEST:
+        return {key: value.half()}
+    scale = value.abs().amax(tuple(range(1, value.ndim)), keepdim=True).clamp_min(1e-12) / 127
+    return {key: (value / scale).round().to(torch.int8), key + SCALE: scale.float()}
+
+
+def starts_of(config: TrainConfig, source: Checkpoint) -> dict[str, Tensor]:
+    """Where games of the packed world start: places of recordings, `config.starts` as DIR:FRAME or some
+    spread over what was held out of training, each as the latents of its last frames with their keys and
+    states and the last picture.
+    """
+    autoencoder = load_autoencoder(source).eval()
+    made: dict[str, Tensor] = {}
+    names = list(source.world.keys)
+    for number, (recording, last) in enumerate(_places(config), 1):
+        first = max(
+            [start for start, _ in recording.episodes() if start <= last][-1], last - START_FRAMES + 1
+        )
+        frames = torch.from_numpy(recording.frames(first, last + 1))
+        with torch.inference_mode():
+            latents = autoencoder.encode(frames.permute(0, 3, 1, 2))
+        actions = torch.zeros(len(frames), len(names))
+        for column, name in enumerate(recording.names):
+            actions[:, names.index(name)] = torch.from_numpy(recording.actions[first : last + 1, column])
+        wanted = source.model.state.names
+        states = [[(state or {}).get(name, math.nan) for name in wanted] for state in recording.states]
+        parts = {"latents": latents.half(), "frame": frames[-1], "actions": actions.to(torch.uint8)}
+        parts["states"] = torch.tensor(states[first : last + 1]).reshape(len(frames), len(wanted))
+        made |= {f"starts.{number}.{key}": value for key, value in parts.items()}
+    return made
+
+
+def _places(config: TrainConfig) -> list[tuple[Recording, int]]:
+    """Recordings and the number of the last frame of a start in each."""
+    if config.starts:
+        named = [text.rpartition(":") for text in config.starts]
+        return [(Recording(directory), int(frame)) for directory, _, frame in named]
+    held_out = [Recording(path) for path in split(find_recordings(config.data))[1]]
+    places = [
+        (recording, frame)
+        for recording in held_out
+        for start, stop in recording.episodes()
+        for frame in range(start + 2 * START_FRAMES, stop, START_FRAMES)
+    ]
+    return places[:: max(1, len(places) // STARTS)][:STARTS]
+
+
+def card_of(source: Checkpoint) -> dict[str, Any]:
+    """What one wants to know of a world before one plays it."""
+    about = source.about
+    sizes = {
+        name: sum(x.numel() for k, x in source.tensors.items() if k.startswith(f"{name}."))
+        for name in source.modules
+    }
+    told = {name: about[name] for name in ("scores", "licence", "minutes_of_stages") if name in about}
+    return {"world": source.world.name, "keys": list(source.world.keys), "weights": sizes, **told}

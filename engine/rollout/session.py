@@ -1,0 +1,206 @@
+"""Session: a generated world with the verbs of a true one, on a device, with timings."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..config import UserError, WorldConfig
+from ..device import AUTOCAST, autocast, pick_device, pick_precision
+from ..model.checkpoint import Checkpoint
+from ..model.networks import load_autoencoder, load_denoiser, load_reader, load_states
+from ..model.state_reader import completed
+from ..starts import Start
+from ..worlds.base import ActionSpace
+from .cuda_graph import StepGraph
+from .inference_weights import cast_weights, pack_weights
+from .rollout import Rollout
+
+
+class Player:
+    """The networks of a checkpoint, ready to play: autoencoder, denoiser, the state's predictor and its
+    reader.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        device: str = "auto",
+        precision: str = "auto",
+        rollout: type[Rollout] = Rollout,
+        state: bool = True,
+    ):
+        """`rollout`: how they play; ablations play otherwise. `state`: whether games may have one; without,
+        they are played as in a world that tells none.
+        """
+        self.rollout = rollout
+        self.checkpoint = Checkpoint(checkpoint)
+        self.world: WorldConfig = self.checkpoint.world
+        self.device = pick_device(device)
+        self.precision = pick_precision(precision, self.device)
+        self.dtype = AUTOCAST[self.precision]
+        self.autoencoder = self.ready(load_autoencoder(self.checkpoint))
+        self.denoiser = self.ready(load_denoiser(self.checkpoint))
+        self.states = load_states(self.checkpoint) if state else None
+        self.reader = load_reader(self.checkpoint) if state else None
+        for tiny in (self.states, self.reader):  # they stay in float32
+            if tiny is not None:
+                tiny.to(self.device).eval().requires_grad_(False)
+
+    def ready(self, module: Module) -> Module:
+        """A network with its weights, brought to the device and laid out for play there."""
+        module.to(self.device).eval().requires_grad_(False)
+        cast_weights(module, self.precision)
+        if self.device.type == "cpu":
+            pack_weights(module, self.precision)
+        return module
+
+    def make_rollout(self, batch: int, folded: bool = True, correction: float | None = None) -> Rollout:
+        """Games side by side in these networks."""
+        dtype = self.dtype or torch.float32
+        how = {"folded": folded, "correction": correction, "reader": self.reader}
+        return self.rollout(self.denoiser, self.states, batch, dtype, **how)
+
+    def laid_states(self, states: list[dict[str, float] | None] | None, frames: int) -> Tensor | None:
+        """What was recorded of a world at some frames → (1, frames, s), NaN where it is not known."""
+        if self.states is None:
+            return None
+        names = self.states.spec.names
+        rows = [[(state or {}).get(name, np.nan) for name in names] for state in states or [None] * frames]
+        return torch.tensor(rows, dtype=torch.float32, device=self.device)[None]
+
+    @torch.inference_mode()
+    def known_states(self, latents: Tensor, actions: Tensor, states: Tensor | None) -> Tensor | None:
+        """A start's latents (b, t, c, y, x), actions (b, t, k) and states (b, t, s), NaN where nothing is
+        known → the states without gaps, where the checkpoint can read them off latents.
+        """
+        if states is None or self.reader is None:
+            return states
+        return completed(self.states, self.reader, latents.float(), actions, states)
+
+    @torch.inference_mode()
+    def encode(self, frames: np.ndarray) -> Tensor:
+        """uint8 frames (t, h, w, 3) → latents (1, t, c, y, x)."""
+        pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).to(self.device)
+        with autocast(self.device, self.dtype):
+            return self.autoencoder.encode(pixels)[None]
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents (t, c, y, x) → uint8 frames (t, h, w, 3)."""
+        with autocast(self.device, self.dtype):
+            return self.autoencoder.decode(latents).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+class Session:
+    """A game inside the network: `reset` from start frames, then `step(action)` → the frame that this action
+    caused. On a GPU a step is a CUDA graph (`graph`), captured at the first reset.
+    """
+
+    def __init__(self, player: Player, graph: bool = True, folded: bool = True):
+        self.player, self.world = player, player.world
+        keys = self.world.keys
+        self.action_space = ActionSpace(tuple(keys), tuple(tuple(codes) for codes in keys.values()))
+        self.fps, self.done = self.world.fps, False
+        spec = player.states.spec if player.states else None
+        self.state_kinds = dict(zip(spec.names, spec.kinds, strict=True)) if spec else {}
+        self.rollout = player.make_rollout(1, folded)
+        on_gpu = player.device.type == "cuda"
+        self.graph = StepGraph(self._draw, len(keys), player.device) if graph and on_gpu else None
+        self.held = np.zeros(len(keys), np.float32)
+        self.since = 0  # frames since the keys changed
+        self.step_ms: deque[float] = deque(maxlen=600)  # the last steps' times, decode included
+        self.frames = 0  # since the last reset
+
+    def reset(
+        self,
+        seed: int,
+        frames: np.ndarray,
+        actions: np.ndarray | None = None,
+        states: list[dict[str, float] | None] | None = None,
+    ) -> np.ndarray:
+        """Starts from true frames, uint8 (t, h, w, 3), the actions that caused them (t, k), and what the
+        world told of itself at each → the last of them. A state that is not known is read off the frames, or
+        done without where the checkpoint has not learnt to.
+        """
+        shape = (self.world.height, self.world.width, 3)
+        if frames.shape[1:] != shape:
+            size = f"{frames.shape[2]}x{frames.shape[1]}"
+            raise UserError(
+                f"This model plays frames of {shape[1]}x{shape[0]}; the start frames have {size}."
+            )
+        if actions is None:
+            actions = np.zeros((len(frames), len(self.action_space)), np.float32)
+        return self._begin(seed, frames[-1], self.player.encode(frames), actions, states)
+
+    def begin(self, seed: int, start: Start) -> np.ndarray:
+        """Starts where `start` (starts.py) says → its last frame."""
+        if start.latents is None:
+            return self.reset(seed, start.frames, start.actions, start.states)
+        latents = start.latents[None].to(self.player.device)
+        return self._begin(seed, start.frames[-1], latents, start.actions, start.states)
+
+    def _begin(
+        self, seed: int, frame: np.ndarray, latents: Tensor, actions: np.ndarray, states
+    ) -> np.ndarray:
+        held = torch.from_numpy(np.asarray(actions, np.float32)).to(self.player.device)[None]
+        seeds = torch.tensor([seed], dtype=torch.int64, device=self.player.device)
+        laid = self.player.laid_states(states, latents.shape[1])
+        known = self.player.known_states(latents, held, laid)
+        with torch.inference_mode(), autocast(self.player.device, self.player.dtype, cache=False):
+            self.rollout.reset(latents, held, seeds, known)
+            if self.graph and not self.graph.captured:
+                self.graph.capture()
+                self.rollout.reset(latents, held, seeds, known)
+        self.held, self.since = actions[-1], self.rollout.config.window_frames
+        self.frames = 0
+        self.step_ms.clear()
+        return frame
+
+    def speculate(self) -> None:
+        """Does what can be done before it is known which keys are held next; a GPU has no need for it."""
+        if not self.graph:
+            with torch.inference_mode(), autocast(self.player.device, self.player.dtype, cache=False):
+                self.rollout.speculate()
+
+    def step(self, action: np.ndarray) -> np.ndarray:
+        """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
+        start = time.perf_counter()
+        self.since = self.since + 1 if np.array_equal(action, self.held) else 0
+        stale = not self.since or self.since < self.rollout.config.window_frames - 1
+        with torch.inference_mode():
+            if self.graph and self.frames:  # the first step has nothing to commit: it is another one
+                frame = self.graph(action, stale)
+            else:
+                held = torch.from_numpy(np.asarray(action, np.float32)).to(self.player.device)[None]
+                with autocast(self.player.device, self.player.dtype, cache=False):
+                    frame = self._draw(held, stale).cpu().numpy()
+        self.held = np.array(action)
+        self.frames += 1
+        self.step_ms.append(1000 * (time.perf_counter() - start))
+        return frame
+
+    def _draw(self, held: Tensor, stale: bool) -> Tensor:
+        """Keys (1, k) → the frame that they cause, uint8 (h, w, 3), on the device."""
+        latents = self.rollout.step(held, stale)
+        return self.player.autoencoder.decode(latents)[0].permute(1, 2, 0).contiguous()
+
+    def state(self) -> dict[str, float]:
+        """What the network believes of its world at the last frame; empty where it knows nothing."""
+        carry = self.rollout.carry
+        if carry is None or not self.rollout.has_state[0]:
+            return {}
+        return dict(zip(self.player.states.spec.names, carry.state[0].tolist(), strict=True))
+
+    def map_lines(self) -> np.ndarray:
+        """Empty (0, 4): a network has no map."""
+        return np.zeros((0, 4))
+
+    def close(self) -> None:
+        """Nothing is held open."""

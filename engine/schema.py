@@ -1,0 +1,147 @@
+"""What the files of a recording hold, checked in reading: `session.json` and the lines of `actions.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from .config import UserError
+from .worlds.base import STATE_KINDS
+
+SCHEMA = 2  # 1 had no state kinds, axes, parent and checksums, and is still read
+HEADER, ACTIONS, FRAMES = "session.json", "actions.jsonl", "frames.mkv"
+LARGEST = 16_384  # pixels a side, and keys
+KINDS_OF_1 = {"x": "position", "y": "position", "angle": "angle", "health": "scalar", "ammo": "scalar"}
+
+
+def read_header(directory: Path) -> dict:
+    """What `session.json` of a recording says. Raises UserError where there is none or it is damaged."""
+    path = directory / HEADER
+    try:
+        header = json.loads(path.read_text("utf-8"), parse_constant=_refuse)
+    except FileNotFoundError:
+        raise UserError(f"{directory} is not a recording: it has no {HEADER}.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: it is not JSON.") from None
+    if not isinstance(header, dict) or not {"schema", "names", "fps", "height", "width"} <= header.keys():
+        raise UserError(f"{path} was not written by Rollplay.")
+    if header["schema"] not in (1, SCHEMA):
+        raise UserError(f"{path} has schema {header['schema']}, but this version reads 1 and {SCHEMA}.")
+    known = {"source": "", "checkpoint": "", "seed": 0, "world": "", "config": {}, "keymap": {}, "codec": {}}
+    header = {**known, "state_kinds": None, "parent": None, "policies": None, **header}
+    wrong = [name for name, right in HEADER_CHECKS.items() if not right(header[name])]
+    if wrong:
+        raise UserError(f"{path} is damaged: its {wrong[0]} cannot be {_short(header[wrong[0]])}.")
+    return header
+
+
+def read_lines(directory: Path, names: tuple[str, ...]) -> list[dict]:
+    """All whole lines of `actions.jsonl` in order; the last may be cut in a kill and is then left out.
+
+    `names` are the keys that may be held. Raises UserError with the number of a damaged line.
+    """
+    path = directory / ACTIONS
+    try:
+        rows = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []  # killed between session.json and here
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    lines, known = [], set(names)
+    for number, row in enumerate(rows):
+        try:
+            line = json.loads(row, parse_constant=_refuse)
+            right = _is_line(line, number)
+        except (ValueError, RecursionError):
+            right = False
+        if not right:
+            raise UserError(f"{path} is damaged at line {number + 1}.")
+        if not known.issuperset(line["keys"]):
+            unknown = next(name for name in line["keys"] if name not in known)
+            raise UserError(f"{directory} holds the key {unknown!r}, which its {HEADER} lacks.")
+        lines.append(line)
+    return lines
+
+
+def known_kinds(states: list[dict | None]) -> dict[str, str]:
+    """Kinds of what the states of schema 1 hold, which did not tell them."""
+    first = next((state for state in states if state), {})
+    return {name: KINDS_OF_1[name] for name in first if name in KINDS_OF_1}
+
+
+def _is_line(line: object, number: int) -> bool:
+    return (
+        isinstance(line, dict)
+        and {"frame", "t_ns", "keys", "events", "reset"} <= line.keys()
+        and line["frame"] == number
+        and _is_whole(line["t_ns"])
+        and isinstance(line["keys"], list)
+        and all(isinstance(name, str) for name in line["keys"])
+        and isinstance(line["events"], list)
+        and isinstance(line["reset"], bool)
+        and _is_whole(line.get("rng", 0))
+        and _is_whole(line.get("crc", 0))
+        and _are_numbers(line.get("state") or {})
+        and _are_numbers(line.get("axes", {}))
+    )
+
+
+def _is_whole(value: object) -> bool:
+    """An integer that fits into 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def _is_number(value: object) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_size(value: object) -> bool:
+    return _is_whole(value) and 0 < value <= LARGEST
+
+
+def _are_names(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and all(isinstance(name, str) for name in value)
+        and len(set(value)) == len(value) <= LARGEST
+    )
+
+
+def _are_kinds(value: object) -> bool:
+    return value is None or (isinstance(value, dict) and set(map(str, value.values())) <= set(STATE_KINDS))
+
+
+HEADER_CHECKS = {
+    "names": _are_names,
+    "fps": lambda value: _is_number(value) and 0 < value <= 10_000,
+    "height": _is_size,
+    "width": _is_size,
+    "world": lambda value: isinstance(value, str),
+    "source": lambda value: isinstance(value, str),
+    "checkpoint": lambda value: isinstance(value, str),
+    "seed": lambda value: isinstance(value, int),
+    "config": lambda value: isinstance(value, dict),
+    "keymap": lambda value: isinstance(value, dict),
+    "codec": lambda value: isinstance(value, dict),
+    "state_kinds": _are_kinds,
+    "parent": lambda value: value is None or isinstance(value, dict),
+    "policies": lambda value: value is None or _are_numbers(value),
+}
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def _short(value: object) -> str:
+    said = json.dumps(value)
+    return said if len(said) < 60 else said[:57] + "..."

@@ -1,0 +1,172 @@
+"""Stage `decoder`: the decoder learns to draw crisp pictures. The encoder and all that was trained on its
+latents stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..config import StageConfig
+from ..data.segments import Batches
+from ..dataset import load_frames, split
+from ..device import autocast
+from ..model.autoencoder import Autoencoder, to_bytes, to_float
+from ..model.discriminator import PatchDiscriminator
+from ..picture import grid
+from ..recording import Recording, find_recordings
+from .denoiser import DenoiserStage
+
+NOISE = 0.2  # most noise on the latents of true frames, as those of games are never perfect
+
+
+class DecoderLoss(nn.Module):
+    """The decoder against a conditional patch discriminator (hinge), with feature matching and pixel errors
+    beside it; both learn in one step, neither moves the other's weights.
+    """
+
+    def __init__(self, decoder: nn.Module, stage: StageConfig):
+        super().__init__()
+        self.decoder, self.stage = decoder, stage
+        self.blurred = copy.deepcopy(decoder).requires_grad_(False)
+        self.discriminator = PatchDiscriminator(stage.discriminator)
+        self.register_buffer("turns", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents (n, c, y, x) and the true frames (n, 3, 8 y, 8 x), uint8."""
+        latents, true = batch[0].contiguous(memory_format=torch.channels_last), to_float(batch[1])
+        with torch.no_grad():
+            blurred = self.blurred(latents).float()
+        made = self.decoder(latents).float()
+        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        judged, felt = functional_call(self.discriminator, frozen, (made, blurred))
+        pairs = torch.cat([true, made.detach()]), torch.cat([blurred, blurred])
+        scores, features = self.discriminator(*pairs)
+        of_true, of_made = scores.chunk(2)
+        judge = F.relu(1 - of_true).mean() + F.relu(1 + of_made).mean()
+        matched = sum(
+            (f - both.chunk(2)[0].detach()).abs().mean() for f, both in zip(felt, features, strict=True)
+        )
+        error = made - true
+        pixels = error.abs().mean() + 2 * error.square().mean()
+        self.turns += 1
+        share = (self.turns / self.stage.adversarial_warmup).clamp_max(1)
+        weight = self.stage.adversarial * share
+        loss = pixels + weight * (0.1 * matched - 0.06 * judged.mean()) + judge
+        psnr = 10 * torch.log10(4 / error.detach().square().mean())
+        return loss, {"judge": judge.detach(), "psnr": psnr, "matched": matched.detach()}
+
+
+class DecoderStage(DenoiserStage):
+    """Learns from true frames and their latents, with a little noise on them. The generator only plays what
+    is measured and shown.
+    """
+
+    def loss(self) -> DecoderLoss:
+        self.generator = super().loss()
+        self.frozen(self.generator)
+        pace = self.config.pace()
+        self.frames = load_frames(split(find_recordings(self.config.data))[0], pace.frames, self.config.seed)
+        self.recordings: dict[str, Recording] = {}  # opened once
+        decoder = copy.deepcopy(self.autoencoder.decoder).requires_grad_(True)
+        return DecoderLoss(decoder, pace)
+
+    @torch.no_grad()
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        random = torch.Generator().manual_seed(self.config.seed + 7919 * step + self.rank)
+        count = self.config.pace().batch
+        picked = torch.randint(len(self.frames), (count,), generator=random)
+        frames = self.frames[picked].to(self.device)
+        with autocast(self.device, self.dtype):
+            latents = self.autoencoder.encode(frames).float()
+        level = NOISE * torch.rand(count, 1, 1, 1, generator=random)
+        noise = level * torch.randn(latents.shape, generator=random)
+        return self._cropped(latents + noise.to(self.device), frames, random)
+
+    def _true_pictures(self, batches: Batches, turn: int, count: int) -> list[Tensor]:
+        """The frames that own games from the segments of a batch are to make, uint8 (count, 3, h, w) each."""
+        c, segments = self.model.denoiser, batches.segments
+        pictures = []
+        for number, first in segments.places[batches.indices(turn)].tolist():
+            directory = segments.cache.directories[number]
+            if directory not in self.recordings:
+                self.recordings[directory] = Recording(directory)
+            start = first + c.sink_frames + c.context_frames
+            frames = self.recordings[directory].frames(start, start + count)
+            pictures.append(torch.from_numpy(frames).permute(0, 3, 1, 2))
+        return pictures
+
+    def _cropped(self, latents: Tensor, frames: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A part of the frames, the same in all: many small parts teach more than a few whole frames."""
+        (rows, columns), share = latents.shape[2:], self.config.pace().crop
+        height, width = max(2, round(rows * share)), max(2, round(columns * share))
+        y = int(torch.randint(rows - height + 1, (), generator=random))
+        x = int(torch.randint(columns - width + 1, (), generator=random))
+        size = frames.shape[2] // rows
+        part = frames[:, :, y * size : (y + height) * size, x * size : (x + width) * size]
+        return latents[:, :, y : y + height, x : x + width], part
+
+    def drawn(self, module: DecoderLoss) -> Autoencoder:
+        """The autoencoder with the decoder in training."""
+        autoencoder = copy.deepcopy(self.autoencoder)
+        autoencoder.decoder.load_state_dict(module.decoder.state_dict())
+        return autoencoder
+
+    def networks(self, module: DecoderLoss) -> dict[str, nn.Module | None]:
+        return self.networks_before() | {"autoencoder": self.drawn(module)}
+
+    def networks_before(self) -> dict[str, nn.Module | None]:
+        """Those of the stage before."""
+        return super().networks(self.generator)
+
+    @torch.no_grad()
+    def held_out(self, module: DecoderLoss) -> dict[str, Tensor]:
+        """Held-out pictures (n, 3, h, w) float: true, decoded from their latents, and from own games'."""
+        made = self.play(self.generator, self.shown)[1]
+        true = torch.stack(self._true_pictures(self.shown, 0, made.shape[1])).to(self.device)
+        autoencoder = self.frozen(self.drawn(module))
+        with autocast(self.device, self.dtype):
+            read = [autoencoder.encode(x) for x in true]
+            pictures = {
+                name: [autoencoder.paint(z) for z in x] for name, x in (("read", read), ("own", made))
+            }
+        return {"true": to_float(true), **{name: torch.stack(x) for name, x in pictures.items()}}
+
+    @torch.no_grad()
+    def picture(self, module: DecoderLoss) -> np.ndarray:
+        """Held-out games: true frames, the same decoded from their latents, and the model's own."""
+        shown = {name: x[:3, ::7] for name, x in self.held_out(module).items()}
+        rows = [rearrange(to_bytes(x), "b t c h w -> b t h w c").cpu().numpy() for x in shown.values()]
+        return grid([row for triple in zip(*rows, strict=True) for row in triple])
+
+    @torch.no_grad()
+    def validate(self, module: DecoderLoss) -> dict[str, float]:
+        """PSNR, sharpness and finest octave of held-out pictures, decoded from true latents and own ones."""
+        shown, scores = self.held_out(module), {}
+        true = shown["true"].flatten(0, 1)
+        for name in ("read", "own"):
+            made = shown[name].flatten(0, 1).clamp(-1, 1)
+            psnr = (10 * torch.log10(4 / (made - true).square().mean((1, 2, 3)))).mean()
+            scores[f"{name}_psnr"] = float(psnr)
+            scores[f"{name}_sharpness"] = float(sharpness(made) / sharpness(true))
+            scores[f"{name}_finest_octave"] = float(finest_octave(made) / finest_octave(true))
+        return scores
+
+
+def sharpness(pictures: Tensor) -> Tensor:
+    """Mean absolute differences of neighbouring pixels of (n, 3, h, w), across and down."""
+    across = (pictures[..., 1:] - pictures[..., :-1]).abs().mean()
+    return across + (pictures[..., 1:, :] - pictures[..., :-1, :]).abs().mean()
+
+
+def finest_octave(pictures: Tensor) -> Tensor:
+    """Energy of what grey pictures (n, 3, h, w) lose when they are halved and enlarged again."""
+    grey = pictures.mean(1, keepdim=True)
+    coarse = F.interpolate(F.avg_pool2d(grey, 2), scale_factor=2, mode="bilinear")
+    return (grey - coarse).square().mean()

@@ -1,0 +1,264 @@
+"""Stage `denoiser`: windows of true frames, noised, behind true frames."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..config import StageConfig
+from ..data.segments import Batches, Clip
+from ..device import autocast, compute_dtype
+from ..model.autoencoder import decode_clip
+from ..model.denoiser import Denoiser
+from ..model.kv_cache import KVContext, KVRecorder
+from ..model.networks import load_reader, load_states, make_denoiser
+from ..model.noise import add_noise, training_sigma
+from ..model.state import StateModel
+from ..model.state_spec import state_features
+from ..picture import grid
+from ..rollout.rollout import Rollout
+from .stage import LatentsStage
+
+PICTURED = 73  # frames of the games that are shown and measured: 9 given, 64 made
+HORIZONS = (1, 8, 16, 64)
+MEASURED = 16  # held-out games
+
+
+class PlainLoss(nn.Module):
+    """Squared error of clean estimates, as one module that data parallelism can wrap.
+
+    One commit pass writes the keys and values of a segment's frames; then windows with own noise and levels
+    stand at random places of it, each seeing sink and context just as in play. A fifth of them are single
+    frames at the level to which play sends a leaving frame back. Frames are told the true keys and states:
+    what they look like under other keys is not known.
+    """
+
+    def __init__(self, denoiser: Denoiser, states: StateModel | None, stage: StageConfig):
+        super().__init__()
+        self.denoiser, self.stage = denoiser, stage
+        self._states = (states,)  # in a tuple, as it is not trained here
+
+    @property
+    def states(self) -> StateModel | None:
+        return self._states[0]
+
+    def forward(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
+        if float(torch.rand(())) < self.stage.memoryless:
+            return self._without_memory(clip)
+        clip = Clip(*(part[: self.stage.memory_games] for part in clip))
+        config, total = self.denoiser.config, clip.latents.shape[1]
+        has_state, states = self.known_states(clip)
+        history, sigma = self._roughened(clip.latents)
+        count = torch.arange(total, device=sigma.device)
+        before = torch.cat([states[:, :1], states[:, :-1]], 1)
+        condition = self._condition(clip.actions, states, before, has_state, 0 * count, sigma)
+        recorder = KVRecorder()
+        self.denoiser.commit(history, condition, 0, recorder, sigma)
+        first, last = config.context_frames + config.sink_frames, total - config.window_frames
+        errors, logs = [], {}
+        for _ in range(self.stage.windows):
+            start = int(torch.randint(first, last + 1, ()))
+            single = config.correction > 0 and float(torch.rand(())) < 0.2
+            size = 1 if single else config.window_frames
+            error = self._window_error(
+                clip, states, has_state, history, sigma, start, size, self._context(recorder, start)
+            )
+            errors.append(error.mean())
+            name = "single" if single else "head"
+            logs[name] = error[:, 0].mean().detach()
+            if not single:
+                logs["far"] = error[:, -1].mean().detach()
+        return torch.stack(errors).mean(), logs
+
+    def _without_memory(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
+        """One window in each game, made from the frame before it alone. What a frame needs is mostly in that
+        one and in the state, and writing keys and values costs as much as two windows do.
+        """
+        size, (has_state, states) = self.denoiser.config.window_frames, self.known_states(clip)
+        history, sigma = self._roughened(clip.latents)
+        start = clip.latents.shape[1] - size
+        error = self._window_error(clip, states, has_state, history, sigma, start, size, KVRecorder())
+        return error.mean(), {"alone": error[:, 0].mean().detach()}
+
+    def known_states(self, clip: Clip) -> tuple[Tensor, Tensor]:
+        """has_state (b,) and states (b, t, s) without gaps. In a tenth of the games they are kept from the
+        network, which must do without where a world or a start has none.
+        """
+        known = torch.isfinite(clip.states).all(-1).all(-1)
+        if self.states is None:
+            return 0.0 * known, clip.states
+        states = torch.where(known[:, None, None], clip.states, self.states.scales.offset)
+        told = torch.rand(len(known), device=known.device) >= self.stage.stateless
+        return (known & told).float(), states
+
+    def _roughened(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames with some noise in part of the games, as play's own frames are never perfect → (latents,
+        sigma (b, t)).
+        """
+        b, t = latents.shape[:2]
+        level = self.stage.context_noise * torch.rand(b, 1, device=latents.device)
+        level = level * (torch.rand(b, 1, device=latents.device) < self.stage.context_noise_share)
+        sigma = level.expand(b, t)
+        return add_noise(latents, torch.randn_like(latents), sigma), sigma
+
+    def _condition(
+        self,
+        actions: Tensor,
+        states: Tensor,
+        before: Tensor,
+        has_state: Tensor,
+        ahead: Tensor,
+        before_sigma: Tensor,
+    ) -> Tensor:
+        """actions (b, history - 1 + t, k), states and those of the frames they are made from (b, t, s) →
+        conditions (b, t, d).
+        """
+        if self.states is None:
+            features = actions.new_zeros(*states.shape[:2], self.denoiser.features)
+        else:
+            features = state_features(self.states.scales, states, before)
+        has_state = has_state[:, None].expand(features.shape[:2])
+        return self.denoiser.condition(actions, features, has_state, ahead, before_sigma)
+
+    def _context(self, recorder: KVRecorder, start: int) -> KVContext:
+        """What a window at `start` looks at: the segment's first frames as the sink, moved to its place, and
+        the ring. Half of the batch gets another segment's sink: in play the sink is from long ago and shows
+        another view.
+        """
+        c, transformer = self.denoiser.config, self.denoiser.transformer
+        n, layers = transformer.tokens, []
+        order = torch.arange(len(recorder.layers[0][0]))
+        order[: len(order) // 2] = order[: len(order) // 2].roll(1)
+        ring = slice((start - c.context_frames) * n, start * n)
+        for k, v in recorder.layers:
+            sink = transformer.positions.shift(
+                k[order, : c.sink_frames * n], start - c.context_frames - c.sink_frames
+            )
+            layers.append(
+                (torch.cat([sink, k[:, ring]], 1), torch.cat([v[order, : c.sink_frames * n], v[:, ring]], 1))
+            )
+        return KVContext(layers)
+
+    def _window_error(
+        self,
+        clip: Clip,
+        states: Tensor,
+        has_state: Tensor,
+        history: Tensor,
+        history_sigma: Tensor,
+        start: int,
+        size: int,
+        context: KVContext | KVRecorder,
+    ) -> Tensor:
+        """Squared error (b, size) of a noised window at `start`."""
+        config, span = self.denoiser.config, slice(start, start + size)
+        clean, b = clip.latents[:, span], len(clip.latents)
+        if size == 1:
+            level = torch.full((b, 1), config.correction, device=clean.device)
+            sigma = level * (1 - self.stage.jitter * torch.rand_like(level))
+        else:
+            sigma = training_sigma(self.denoiser.ladder, b, self.stage.jitter)
+        noisy = add_noise(clean, torch.randn_like(clean), sigma)
+        actions = clip.actions[:, start : start + size + config.action_history - 1]
+        before_sigma = history_sigma[:, start - 1 : start].expand(b, size)
+        ahead = torch.arange(size, device=clean.device)
+        before = states[:, start - 1 : start].expand(-1, size, -1)
+        condition = self._condition(actions, states[:, span], before, has_state, ahead, before_sigma)
+        made = self.denoiser(noisy, sigma, history[:, start - 1 : start], condition, start, context)
+        return (made - clean).square().mean((2, 3, 4))
+
+
+class DenoiserStage(LatentsStage):
+    """Trains the denoiser on cached latents."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.states = load_states(self.before)
+        self.reader = load_reader(self.before)
+        for made in (self.states, self.reader):
+            if made is not None:
+                self.frozen(made)
+        length = min(PICTURED, self.caches[1].longest())
+        self.shown = Batches(self.segments(self.caches[1], length), 6, 0)
+        self.module = self.loss()
+
+    def loss(self) -> PlainLoss:
+        """The networks and what they minimise."""
+        return PlainLoss(self._denoiser(), self.states, self.config.pace())
+
+    def _denoiser(self) -> Denoiser:
+        """With the weights of the checkpoint before where it has some, as stage `rollout` goes on from these;
+        else with those of its scene.
+        """
+        denoiser = make_denoiser(self.model, self.config.world)
+        if "denoiser" in self.before.modules:
+            self.before.load_into("denoiser", denoiser)
+        elif "scene" in self.before.modules:
+            self.before.load_into("scene", denoiser.condition.scene)
+        return denoiser
+
+    def segment(self) -> tuple[int, int]:
+        sizes, stage = self.model.denoiser, self.config.pace()
+        least = sizes.sink_frames + sizes.context_frames + sizes.window_frames
+        length = max(least, stage.clip)
+        return length, length - sizes.sink_frames - sizes.context_frames
+
+    def networks(self, module: PlainLoss) -> dict[str, nn.Module | None]:
+        known = {"autoencoder": self.autoencoder, "states": self.states, "reader": self.reader}
+        return known | {"denoiser": module.denoiser}
+
+    @torch.no_grad()
+    def play(self, module: PlainLoss, batches: Batches, position: int = 0) -> tuple[Tensor, Tensor]:
+        """Held-out games of the model's own from true starts → true and made latents (b, t, c, y, x)."""
+        module.eval()
+        clip = batches.segments.batch(batches.indices(position)).to(self.device)
+        actions = clip.actions[:, batches.segments.before :]
+        b = len(clip.latents)
+        with autocast(self.device, self.dtype):
+            dtype = compute_dtype(self.device)
+            rollout = Rollout(module.denoiser, self.states, b, dtype, reader=self.reader)
+            start = rollout.start_frames
+            states = clip.states[:, :start] if self.states else None
+            seed = torch.arange(b, device=self.device)
+            rollout.reset(clip.latents[:, :start], actions[:, :start], seed, states)
+            made = torch.stack([rollout.step(action) for action in actions[:, start:].unbind(1)], 1)
+        module.train()
+        return clip.latents[:, start:], made
+
+    @torch.no_grad()
+    def picture(self, module: PlainLoss) -> np.ndarray:
+        """Held-out games: every fifth true frame above the one that the model makes of the same start and
+        keys.
+        """
+        both = self.play(module, self.shown)
+        with autocast(self.device, self.dtype):
+            both = [decode_clip(self.autoencoder, x[:, ::5].float()) for x in both]
+        rows = [rearrange(x, "b t c h w -> b t h w c").cpu().numpy() for x in both]
+        return grid([row for pair in zip(*rows, strict=True) for row in pair])
+
+    def validate(self, module: PlainLoss) -> dict[str, float]:
+        """Own games from held-out true starts, after some frames: the share of the latents' variance that is
+        missed, the energy of their detail as a share of the true ones', and PSNR of the decoded pictures
+        against the decoded true latents.
+        """
+        batches = Batches(self.shown.segments, MEASURED, 1)
+        true, made = self.play(module, batches)
+        scores = {}
+        for t in (t for t in HORIZONS if t <= made.shape[1]):
+            pair = torch.stack([true[:, t - 1], made[:, t - 1]], 1).float()
+            with torch.no_grad(), autocast(self.device, self.dtype):
+                pictures = decode_clip(self.autoencoder, pair).float()
+            error = (pictures[:, 0] - pictures[:, 1]).square().mean((1, 2, 3)).clamp_min(1e-3)
+            true_detail, detail = (_detail(part) for part in pair.unbind(1))
+            scores[f"detail_{t}"] = float(detail / true_detail)
+            scores[f"missed_{t}"] = float((pair[:, 0] - pair[:, 1]).square().mean())
+            scores[f"psnr_{t}"] = float((10 * torch.log10(255**2 / error)).mean())
+        return scores
+
+
+def _detail(latents: Tensor) -> Tensor:
+    """Mean square of what latents (n, c, y, x) lose when every 2 x 2 of them is averaged."""
+    return latents.square().mean() - F.avg_pool2d(latents, 2).square().mean()

@@ -1,0 +1,242 @@
+"""The training loop: one stage until its steps or minutes are spent, resumed exactly, saved when stopped."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import PRECISIONS, TrainConfig, UserError
+from ..data.cache import stable_hash
+from ..device import AUTOCAST, autocast, pick_device, pick_precision
+from ..model.checkpoint import read_about
+from ..picture import save_picture
+from . import optim
+from .metrics import Metrics, rounded
+from .parallel import Ranks
+from .provenance import checkpoint_of
+from .resume import UNREADABLE, Standing, read_state, state_file, unfit, write_state
+from .stages import make_stage
+from .stop import Stop, Stopped, paused, say_paused
+
+PATIENCE = 100  # steps in a row whose gradients may not be finite
+
+
+class Training:
+    """One stage in training: its networks, optimiser, moving average and where it stands; saved and resumed
+    whole.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: Ranks | None = None, standing: Standing | None = None):
+        self.config, self.ranks, self.pace = config, ranks or Ranks(), config.pace()
+        standing = standing or Standing(config)
+        state, self.origin = standing.state, standing.origin
+        self.device = self.ranks.device(pick_device(config.device))
+        self.precision = self._precision(state)
+        self.dtype = AUTOCAST[self.precision]
+        self._seed(0)
+        self.stage = make_stage(config, self.device, self.dtype, self.ranks.rank, self.ranks.count)
+        self.module = self.stage.module.to(self.device)
+        self.optimiser = optim.Optimiser(self.module, self.pace)
+        self.average = optim.moving_average(self.module, self.pace.ema)
+        self.step, self.seconds, self.skipped = 0, 0.0, 0
+        self.scores: dict[str, float] = {}  # what was measured last on held-out data
+        if state:
+            self._restore(state)
+        self.runner = self.ranks.share(self.module)
+
+    def _precision(self, state: dict[str, Any] | None) -> str:
+        """Decided once, by the first process, and kept: what is timed anew may come out otherwise."""
+        if state:
+            return state["precision"]
+        chosen = pick_precision(self.config.precision, self.device) if self.ranks.first else "fp32"
+        return PRECISIONS[int(self.ranks.firsts(PRECISIONS.index(chosen))[0])]
+
+    def _seed(self, step: int) -> None:
+        """Each process draws numbers of its own, whatever the seed's size."""
+        torch.manual_seed(stable_hash(f"{self.config.seed} {self.ranks.rank} {step}"))
+
+    def progress(self) -> float:
+        """Share of the run that is done, by steps or by minutes, whichever is further; this process's."""
+        if not self.stage.trains:
+            return 1.0
+        return min(1.0, max(self.step / self.pace.steps, self.seconds / 60 / self.pace.max_minutes))
+
+    def iterate(self, progress: float) -> dict[str, Tensor]:
+        """One step of the optimiser, after `accumulate` batches → means of their figures, still on the
+        device.
+
+        Where a gradient is not finite nothing moves, and there are no figures.
+        """
+        parts: dict[str, list[Tensor]] = {}
+        for part in range(count := self.pace.accumulate):
+            with self.ranks.apart(self.runner, last=part == count - 1):
+                with autocast(self.device, self.dtype):
+                    loss, logs = self.runner(self.stage.batch(self.step * count + part))
+                (loss / count).backward()
+            for name, value in {"loss": loss.detach(), **logs}.items():
+                parts.setdefault(name, []).append(value)
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.pace.grad_clip)
+        if finite := bool(torch.isfinite(norm)):
+            self.optimiser.step(optim.learning_rate(self.pace, self.step, progress))
+            self.average.update_parameters(self.module)
+        self.optimiser.zero_grad()
+        self.step += 1
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped >= PATIENCE:
+            said = f"The gradients of stage {self.config.stage} were not finite for {PATIENCE} steps in a row"
+            raise UserError(
+                f"{said}; try a lower stages.{self.config.stage}.learning_rate, or precision=fp32."
+            )
+        means = {name: torch.stack(values).mean() for name, values in parts.items()}
+        return {"grad": norm, **means} if finite else {}
+
+    def save(self) -> None:
+        """The stage's checkpoint and then what an exact continuation needs, which so never tells of a step
+        that the checkpoint does not have; all processes at the same step.
+        """
+        if not self.ranks.same(list(self.module.parameters())):
+            raise UserError(
+                f"At step {self.step} the processes have other weights; start again from the last save."
+            )
+        if self.ranks.first:
+            about = {"stage": self.config.stage, "origin": self.origin | {"precision": self.precision}}
+            about |= {"steps": self.step, "minutes": round(self.seconds / 60, 2), "device": str(self.device)}
+            about |= {"scores": self.scores}
+            self.stage.save(checkpoint_of(self.config, self.config.stage), self.average.module, about)
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state: dict[str, Any] = {"step": self.step, "random": torch.get_rng_state(), "cuda_random": cuda}
+        if self.ranks.first:
+            state |= {"seconds": self.seconds, "precision": self.precision, "origin": self.origin}
+            state |= {"scores": self.scores}
+            state |= {part: getattr(self, part).state_dict() for part in ("module", "average", "optimiser")}
+        else:
+            state["buffers"] = self._buffers()
+        write_state(state_file(self.config, self.ranks.rank), state)
+        self.stage.saved()
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """What of the module's state is no weight: its own on each process."""
+        weights = {name for name, _ in self.module.named_parameters()}
+        return {name: value for name, value in self.module.state_dict().items() if name not in weights}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Goes on from the first process's state; another's own games and random numbers are taken from its
+        own file, if that was saved at the same step.
+        """
+        own = state if self.ranks.first else read_state(state_file(self.config, self.ranks.rank))
+        try:
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.scores = state.get("scores", {})
+            module = state["module"]
+            if own and own["step"] == self.step:
+                module = module | own.get("buffers", {})
+            self.module.load_state_dict(module)
+            self.average.load_state_dict(state["average"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            if not own or own["step"] != self.step:
+                self._seed(self.step)  # it was not there before
+                return
+            torch.set_rng_state(own["random"])
+            if own["cuda_random"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(own["cuda_random"], self.device)
+        except (*UNREADABLE, AttributeError) as error:
+            raise unfit(state_file(self.config)) from error
+
+    def show(self, metrics: Metrics) -> None:
+        """Measures and draws what the averaged weights make of held-out data."""
+        self.scores = rounded(self.stage.validate(self.average.module))
+        metrics.measured(self.scores, self.step, self.seconds)
+        name = Path(self.config.out) / f"{self.config.stage}.png"
+        save_picture(name, self.stage.picture(self.average.module))
+
+
+def train_stage(
+    config: TrainConfig, ranks: Ranks, stop: Stop, standing: Standing | None = None
+) -> dict[str, Any]:
+    """Trains one stage until its steps or minutes are spent → figures. Raises Stopped after having saved."""
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    standing = standing or Standing(config)
+    if standing.finished(config.pace()):
+        return figures_of(config)
+    begun = (
+        f"what was saved at step {standing.state['step']} is there"
+        if standing.state
+        else "nothing was saved yet"
+    )
+    try:
+        training = Training(config, ranks, standing)
+    except Stopped as error:
+        raise Stopped(error.code - 128, f"stopped before the first step; {begun}.") from None
+    metrics = Metrics(
+        config, ranks.first, training.pace.batch * training.pace.accumulate * ranks.count, training.step
+    )
+    try:
+        with stop.gently():
+            _run(training, metrics, stop)
+            if ranks.first:
+                training.show(metrics)
+            training.save()
+            ranks.agree(0)  # what is to be read is written
+    finally:
+        metrics.close()
+    return metrics.last | figures_of(config)
+
+
+def _run(training: Training, metrics: Metrics, stop: Stop) -> None:
+    config, ranks, folder = training.config, training.ranks, Path(training.config.out)
+    saved = shown = time.perf_counter()
+    while True:
+        # the first process's clock decides for all, and a signal to any of them
+        now = time.perf_counter()
+        wishes = [
+            now - saved > 60 * config.save_minutes,
+            now - shown > 60 * config.picture_minutes,
+            paused(folder),
+        ]
+        share, *wishes = (ranks.first and wish for wish in (training.progress(), *wishes))
+        progress, signal, save, picture, pause = ranks.agree(share, stop.signal, *wishes)
+        if save or signal:
+            training.save()
+            saved = time.perf_counter()
+        if signal:
+            said = f"stopped; saved at step {training.step}, and the same command continues."
+            raise Stopped(int(signal), said)
+        if picture:
+            if ranks.first:
+                training.show(metrics)
+            shown = time.perf_counter()
+        if pause:
+            seconds = _wait(ranks, folder, stop)
+            metrics.waited(seconds)
+            stop.waited += seconds
+            continue
+        if progress >= 1:
+            return
+        start = time.perf_counter()
+        logs = training.iterate(progress)
+        training.seconds += time.perf_counter() - start
+        metrics.add(logs, training.step, training.seconds, progress)
+
+
+def _wait(ranks: Ranks, folder: Path, stop: Stop) -> float:
+    """Waits for the pause file to go or for a signal → seconds."""
+    begin = time.perf_counter()
+    if ranks.first:
+        say_paused(folder)
+    while True:
+        time.sleep(1.0)
+        pause, signal = ranks.agree(ranks.first and paused(folder), stop.signal)
+        if signal or not pause:
+            return time.perf_counter() - begin
+
+
+def figures_of(config: TrainConfig) -> dict[str, Any]:
+    """What a finished stage's checkpoint tells."""
+    path = checkpoint_of(config, config.stage)
+    about = read_about(path)
+    told = {name: about[name] for name in ("stage", "steps", "minutes", "scores") if name in about}
+    return told | {"checkpoint": str(path)}

@@ -1,0 +1,116 @@
+"""What a stage tells while it trains: JSON lines, a progress bar, TensorBoard where asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..config import TrainConfig, UserError
+
+
+class Metrics:
+    """Means of figures over some steps; silent unless `loud`, as all processes are but the first.
+
+    `per_step`: samples that a step of all processes takes. Lines of steps behind `step`, at which training
+    goes on, are cut off: these steps come again.
+    """
+
+    def __init__(self, config: TrainConfig, loud: bool, per_step: int, step: int):
+        self.every, self.per_step, self.loud = config.log_every, per_step, loud
+        self.last: dict[str, float] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}  # not every step has every figure
+        self._steps, self._skipped, self._since = 0, 0, time.perf_counter()
+        self._file = self._board = None
+        if loud:
+            path = Path(config.out) / f"{config.stage}.jsonl"
+            _cut(path, step)
+            self._file = open(path, "a")  # noqa: SIM115
+            self._board = _tensorboard(config) if config.tensorboard else None
+        self.bar = tqdm(
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}",
+            **{"desc": config.stage, "unit": "%", "total": 100, "disable": not loud},
+        )
+
+    def add(self, logs: dict[str, torch.Tensor], step: int, seconds: float, progress: float) -> None:
+        """The figures of the step that made `step` of them; none: it was skipped, as its gradients were not
+        finite.
+        """
+        for name, value in logs.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+            self._counts[name] = self._counts.get(name, 0) + 1
+        self._steps += 1
+        self._skipped += not logs
+        if self._steps < self.every:
+            return
+        now = time.perf_counter()
+        means = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
+        means["rate"] = self._steps * self.per_step / (now - self._since)
+        self.last = rounded(means | {"skipped": self._skipped})
+        self._sums, self._counts, self._steps, self._skipped, self._since = {}, {}, 0, 0, now
+        if self.loud:
+            self._tell(step, seconds, progress)
+
+    def _tell(self, step: int, seconds: float, progress: float) -> None:
+        line = {"step": step, "minutes": round(seconds / 60, 2)} | self.last
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in self.last.items():
+                self._board.add_scalar(name, value, step)
+        self.bar.n = 100 * progress
+        shown = (f"{name} {value:.4g}" for name, value in self.last.items() if name != "skipped" or value)
+        self.bar.set_postfix_str(" ".join(shown))
+
+    def measured(self, figures: dict[str, float], step: int, seconds: float) -> None:
+        """What was measured on held-out data with the averaged weights, as a line of its own."""
+        figures = rounded(figures)
+        line = {"step": step, "minutes": round(seconds / 60, 2), "held_out": figures}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in figures.items() if self._board else ():
+            self._board.add_scalar(f"held_out/{name}", value, step)
+
+    def waited(self, seconds: float) -> None:
+        """Time that is no part of the rate."""
+        self._since += seconds
+
+    def close(self) -> None:
+        self.bar.close()
+        if self._file:
+            self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.5g}") for name, value in figures.items()}
+
+
+def _cut(path: Path, step: int) -> None:
+    """Leaves the lines up to `step`."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # half a line, from a kill
+    beside = path.with_suffix(".jsonl.tmp")
+    beside.write_text("".join(kept))
+    os.replace(beside, path)
+
+
+def _tensorboard(config: TrainConfig):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("tensorboard=true needs the extra: pip install -e '.[train]'.") from error
+    return SummaryWriter(str(Path(config.out) / "tensorboard" / config.stage))

@@ -1,0 +1,76 @@
+"""The optimiser, its schedule and the moving average of the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..config import StageConfig
+
+JUDGE = 2.0  # learning rate of a discriminator, in those of what it judges
+
+
+class Optimiser:
+    """AdamW, and Muon (Jordan et al., 2024; torch.optim.Muon) for the matrices inside a transformer's layers.
+
+    Muon's steps are scaled to AdamW's (Liu et al., 2025), so that both take one learning rate. Weight decay
+    is only on matrices, never on gains, biases and tables.
+    """
+
+    def __init__(self, module: nn.Module, pace: StageConfig):
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        inner = [p for name, p in trained.items() if pace.muon and ".layers." in name and p.ndim == 2]
+        judge = [p for name, p in trained.items() if name.startswith("discriminator.")]
+        other = [p for p in trained.values() if not any(p is q for q in inner + judge)]
+        groups = [
+            {"params": [p for p in other if p.ndim > 1], "weight_decay": pace.weight_decay},
+            {"params": [p for p in other if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=pace.learning_rate, betas=(0.9, 0.98), fused=True)
+        ]
+        if judge:  # without momentum, as what it judges changes under it, and faster than that
+            how = {"lr": pace.learning_rate, "betas": (0.0, 0.99), "fused": True}
+            self.parts.append(torch.optim.AdamW([{"params": judge, "times": JUDGE}], **how))
+        if inner:
+            how = {"weight_decay": pace.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            self.parts.append(torch.optim.Muon(inner, lr=pace.learning_rate, **how))
+
+    def step(self, rate: float) -> None:
+        """One step with the learning rate `rate`."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate * group.get("times", 1.0)
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, state: list[dict]) -> None:
+        for part, own in zip(self.parts, state, strict=True):
+            part.load_state_dict(own)
+
+
+def learning_rate(pace: StageConfig, step: int, progress: float) -> float:
+    """Linear warm-up over steps, flat, then linear decay over the run's last share; progress in [0, 1]."""
+    warm = min(1.0, (step + 1) / max(1, pace.warmup))
+    decay = min(1.0, (1 - progress) / max(1e-6, pace.decay_share))
+    return pace.learning_rate * warm * max(0.0, decay)
+
+
+def moving_average(module: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of weights and buffers; short at first, to forget the start soon."""
+
+    def average(kept: list[Tensor], new: list[Tensor], count: int | Tensor) -> None:
+        share = max(1 - decay, 9 / (10 + float(count)))
+        if kept[0].is_floating_point():  # what comes together is of one kind
+            torch._foreach_lerp_(kept, new, share)
+        else:
+            torch._foreach_copy_(kept, new)
+
+    return AveragedModel(module, multi_avg_fn=torch.no_grad()(average), use_buffers=True)

@@ -1,0 +1,84 @@
+"""The processes that train a network together, as torchrun starts them: who is who, what they agree on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+PATIENCE = timedelta(days=7)  # a process may wait for another that collects, encodes or is paused
+
+
+class Ranks:
+    """This process among `count` of them, `rank` 0 being the first: the one that speaks and decides."""
+
+    def __init__(self, rank: int = 0, count: int = 1):
+        self.rank, self.count = rank, count
+        self.first = rank == 0
+        # for numbers that are read on the CPU in each step: NCCL would wait for the GPU
+        self._control = dist.new_group(backend="gloo", timeout=PATIENCE) if count > 1 else None
+
+    def agree(self, *values: float) -> list[float]:
+        """The largest of each value over all processes, the same on all of them."""
+        told = torch.tensor(values, dtype=torch.float64)
+        if self._control is not None:
+            dist.all_reduce(told, dist.ReduceOp.MAX, group=self._control)
+        return told.tolist()
+
+    def firsts(self, *values: float) -> list[float]:
+        """The first process's values, on all of them."""
+        told = torch.tensor(values, dtype=torch.float64)
+        if self._control is not None:
+            dist.broadcast(told, 0, group=self._control)
+        return told.tolist()
+
+    def same(self, weights: list[Tensor]) -> bool:
+        """Whether these are the same on all processes, bit for bit."""
+        if self.count == 1:
+            return True
+        digest = hashlib.sha256()
+        for value in weights:
+            digest.update(value.detach().cpu().numpy().tobytes())
+        number = float(int.from_bytes(digest.digest()[:6], "big"))  # exact in a float64
+        largest, smallest = self.agree(number, -number)
+        return largest == -smallest
+
+    def device(self, device: torch.device) -> torch.device:
+        """The device of this process: where there are several, its own GPU of this machine."""
+        if device.type == "cuda" and self.count > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        return device
+
+    def share(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over all processes."""
+        if self.count == 1:
+            return module
+        # in turns some weights have no gradient; and buffers are each process's own, as its games are
+        return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
+
+    def apart(self, runner: nn.Module, last: bool) -> AbstractContextManager:
+        """A context in which gradients are only summed up here, but for the `last` batch before a step."""
+        return nullcontext() if last or self.count == 1 else runner.no_sync()
+
+
+@contextmanager
+def open_ranks(device: str) -> Iterator[Ranks]:
+    """The processes as torchrun describes them in the environment; alone without it."""
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        yield Ranks()
+        return
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    try:
+        yield Ranks(rank, count)
+    finally:
+        dist.destroy_process_group()

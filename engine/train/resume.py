@@ -1,0 +1,88 @@
+"""What an exact continuation needs, on disk: written beside and then renamed, checked before it is used."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import StageConfig, TrainConfig, UserError
+from .provenance import ELSEWHERE, check_upstream, checkpoint_of, differences, origin_of
+
+VERSION = 2  # of a state file's content
+UNREADABLE = (OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError)
+
+
+def state_file(config: TrainConfig, rank: int = 0) -> Path:
+    """The first process's has all; another's what is its own: buffers (its games) and random states."""
+    return Path(config.out) / f"{config.stage}.state{rank or ''}.pt"
+
+
+def write_state(path: Path, content: dict[str, Any]) -> None:
+    """Saves nested plain values and tensors; a failed write raises UserError and leaves what was there."""
+    beside = path.with_suffix(".tmp")
+    try:
+        torch.save(content | {"version": VERSION}, beside)
+        os.replace(beside, path)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if not isinstance(error, OSError | RuntimeError):  # torch reports a full disk as a RuntimeError
+            raise
+        raise UserError(
+            f"Training state could not be written to {path.parent} ({error}); free some space."
+        ) from error
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """What `write_state` wrote, None where there is no file; UserError for anything else."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["version"] != VERSION:
+            raise KeyError("version")
+    except UNREADABLE as error:
+        raise unfit(path) from error
+    return state
+
+
+def unfit(path: Path) -> UserError:
+    said = f"{path} is damaged or of another version"
+    return UserError(f"{said}; delete it to start anew, or give another out=DIR.")
+
+
+class Standing:
+    """How far a stage has come: `origin` of what it is now, and the `state` from which it goes on, if any.
+
+    Raises UserError where what is there was made otherwise; with `again` that is left out of account, and
+    said.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        check_upstream(config, config.stage)
+        self.origin = origin_of(config)
+        self.state = read_state(state_file(config))
+        if self.state and (told := self._differences()):
+            said = f"{state_file(config)} was begun otherwise: {', '.join(told[:4])}"
+            if not config.again:
+                raise UserError(f"{said}; give the same again, or {ELSEWHERE}.")
+            print(f"{said}. It is trained anew.", file=sys.stderr)
+            self.state = None
+        elif self.state and self.state["origin"]["data"] != self.origin["data"]:
+            print(f"Recordings in {config.data} came or went since {config.stage} began.", file=sys.stderr)
+
+    def _differences(self) -> list[str]:
+        told = differences(self.config, self.state["origin"], self.origin)
+        wanted, was = self.config.precision, self.state["precision"]
+        return told + ([f"precision was {was} and is {wanted}"] if wanted not in ("auto", was) else [])
+
+    def finished(self, pace: StageConfig) -> bool:
+        """Whether the steps or minutes of this pace are spent and the stage's checkpoint is there."""
+        if not self.state or not checkpoint_of(self.config, self.config.stage).is_file():
+            return False
+        return self.state["step"] >= pace.steps or self.state["seconds"] >= 60 * pace.max_minutes

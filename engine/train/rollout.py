@@ -1,0 +1,171 @@
+"""Stage `rollout`: windows on the model's own frames, as play has them."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import StageConfig
+from ..data.segments import Clip
+from ..device import compute_dtype
+from ..model.denoiser import Denoiser
+from ..model.noise import jittered
+from ..model.state import StateModel
+from ..model.state_reader import StateReader
+from ..rollout.rollout import Rollout
+from .denoiser import DenoiserStage, PlainLoss
+
+
+class Game(NamedTuple):
+    """Some games under way, all of one age, and what they play."""
+
+    rollout: Rollout
+    clip: Clip
+    frame: int  # the next one, counted from the clip's first
+    end: int
+
+
+class Windows(NamedTuple):
+    """What the model has made of a window, and what was true."""
+
+    made: Tensor  # (b, w, c, y, x), with gradients, under the keys held before
+    right: Tensor  # (b, w): 1 where these were held in the end, too
+    corrected: Tensor | None  # (b, 1, c, y, x): the leaving frame, sent back, if any game's is
+    back: Tensor  # (b,): whose is
+    true: Tensor  # (b, w, c, y, x)
+    action: Tensor  # (b, k), the true keys of the leaving frame
+
+
+class RolloutLoss(PlainLoss):
+    """Self-generated history: `Rollout` plays recorded actions, and every window that it denoises on the way
+    is held against the true frames, which the state keeps near. All that went before a pass is detached.
+
+    Games go on from iteration to iteration, in groups of different ages: what a game has cost to become old
+    is not paid again for the few frames that are learnt from. A window is denoised under the keys held
+    before; those of its frames under which other keys were held in the end are not learnt from. Leaving
+    frames that are sent back are, under their true keys.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        states: StateModel | None,
+        stage: StageConfig,
+        reader: StateReader | None = None,
+    ):
+        super().__init__(denoiser, states, stage)
+        self._reader = (reader,)  # in a tuple, as it is not trained here
+        self.games: list[Game] = []
+        self.register_buffer("turns", torch.zeros((), dtype=torch.int64))  # iterations so far
+
+    def forward(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
+        # processes choose alike, as they wait for one another; by what is saved with the weights
+        choice = random.Random(int(self.turns))
+        self.turns += 1
+        if choice.random() < self.stage.teacher_forcing:
+            length = min(self.stage.clip, clip.latents.shape[1])
+            return super().forward(_cut(clip, choice.randint(0, clip.latents.shape[1] - length), length))
+        self._renew(clip)
+        errors, weights, logs = [], [], {}
+        for number, game in enumerate(self.games):
+            for _ in range(min(self.stage.unroll, game.end - game.frame)):
+                error, weight, head = self._step(game.rollout, game.clip, game.frame)
+                errors.append(error.flatten())
+                weights.append(weight.flatten())
+                game = game._replace(frame=game.frame + 1)
+            self.games[number] = game
+            age = game.frame - game.rollout.start_frames
+            logs["own_old" if age > self.stage.game_frames // 2 else "own_young"] = head
+        error, weight = torch.cat(errors), torch.cat(weights)
+        return (error * weight).sum() / weight.sum().clamp_min(1), logs
+
+    def _renew(self, clip: Clip) -> None:
+        """Begins the games that are over anew, each group with its share of the clip; at the very first in
+        steps of age, so that they do not all end at once.
+        """
+        groups = min(self.stage.game_groups, len(clip.latents))
+        shares = [Clip(*parts) for parts in zip(*(part.chunk(groups) for part in clip), strict=True)]
+        start = self.denoiser.config.sink_frames + self.denoiser.config.context_frames
+        longest = clip.latents.shape[1] - self.denoiser.config.window_frames + 1
+        if not self.games:
+            lives = [(longest - start) * (number + 1) // groups for number in range(groups)]
+            self.games = [
+                self._begin(share, None, start + max(1, life))
+                for share, life in zip(shares, lives, strict=True)
+            ]
+        for number, (game, share) in enumerate(zip(self.games, shares, strict=True)):
+            if game.frame >= game.end:
+                self.games[number] = self._begin(share, game.rollout, longest)
+
+    def _step(self, rollout: Rollout, clip: Clip, frame: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Plays frame number `frame` → squared errors and their weights (b, w or more), that of what is
+        shown.
+        """
+        size = self.denoiser.config.window_frames
+        true = clip.latents[:, frame : frame + size]
+        begin = self.denoiser.config.action_history - 1 + frame
+        actions = clip.actions[:, begin : begin + size]
+        action, assumed = actions[:, 0], rollout.assumed_action(actions[:, 0])
+        made = rollout.predict(assumed)
+        right = (actions == assumed[:, None]).all(-1).to(made.dtype).cumprod(1)
+        back, corrected = rollout.needs_renoise(action), None
+        if rollout.correction and back.any():
+            corrected = rollout.correct(made[:, :1].detach(), action)
+        error, weight = self._judged(rollout, Windows(made, right, corrected, back, true, action))
+        head = rollout.advance(made.detach(), action, corrected=corrected)
+        return error, weight, (head - true[:, 0]).square().mean()
+
+    def _judged(self, rollout: Rollout, windows: Windows) -> tuple[Tensor, Tensor]:
+        """Errors and weights, both (b, w) or with one more for frames that were sent back."""
+        made, right, corrected, back, true, _ = windows
+        error = (made - true).square().mean((2, 3, 4))
+        if corrected is None:
+            return error, right
+        again = (corrected - true[:, :1]).square().mean((2, 3, 4))
+        return torch.cat([error, again], 1), torch.cat([right, back[:, None].to(right.dtype)], 1)
+
+    def _begin(self, clip: Clip, rollout: Rollout | None, end: int) -> Game:
+        """Games (in the memory of earlier ones, if given) right after true frames."""
+        b, config = len(clip.latents), self.denoiser.config
+        if rollout is None:
+            dtype = compute_dtype(clip.latents.device)
+            rollout = Rollout(self.denoiser, self.states, b, dtype, reader=self._reader[0])
+        start, history = rollout.start_frames, config.action_history - 1
+        has_state, states = self.known_states(clip)
+        states = torch.where(has_state[:, None, None] > 0, states, torch.nan)[:, :start]
+        seed = torch.randint(2**31, (b,)).to(clip.latents.device)
+        actions = clip.actions[:, history : history + start]
+        rollout.reset(clip.latents[:, :start], actions, seed, states if self.states else None)
+        rollout.ladder = jittered(self.denoiser.ladder.expand(b, -1), self.stage.jitter)
+        return Game(rollout, clip, start, end)
+
+
+def _cut(clip: Clip, first: int, length: int) -> Clip:
+    """`length` frames from `first` on, with the keys before them."""
+    before = clip.actions.shape[1] - clip.latents.shape[1]
+    stop = first + length
+    return Clip(
+        clip.latents[:, first:stop], clip.actions[:, first : before + stop], clip.states[:, first:stop]
+    )
+
+
+class RolloutStage(DenoiserStage):
+    """Goes on from the denoiser of the stage before on its own history."""
+
+    def loss(self) -> RolloutLoss:
+        return RolloutLoss(self._denoiser(), self.states, self.config.pace(), self.reader)
+
+    def segment(self) -> tuple[int, int]:
+        sizes, stage = self.model.denoiser, self.config.pace()
+        start = sizes.sink_frames + sizes.context_frames
+        length = start + stage.game_frames + sizes.window_frames - 1
+        return max(length, stage.clip), length - start
+
+    def saved(self) -> None:
+        """Games under way are not saved. They begin anew also where training goes on, so that a continued
+        run is the uninterrupted one.
+        """
+        self.module.games.clear()

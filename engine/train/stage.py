@@ -1,0 +1,135 @@
+"""What the stages on latents share: the networks of the stage before, the latents cache, its batches."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TRAINED, ModelConfig, TrainConfig, UserError
+from ..data.cache import cache_place, drop_old
+from ..data.latents import LatentsCache
+from ..data.segments import Batches, Clip, Segments
+from ..dataset import split
+from ..device import autocast
+from ..model.autoencoder import Autoencoder
+from ..model.checkpoint import Checkpoint, kept, save_checkpoint, weights_digest
+from ..model.networks import load_autoencoder
+from ..recording import Recording, find_recordings
+from .stop import hold
+
+FREE = ("ladder", "correction")  # how weights are used, which may be chosen anew in any later stage
+LICENCE = "Weights and start frames derive from ViZDoom (MIT) with Freedoom art (BSD-3-Clause); see NOTICE."
+
+
+def with_keys(config: TrainConfig) -> TrainConfig:
+    """The config whose world has keys: a Gymnasium world chooses them by its actions when it is collected,
+    and its recordings tell which.
+    """
+    if config.world.keys:
+        return config
+    recording = Recording(find_recordings(config.data)[0])
+    bindings = recording.header.get("config", {}).get("keys", {})
+    keys = {name: list(bindings.get(name, [])) for name in recording.names}
+    return replace(config, world=replace(config.world, keys=keys))
+
+
+class LatentsStage(ABC):
+    """A stage whose batches are runs of latents, keys and states; `module` is what it trains."""
+
+    module: nn.Module
+    trains = True  # whether there is anything to train
+
+    def __init__(
+        self, config: TrainConfig, device: torch.device, dtype: torch.dtype | None, rank: int, ranks: int
+    ):
+        self.config, self.device, self.dtype, self.rank, self.ranks = config, device, dtype, rank, ranks
+        self.names = tuple(config.world.keys)
+        self.before = Checkpoint(config.weights or self._source())
+        if list(self.before.world.keys) != list(config.world.keys):
+            said = f"{self.before.path} was trained for {self.before.world.name}"
+            said = f"{said}, whose keys {config.world.name} has not"
+            raise UserError(f"{said}; give another out=DIR, or world={self.before.world.name}.")
+        self.model = self._model()
+        self.autoencoder: Autoencoder = self.frozen(load_autoencoder(self.before))
+        self.caches = self._open_caches()
+        length, tail = self.segment()
+        near = device if device.type == "cuda" else None
+        segments = self.segments(self.caches[0], length, near)
+        self.batches = Batches(segments, config.pace().batch, config.seed, rank, ranks, tail=tail)
+
+    def _model(self) -> ModelConfig:
+        """The parts that this stage makes as they are wanted; the others as they were made, but for what of
+        their use was chosen on the command line.
+        """
+        wanted, made = self.config.model, self.before.model
+        changes = {name: getattr(wanted, name) for name in TRAINED[self.config.stage].makes}
+        for name in {field.name for field in fields(made)} - changes.keys():
+            own = getattr(made, name), getattr(wanted, name)
+            changes[name] = kept(*own, self.config.given, f"model.{name}", FREE)
+        return replace(made, **changes)
+
+    def _source(self) -> Path:
+        """The checkpoint of the stage before."""
+        return Path(self.config.out) / f"{TRAINED[self.config.stage].reads[-1]}.safetensors"
+
+    def frozen(self, module: nn.Module) -> nn.Module:
+        """A network that is used here but not trained."""
+        return module.to(self.device).eval().requires_grad_(False)
+
+    @abstractmethod
+    def segment(self) -> tuple[int, int]:
+        """Frames of a training segment, and how many of them at its end are to be predicted."""
+
+    def segments(self, cache: LatentsCache, length: int, near: torch.device | None = None) -> Segments:
+        """Runs of so many frames, with the keys of a frame's history and the states that the model knows."""
+        states = self.model.state.names
+        before = self.model.denoiser.action_history - 1
+        return Segments(cache, length, self.names, states, before, near)
+
+    def _open_caches(self) -> list[LatentsCache]:
+        """Latents of the recordings to train on and of those held out; what is missing is encoded first."""
+        config = self.config
+        train, held_out = split(find_recordings(config.data))
+        # decoders may differ: latents are the encoder's
+        key = weights_digest(self.autoencoder, without=("decoder",))
+        path = cache_place(config.data, config.out, key, train + held_out)
+        if self.rank == 0:
+            drop_old(path, config.data, config.out, train + held_out)
+        if mine := (train + held_out)[self.rank :: self.ranks]:
+            # a CPU has its hands full encoding
+            readers = (os.cpu_count() or 0) if self.device.type == "cuda" else 0
+            LatentsCache.build(mine, self._encode, path, key, batch=64, workers=readers)
+        if self.ranks > 1:
+            torch.distributed.barrier()  # each process has encoded its share
+        return [LatentsCache(path, key, part) for part in (train, held_out or train)]
+
+    @torch.inference_mode()
+    def _encode(self, frames: Tensor) -> Tensor:
+        hold(Path(self.config.out))
+        with autocast(self.device, self.dtype):
+            return self.autoencoder.encode(frames.to(self.device)).cpu()
+
+    def batch(self, step: int) -> Clip:
+        """The segments of iteration `step`: a pure function of seed and step."""
+        self.batches.position = step
+        return next(self.batches).to(self.device)
+
+    def save(self, path: Path, module: nn.Module, about: dict[str, Any]) -> None:
+        """Writes all networks that play needs as far as they are made."""
+        modules = {name: part for name, part in self.networks(module).items() if part is not None}
+        save_checkpoint(path, modules, self.model, self.config.world, licence=LICENCE, **about)
+
+    def saved(self) -> None:  # noqa: B027 (most stages have nothing to do)
+        """Told on every process after a save."""
+
+    @abstractmethod
+    def networks(self, module: nn.Module) -> dict[str, nn.Module | None]:
+        """All networks by the names under which checkpoints know them, those of `module` in training among
+        them.
+        """

@@ -1,0 +1,122 @@
+"""Stage `distill`: who learns from what, and that games regain what regression has taken from them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from games import KEYS, SHAPE, SMALL, make_denoiser, make_states
+from torch import Tensor, nn
+
+from engine.config import StageConfig
+from engine.data.segments import Clip
+from engine.model.denoiser import Denoiser
+from engine.rollout.rollout import Rollout
+from engine.train.denoiser import PlainLoss
+from engine.train.distill import DistillLoss
+from engine.train.rollout import RolloutLoss
+
+START, HISTORY = SMALL.sink_frames + SMALL.context_frames, SMALL.action_history
+STRIPES = torch.tensor([1.0, -1.0]).repeat(SHAPE[2] // 2)
+OWN = StageConfig(game_frames=6, game_groups=1, teacher_forcing=0.0)
+
+
+def random_clip(batch: int = 2, frames: int = START + 8) -> Clip:
+    """Stripes of a sign that nothing foretells, one a frame; random keys and states."""
+    signs = (torch.randint(2, (batch, frames, 1, 1, 1)) * 2.0 - 1) * STRIPES
+    states = torch.rand(batch, frames, 6) * torch.tensor([200, 100, 360, 100, 8, 8.0])
+    actions = (torch.rand(batch, HISTORY - 1 + frames, KEYS) < 0.5).float()
+    return Clip(signs.expand(-1, -1, *SHAPE).clone(), actions, states)  # (b, t, c, y, x)
+
+
+def gradients(seed: int = 1, shake: float = 0.0, **changes) -> tuple[dict[str, Tensor], DistillLoss]:
+    """Of one iteration, the critic moved by `shake` beforehand."""
+    loss = DistillLoss(
+        make_denoiser(True), make_states(), StageConfig(**{**vars(OWN), **changes}), None, make_denoiser(True)
+    )
+    with torch.no_grad():
+        for weight in loss.critic.parameters():
+            weight.add_(shake * torch.ones_like(weight))
+    torch.manual_seed(seed)
+    value, _ = loss(random_clip())
+    value.backward()
+    return {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}, loss
+
+
+def alike(one: dict[str, Tensor], other: dict[str, Tensor], part: str) -> bool:
+    names = [name for name in one if name.startswith(part)]
+    assert names and any(one[name].abs().max() > 0 for name in names)
+    return all(torch.allclose(one[name], other[name], atol=1e-6) for name in names)
+
+
+def test_a_student_moves_by_what_its_critic_says_otherwise_than_its_teacher():
+    plain, matched = gradients(distribution=0.0)[0], gradients(distribution=5.0)[0]
+    assert alike(plain, matched, "denoiser."), "a critic that says what the teacher says moves nothing"
+    shaken = gradients(distribution=5.0, shake=0.1)[0]
+    assert not alike(plain, shaken, "denoiser.")
+    assert alike(plain, gradients(distribution=0.0, shake=0.1)[0], "denoiser.")
+
+
+def test_each_network_learns_from_its_own_loss_alone():
+    plain, matched = gradients(distribution=0.0)[0], gradients(distribution=5.0)[0]
+    assert alike(plain, matched, "critic."), "what the student is told does not move the critic"
+    _, loss = gradients()
+    names = {name.split(".")[0] for name, _ in loss.named_parameters()}
+    assert names == {"denoiser", "critic"}, "the teacher is not trained"
+
+
+def test_only_averages_are_held_against_the_truth():
+    """Frames that differ from the true ones in detail alone are no error."""
+    loss = DistillLoss(make_denoiser(True), make_states(), OWN, None, make_denoiser(True))
+    clip = random_clip()
+    value = []
+    for by in (0.0, 3.0):
+        torch.manual_seed(2)
+        loss.games.clear()
+        moved = clip.latents.clone()
+        moved[:, START:] += by * STRIPES
+        loss.forward(Clip(moved, clip.actions, clip.states))
+        value.append(loss.told["coarse"].item())
+    assert value[0] == pytest.approx(value[1], rel=1e-4)
+    torch.manual_seed(2)
+    loss.games.clear()
+    loss.forward(
+        Clip(clip.latents + 3.0 * (torch.arange(START + 8) >= START)[:, None, None, None], *clip[1:])
+    )
+    assert loss.told["coarse"].item() > 2 * value[0]
+
+
+def descend(loss: nn.Module, steps: int, rate: float) -> None:
+    trained = [p for p in loss.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(trained, rate, betas=(0.9, 0.98))
+    for _ in range(steps):
+        loss(random_clip(16))[0].backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+@torch.no_grad()
+def boldness(denoiser: Denoiser) -> float:
+    """Mean square of the latents of own games; 1 in the true ones."""
+    clip, rollout = random_clip(32), Rollout(denoiser, None, 32)
+    actions = clip.actions[:, HISTORY - 1 :]
+    rollout.reset(clip.latents[:, :START], actions[:, :START], torch.arange(32))
+    return (
+        torch.stack([rollout.step(action) for action in actions[:, START:].unbind(1)]).square().mean().item()
+    )
+
+
+@pytest.mark.slow
+def test_games_regain_what_regression_has_taken_from_them():
+    """The best guess of a sign that nothing foretells is 0, which no true frame is."""
+    torch.manual_seed(0)
+    teacher = Denoiser(SMALL, KEYS, 0, *SHAPE)
+    descend(PlainLoss(teacher, None, StageConfig(memoryless=0.8, windows=2)), 200, 3e-3)
+    student = copy.deepcopy(teacher)
+    descend(RolloutLoss(student, None, OWN), 100, 3e-3)
+    before = boldness(student)
+    descend(DistillLoss(student, None, OWN, None, teacher), 200, 2e-3)
+    after = boldness(student)
+    assert before < 0.3 and after > 2 * before, f"{before:.2f} → {after:.2f}"

@@ -1,0 +1,71 @@
+"""The optimiser, its schedule and the moving average."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from games import make_denoiser
+
+from engine.config import TrainConfig, load_config
+from engine.train.optim import Optimiser, learning_rate, moving_average
+
+
+def pace():
+    return load_config("train", TrainConfig, ["preset=toy", "stage=denoiser"]).pace()
+
+
+def test_learning_rate_warms_up_and_decays():
+    rate = pace().learning_rate
+    rates = [learning_rate(pace(), *place) for place in [(0, 0), (4, 0.1), (30, 0.7), (39, 1)]]
+    assert rates == pytest.approx([rate / 5, rate, rate, 0])
+    assert 0 < learning_rate(pace(), 35, 0.85) == pytest.approx(rate / 2)
+
+
+def test_moving_average_forgets_its_start_and_follows():
+    module = torch.nn.Linear(1, 1)
+    average = moving_average(module, 0.99)
+    with torch.no_grad():
+        module.weight.fill_(1000.0)
+        average.update_parameters(module)
+        module.weight.fill_(1.0)
+        for _ in range(100):
+            average.update_parameters(module)
+        assert average.module.weight.item() == pytest.approx(1, abs=0.1)
+        for _ in range(2000):
+            average.update_parameters(module)
+        module.weight.fill_(2.0)
+        average.update_parameters(module)
+    assert 1.004 < average.module.weight.item() < 1.02, "a hundredth of the way, later on"
+    assert module.weight.item() == 2
+
+
+def test_muon_takes_the_matrices_of_layers_and_both_parts_follow_the_rate():
+    denoiser = make_denoiser()
+    optimiser = Optimiser(denoiser, pace())
+    adam, muon = ([p for group in part.param_groups for p in group["params"]] for part in optimiser.parts)
+    matrices = {id(m.weight) for m in denoiser.transformer.layers.modules() if isinstance(m, torch.nn.Linear)}
+    assert {id(p) for p in muon} == matrices
+    trained = {id(p) for p in denoiser.parameters() if p.requires_grad}
+    assert {id(p) for p in adam} == trained - matrices, "every weight once, frozen ones never"
+    before = {id(p): p.detach().clone() for p in denoiser.parameters()}
+    for rate, moved in ((0.0, False), (0.01, True)):
+        for p in denoiser.parameters():
+            p.grad = torch.randn_like(p)
+        optimiser.step(rate)
+        assert all(bool((p != before[id(p)]).any()) == moved for p in (*adam, *muon))
+    assert len(Optimiser(denoiser, replace(pace(), muon=False)).parts) == 1
+
+
+def test_what_judges_learns_twice_as_fast_and_without_momentum():
+    module = torch.nn.ModuleDict({"discriminator": torch.nn.Linear(2, 2), "decoder": torch.nn.Linear(2, 2)})
+    betas = [group["betas"] for part in Optimiser(module, pace()).parts for group in part.param_groups]
+    assert sorted({beta[0] for beta in betas}) == [0.0, 0.9]
+    optimiser, before = Optimiser(module, replace(pace(), weight_decay=0.0)), copy.deepcopy(module)
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    optimiser.step(0.01)
+    moved = {name: (module[name].weight - before[name].weight).abs().mean().item() for name in module}
+    assert moved["discriminator"] == pytest.approx(2 * moved["decoder"], rel=0.01)
