@@ -21,6 +21,7 @@ from engine.config import (
     UserError,
     WorldConfig,
 )
+from engine.data.latents import LatentsCache
 from engine.data.state_logs import StateLogs, StatePictures
 from engine.evaluation.state import escapes, evaluate_state
 from engine.model.autoencoder import Autoencoder
@@ -524,8 +525,9 @@ def test_pictures_and_states_belong_together(tmp_path) -> None:
     """Frame n of the toy has the grey level n, and health tells its number."""
     collected(tmp_path, True)
     stage = stage_of(tmp_path)
-    recordings = [Recording(path) for path in sorted(tmp_path.glob("true-*"))]
-    read = StatePictures.read(recordings, tuple(KINDS), lambda x: x[:, :1, :1, :1].float(), 70, 1)
+    recordings = sorted(tmp_path.glob("true-*"))
+    cache = LatentsCache.build(recordings, lambda x: x[:, :1, :1, :1].float(), tmp_path / "grey", "grey")
+    read = StatePictures.read(cache, tuple(KINDS), 70, 1)
     assert len(read.latents) == 70
     number = read.latents[:, 0, 0, 0].float()
     torch.testing.assert_close(100 - number % 50, read.states[:, 6])

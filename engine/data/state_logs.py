@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..config import StageConfig, UserError
 from ..recording import Recording
+from .latents import LatentsCache
 
 WARM = 16  # at most so many recorded frames before those that are predicted
 APART_SHARE = 0.4  # of the iterations, in which frames are predicted from recorded ones
 APART = 24  # frames of a game in these
 SHORTEST = 8  # frames that are unrolled
 RESET_SHARE = 0.15  # of games that begin where an episode does
-ENCODED = 64  # pictures at once
 
 
 class StateBatch(NamedTuple):
@@ -104,32 +104,24 @@ class StatePictures(NamedTuple):
     states: Tensor  # (n, S) raw units
 
     @classmethod
-    def read(
-        cls,
-        recordings: Iterable[Recording],
-        names: Sequence[str],
-        encode: Callable[[Tensor], Tensor],
-        limit: int,
-        seed: int,
-    ) -> StatePictures | None:
-        """At most `limit` frames drawn by the seed from opened recordings with the numbers `names`; `encode`:
-        uint8 (n, 3, h, w) → (n, c, y, x). None where no frame has a state.
+    def read(cls, cache: LatentsCache, names: Sequence[str], limit: int, seed: int) -> StatePictures | None:
+        """At most `limit` frames drawn by the seed from the recordings of a cache, where the numbers `names`
+        are known; None where there are no such frames.
         """
-        told = [(recording, *known_states(recording, names)) for recording in recordings]
-        total = sum(len(rows) for _, rows, _ in told)
+        known = []
+        for states, told in zip(cache.states, cache.state_names, strict=True):
+            own = states[:, [told.index(name) for name in names]] if set(names) <= set(told) else states[:0]
+            known.append((rows := np.flatnonzero(np.isfinite(own).all(1)), own[rows]))
+        total = sum(len(rows) for rows, _ in known)
         if not total:
             return None
         chosen = np.sort(np.random.default_rng(seed).permutation(total)[:limit])
         latents, kept, first = [], [], 0
-        for recording, rows, states in told:
+        for pictures, (rows, states) in zip(cache.latents, known, strict=True):
             mine = chosen[(chosen >= first) & (chosen < first + len(rows))] - first
             first += len(rows)
-            frames = recording.pick(rows[mine])
-            for at in range(0, len(mine), ENCODED):
-                part = mine[at : at + ENCODED]
-                pixels = np.stack([next(frames) for _ in part])
-                latents.append(encode(torch.from_numpy(pixels).permute(0, 3, 1, 2)).half().cpu())
-                kept.append(torch.from_numpy(states[part]))
+            latents.append(torch.from_numpy(pictures[rows[mine]]))
+            kept.append(torch.from_numpy(states[mine]))
         return cls(torch.cat(latents), torch.cat(kept))
 
     def batch(self, seed: int, count: int) -> StatePictures:

@@ -39,6 +39,39 @@ def with_keys(config: TrainConfig) -> TrainConfig:
     return replace(config, world=replace(config.world, keys=keys))
 
 
+def open_caches(
+    config: TrainConfig,
+    autoencoder: Autoencoder,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    place: tuple[int, int] = (0, 1),
+) -> list[LatentsCache]:
+    """Latents of the recordings to train on and of those held out; what is missing is encoded first, by each
+    process (rank, ranks) its share.
+    """
+
+    @torch.inference_mode()
+    def encode(frames: Tensor) -> Tensor:
+        hold(Path(config.out))
+        with autocast(device, dtype):
+            return autoencoder.encode(frames.to(device)).cpu()
+
+    rank, ranks = place
+    train, held_out = split(find_recordings(config.data))
+    # decoders may differ: latents are the encoder's
+    key = weights_digest(autoencoder, without=("decoder",))
+    path = cache_place(config.data, config.out, key, train + held_out)
+    if rank == 0:
+        drop_old(path, config.data, config.out, train + held_out)
+    if mine := (train + held_out)[rank::ranks]:
+        # a CPU has its hands full encoding
+        readers = (os.cpu_count() or 0) if device.type == "cuda" else 0
+        LatentsCache.build(mine, encode, path, key, batch=64, workers=readers)
+    if ranks > 1:
+        torch.distributed.barrier()  # each process has encoded its share
+    return [LatentsCache(path, key, part) for part in (train, held_out or train)]
+
+
 class LatentsStage(ABC):
     """A stage whose batches are runs of latents, keys and states; `module` is what it trains."""
 
@@ -57,7 +90,7 @@ class LatentsStage(ABC):
             raise UserError(f"{said}; give another out=DIR, or world={self.before.world.name}.")
         self.model = self._model()
         self.autoencoder: Autoencoder = self.frozen(load_autoencoder(self.before))
-        self.caches = self._open_caches()
+        self.caches = open_caches(config, self.autoencoder, device, dtype, (rank, ranks))
         length, tail = self.segment()
         near = device if device.type == "cuda" else None
         segments = self.segments(self.caches[0], length, near)
@@ -91,29 +124,6 @@ class LatentsStage(ABC):
         states = self.model.state.names
         before = self.model.denoiser.action_history - 1
         return Segments(cache, length, self.names, states, before, near)
-
-    def _open_caches(self) -> list[LatentsCache]:
-        """Latents of the recordings to train on and of those held out; what is missing is encoded first."""
-        config = self.config
-        train, held_out = split(find_recordings(config.data))
-        # decoders may differ: latents are the encoder's
-        key = weights_digest(self.autoencoder, without=("decoder",))
-        path = cache_place(config.data, config.out, key, train + held_out)
-        if self.rank == 0:
-            drop_old(path, config.data, config.out, train + held_out)
-        if mine := (train + held_out)[self.rank :: self.ranks]:
-            # a CPU has its hands full encoding
-            readers = (os.cpu_count() or 0) if self.device.type == "cuda" else 0
-            LatentsCache.build(mine, self._encode, path, key, batch=64, workers=readers)
-        if self.ranks > 1:
-            torch.distributed.barrier()  # each process has encoded its share
-        return [LatentsCache(path, key, part) for part in (train, held_out or train)]
-
-    @torch.inference_mode()
-    def _encode(self, frames: Tensor) -> Tensor:
-        hold(Path(self.config.out))
-        with autocast(self.device, self.dtype):
-            return self.autoencoder.encode(frames.to(self.device)).cpu()
 
     def batch(self, step: int) -> Clip:
         """The segments of iteration `step`: a pure function of seed and step."""

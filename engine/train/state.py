@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import StateConfig, TrainConfig
+from ..data.latents import LatentsCache
 from ..data.state_logs import WARM, StateBatch, StateLogs, StatePictures
 from ..dataset import split
-from ..device import autocast
 from ..model.checkpoint import Checkpoint, save_checkpoint
 from ..model.networks import load_autoencoder, make_reader, make_scene, make_states
 from ..model.scene import SceneModel
@@ -25,7 +25,7 @@ from ..model.state import StateModel
 from ..model.state_reader import StateReader
 from ..model.state_spec import StateSpec, difference, heading, pick, state_features, turned
 from ..recording import Recording, find_recordings
-from .stage import LICENCE
+from .stage import LICENCE, open_caches
 
 NOISE_SHARE = 0.2  # of games that begin a little beside the truth, so that it learns to return
 NOISE = 0.3  # standard deviation of that, in large steps
@@ -134,20 +134,17 @@ class StateStage:
             self.module = nn.Linear(1, 1)  # stands in for what there is nothing to train of
             return
         self.held_out = StateLogs.read(parts[1], spec.names, keys) or self.logs
+        caches = open_caches(config, self.autoencoder, device, dtype, (rank, ranks))
+        known, new = (_only(cache, part) for cache, part in zip(caches, parts, strict=True))
         limit = max(1, config.pace().frames // ranks)
-        self.pictures = StatePictures.read(parts[0], spec.names, self._encode, limit, config.seed + rank)
-        unseen = StatePictures.read(parts[1], spec.names, self._encode, MEASURED, config.seed)
+        self.pictures = StatePictures.read(known, spec.names, limit, config.seed + rank)
+        unseen = StatePictures.read(new, spec.names, MEASURED, config.seed) if new else None
         self.unseen = unseen or self.pictures.batch(0, MEASURED)
         made = (make(self.model, config.world) for make in (make_states, make_reader, make_scene))
         states, reader, scene = made
         states.fit(self.logs.states, self.logs.actions, self.logs.resets)
         reader.fit(self.logs.states, self.logs.resets)
         self.module = StateLoss(states, reader, scene)
-
-    @torch.inference_mode()
-    def _encode(self, frames: Tensor) -> Tensor:
-        with autocast(self.device, self.dtype):
-            return self.autoencoder.encode(frames.to(self.device))
 
     def batch(self, step: int) -> Given:
         """What iteration `step` learns from: a pure function of seed and step."""
@@ -229,6 +226,12 @@ def _told(paths: list[Path]) -> list[Recording]:
     """Recordings that tell what a true world said of itself; a dream's states are a network's own."""
     opened = (Recording(path) for path in paths)
     return [one for one in opened if one.state_kinds and one.header["source"] != "dream"]
+
+
+def _only(cache: LatentsCache, recordings: list[Recording]) -> LatentsCache | None:
+    """The part of a cache that is of these recordings; None where there are none."""
+    directories = [Path(recording.directory) for recording in recordings]
+    return LatentsCache(cache.path, cache.key, directories) if directories else None
 
 
 def common_spec(recordings: list[Recording]) -> StateSpec | None:
