@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .config import UserError
+from .config import UserError, WorldConfig
 from .data.cache import stable_hash
-from .recording import Recording
+from .recording import Recording, find_recordings
+from .schema import read_header
 
 
 def split(recordings: Sequence[Path], held_out: float = 0.05) -> tuple[list[Path], list[Path]]:
@@ -23,6 +25,33 @@ def split(recordings: Sequence[Path], held_out: float = 0.05) -> tuple[list[Path
     count = sum(stable_hash(path.name) < held_out * 2**64 for path in order)
     count = min(max(count, 1), len(order) - 1) if len(order) > 1 else 0
     return sorted(order[count:]), sorted(order[:count])
+
+
+def true_recordings(data: str, world: WorldConfig) -> tuple[list[Path], list[Path]]:
+    """Recordings of the true game `world` in the folder `data` → (train, held out). What a network has drawn
+    is left out, and that is said: it would be learned from as if it were true.
+
+    Raises UserError where one is of another game or size, or none is left.
+    """
+    found = {path: read_header(path) for path in find_recordings(data)}
+    true = [path for path, header in found.items() if header["source"] != "dream"]
+    if not true:
+        raise UserError(f"All recordings in {data} are of generated games; record or collect the true one.")
+    if dreams := len(found) - len(true):
+        print(f"{dreams} of {len(found)} recordings are of generated games and left out.", file=sys.stderr)
+    for path in true:
+        if wrong := _other(found[path], world):
+            raise UserError(f"{path} is {wrong}; give world= as it was collected, or another data=DIR.")
+    return split(true)
+
+
+def _other(header: dict, world: WorldConfig) -> str:
+    """In what a recording is not of this world, in words; empty where it is."""
+    game = header["config"].get("id", "")
+    if header["world"] not in ("", world.name) or game not in ("", world.id):
+        return f"of {game or header['world']}, not of {world.id or world.name}"
+    size, wanted = ((header["width"], header["height"]), (world.width, world.height))
+    return "" if size == wanted else "of {}x{}, not of {}x{}".format(*size, *wanted)
 
 
 def load_frames(recordings: Sequence[Path], limit: int, seed: int) -> torch.Tensor:

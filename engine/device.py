@@ -5,8 +5,9 @@ work.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 
 import torch
 
@@ -78,3 +79,16 @@ def autocast(device: torch.device, dtype: torch.dtype | None, cache: bool = True
 def compute_dtype(device: torch.device) -> torch.dtype:
     """What keys and values are kept in: autocast's, where it is on."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def exact(method: Callable) -> Callable:
+    """A module's method that computes in float32 whatever autocast says around it: where a state adds up over
+    a game, so would the rounding of every frame. The last argument is a tensor of the device.
+    """
+
+    @wraps(method)
+    def computed(self, *given):
+        with torch.autocast(given[-1].device.type, enabled=False):
+            return method(self, *given)
+
+    return computed

@@ -93,7 +93,8 @@ class Dream:
             if self.start == "true game":
                 loaded = true_start(self.world, 0, self._frames)
             else:
-                loaded = load_start(self.start, self.action_space, self._shipped, self._frames)
+                chosen = self.start, self.action_space, self._shipped, self._frames
+                loaded = load_start(*chosen, self.world.name)
             self._loaded = {self.start: loaded}
         chosen = self._loaded[self.start]
         return self._session.begin(seed, chosen)

@@ -46,8 +46,11 @@ def packed_starts(extras: dict[str, Any], state_names: Sequence[str]) -> dict[st
     return starts
 
 
-def load_start(choice: str, space: ActionSpace, shipped: dict[str, Start], frames: int) -> Start:
-    """A shipped start's name, a recording `DIR` or `DIR:FRAME`, or a picture → at most `frames` frames.
+def load_start(
+    choice: str, space: ActionSpace, shipped: dict[str, Start], frames: int, world: str = ""
+) -> Start:
+    """A shipped start's name, a recording `DIR` or `DIR:FRAME`, or a picture → at most `frames` frames. What
+    a recording of another world than `world` tells of its state is not taken: it is of another map.
 
     Raises UserError where the choice is none of these, is damaged, or holds keys that `space` lacks.
     """
@@ -58,7 +61,8 @@ def load_start(choice: str, space: ActionSpace, shipped: dict[str, Start], frame
         recording = Recording(directory)
         if last is None:
             last = min(frames, recording.episodes()[0][1] if len(recording) else 1) - 1
-        return cut_start(recording, last, space, frames, choice)
+        start = cut_start(recording, last, space, frames, choice)
+        return start if recording.header["world"] in ("", world) else replace(start, states=None)
     if directory.is_file():
         picture = load_picture(choice)
         return Start(choice, picture[None], np.zeros((1, len(space)), np.float32))

@@ -31,7 +31,7 @@ from engine.model.scene import SceneModel
 from engine.model.state import StateCarry, StateModel
 from engine.model.state_reader import StateReader, completed
 from engine.model.state_spec import StateScales, StateSpec, features_width, scene_columns, state_features
-from engine.recording import Recorder, Recording
+from engine.recording import Recorder
 from engine.rollout.rollout import Rollout
 from engine.rollout.session import Player, Session
 from engine.train.optim import moving_average
@@ -609,3 +609,15 @@ def test_carry_can_be_picked_apart(model: StateModel) -> None:
     state = carry.state.clone()
     state[0, 6] = 12.0
     assert model.step(StateCarry(carry.hidden, state), keys()).state[0, 6] == 12.0
+
+
+def test_states_are_computed_in_float32(logs: StateLogs) -> None:
+    """Under bfloat16, too: what is rounded in each frame adds up."""
+    model = StateModel(SPEC, len(KEYS))
+    torch.nn.init.normal_(model.free_rest[-1].weight)
+    model.fit(logs.states, logs.actions, logs.resets)
+    games = logs.cut(torch.tensor([0, 5]), 40, 8)
+    right = model.unroll(model.begin(games.states[:, :8], games.actions[:, :8]), games.actions[:, 8:])
+    with torch.autocast("cpu", torch.bfloat16):
+        made = model.unroll(model.begin(games.states[:, :8], games.actions[:, :8]), games.actions[:, 8:])
+    assert torch.equal(made, right)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import TrainConfig, UserError
+from ..config import TRAINED, TrainConfig, UserError
 from ..dataset import split
 from ..recording import Recording, find_recordings
 from ..rollout.session import Player
@@ -123,7 +123,8 @@ def evaluate(config: TrainConfig) -> dict:
 def open_scope(config: TrainConfig) -> Scope:
     """Opens a network and its world, and samples true frames."""
     out = Path(config.out)
-    newest = [out / f"{stage}.safetensors" for stage in ("decoder", "rollout", "denoiser")]
+    names = list(TRAINED)
+    newest = [out / f"{name}.safetensors" for name in names[: names.index("denoiser") - 1 : -1]]
     chosen = config.checkpoint or next((path for path in newest if path.exists()), newest[0])
     player = Player(chosen, config.device, config.precision, state=config.state)
     stateless = Player(chosen, config.device, config.precision, state=False) if player.states else None

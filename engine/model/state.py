@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device import exact
 from .state_spec import OCTAVES, StateScales, StateSpec, pick, turned, waves
 
 PERIODS = range(3, 21)  # frames; what swings with a fixed period (a walker's bob) follows one of these clocks
@@ -114,6 +115,7 @@ class StateModel(nn.Module):
         self.free.weight[:, : told.shape[1] - 1] = solved[:-1].T
         self.free.bias.copy_(solved[-1])
 
+    @exact
     def begin(self, states: Tensor, actions: Tensor) -> StateCarry:
         """Recorded states (b, t, S) and the actions (b, t, k) that caused them, t >= 1 → carry."""
         inner = self._inner(states)
@@ -121,6 +123,7 @@ class StateModel(nn.Module):
         hidden, _ = self._recall(self._start(len(states)), previous, inner, actions)
         return StateCarry(hidden, states[:, -1])
 
+    @exact
     def next_states(self, states: Tensor, actions: Tensor) -> Tensor:
         """Recorded states (b, t + 1, S) and actions (b, t + 1, k) → what each of the last t frames would be,
         predicted from the recorded ones before it (b, t, S). All frames at once: cheap to learn from.
@@ -132,11 +135,13 @@ class StateModel(nn.Module):
         made = self._move(before, known[:, 1:].flatten(0, 1), *self._heading(before))
         return self._outer(made.unflatten(0, (len(states), -1)), states[:, 1:])
 
+    @exact
     def step(self, carry: StateCarry, action: Tensor) -> StateCarry:
         """Carry and the action (b, k) that causes the next frame → the next frame's carry."""
         hidden, inner = self._advance(carry.hidden, self._inner(carry.state), action)
         return StateCarry(hidden, self._outer(inner, carry.state))
 
+    @exact
     def unroll(self, carry: StateCarry, actions: Tensor) -> Tensor:
         """Carry, actions (b, t, k) → states (b, t, S)."""
         if not actions.shape[1]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..device import exact
 from .state import StateModel
 from .state_spec import StateScales, StateSpec, pick
 
@@ -60,9 +61,10 @@ class StateReader(nn.Module):
         missed = (self(latents) - states).square().mean(0)
         return (1 - missed / states.var(0, unbiased=False).clamp_min(1e-12)).clamp_min(0)
 
+    @exact
     def forward(self, latents: Tensor) -> Tensor:
         """(n, c, y, x) → (n, S) in raw units, inside the range of the data, angles in [0, 360)."""
-        weight, guess, spread, plain = self._read(latents)
+        weight, guess, spread, plain = self._read(latents.float())
         height = weight - self.pose * spread  # of each guess's peak, as logarithm
         best = height.argmax(1)[:, None, None].expand(-1, 1, self.pose)
         place, cos, sin = self._parts(guess.gather(1, best)[:, 0])

@@ -11,12 +11,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import TrainConfig
-from ..dataset import load_frames, split
+from ..dataset import load_frames, true_recordings
 from ..device import autocast
 from ..model.autoencoder import Autoencoder
 from ..model.checkpoint import Checkpoint, save_checkpoint
 from ..picture import grid
-from ..recording import find_recordings
 from .stage import LICENCE
 
 
@@ -30,7 +29,7 @@ class AutoencoderStage:
     ):
         self.config, self.device, self.dtype = config, device, dtype
         pace = config.pace()
-        train, held_out = split(find_recordings(config.data))
+        train, held_out = true_recordings(config.data, config.world)
         self.frames = load_frames(train, pace.frames, config.seed)  # (n, 3, h, w) uint8
         self.shown = load_frames(held_out or train, 256, config.seed)
         self.size, self.seed = pace.batch, (config.seed * 1009 + rank) * 1_000_003

@@ -15,12 +15,12 @@ from torch.func import functional_call
 
 from ..config import StageConfig
 from ..data.segments import Batches
-from ..dataset import load_frames, split
+from ..dataset import load_frames, true_recordings
 from ..device import autocast
 from ..model.autoencoder import Autoencoder, to_bytes, to_float
 from ..model.discriminator import PatchDiscriminator
 from ..picture import grid
-from ..recording import Recording, find_recordings
+from ..recording import Recording
 from .denoiser import DenoiserStage
 
 NOISE = 0.2  # most noise on the latents of true frames, as those of games are never perfect
@@ -72,7 +72,9 @@ class DecoderStage(DenoiserStage):
         self.generator = super().loss()
         self.frozen(self.generator)
         pace = self.config.pace()
-        self.frames = load_frames(split(find_recordings(self.config.data))[0], pace.frames, self.config.seed)
+        self.frames = load_frames(
+            true_recordings(self.config.data, self.config.world)[0], pace.frames, self.config.seed
+        )
         self.recordings: dict[str, Recording] = {}  # opened once
         decoder = copy.deepcopy(self.autoencoder.decoder).requires_grad_(True)
         return DecoderLoss(decoder, pace)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import StageConfig
+from ..config import TRAINED, StageConfig
 from ..data.segments import Batches, Clip
 from ..device import autocast, compute_dtype
 from ..model.autoencoder import decode_clip
@@ -194,7 +194,7 @@ class DenoiserStage(LatentsStage):
         else with those of its scene.
         """
         denoiser = make_denoiser(self.model, self.config.world)
-        if "denoiser" in self.before.modules:
+        if "denoiser" in self.before.modules or "denoiser" not in TRAINED[self.config.stage].makes:
             self.before.load_into("denoiser", denoiser)
         elif "scene" in self.before.modules:
             self.before.load_into("scene", denoiser.condition.scene)

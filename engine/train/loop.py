@@ -111,7 +111,7 @@ class Training:
         state: dict[str, Any] = {"step": self.step, "random": torch.get_rng_state(), "cuda_random": cuda}
         if self.ranks.first:
             state |= {"seconds": self.seconds, "precision": self.precision, "origin": self.origin}
-            state |= {"scores": self.scores}
+            state |= {"scores": self.scores, "trains": self.stage.trains}
             state |= {part: getattr(self, part).state_dict() for part in ("module", "average", "optimiser")}
         else:
             state["buffers"] = self._buffers()

@@ -34,6 +34,9 @@ def train_all(config: TrainConfig, ranks: Ranks, stop: Stop) -> dict[str, Any]:
     names = [name for name in TRAINED if name in config.stages and config.stages[name].max_minutes]
     if not names:
         raise UserError(f"preset={config.preset} gives no stage any minutes, so there is nothing to train.")
+    if config.weights:
+        said = "stage=all trains every stage from the one before it"
+        raise UserError(f"{said}; weights=FILE is for a single stage, as in stage={names[0]}.")
     Path(config.out).mkdir(parents=True, exist_ok=True)
     plan = Plan(config, names)
     if ranks.first:

@@ -82,7 +82,11 @@ class Standing:
         return told + ([f"precision was {was} and is {wanted}"] if wanted not in ("auto", was) else [])
 
     def finished(self, pace: StageConfig) -> bool:
-        """Whether the steps or minutes of this pace are spent and the stage's checkpoint is there."""
+        """Whether the steps or minutes of this pace are spent, or there was nothing to train, and the stage's
+        checkpoint is there.
+        """
         if not self.state or not checkpoint_of(self.config, self.config.stage).is_file():
             return False
+        if not self.state.get("trains", True):
+            return True
         return self.state["step"] >= pace.steps or self.state["seconds"] >= 60 * pace.max_minutes

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import TRAINED, ModelConfig, TrainConfig, UserError
+from ..config import TRAINED, ModelConfig, TrainConfig, UserError, WorldConfig
 from ..data.cache import cache_place, drop_old
 from ..data.latents import LatentsCache
 from ..data.segments import Batches, Clip, Segments
-from ..dataset import split
+from ..dataset import true_recordings
 from ..device import autocast
 from ..model.autoencoder import Autoencoder
 from ..model.checkpoint import Checkpoint, kept, save_checkpoint, weights_digest
@@ -57,7 +57,7 @@ def open_caches(
             return autoencoder.encode(frames.to(device)).cpu()
 
     rank, ranks = place
-    train, held_out = split(find_recordings(config.data))
+    train, held_out = true_recordings(config.data, config.world)
     # decoders may differ: latents are the encoder's
     key = weights_digest(autoencoder, without=("decoder",))
     path = cache_place(config.data, config.out, key, train + held_out)
@@ -72,6 +72,19 @@ def open_caches(
     return [LatentsCache(path, key, part) for part in (train, held_out or train)]
 
 
+def check_world(before: Checkpoint, world: WorldConfig) -> None:
+    """Raises UserError where a checkpoint is of another game than `world`, or of other keys or sizes."""
+    made = before.world
+    for one, other, what in (
+        ((made.name, made.id), (world.name, world.id), "world"),
+        (list(made.keys), list(world.keys), "keys"),
+        ((made.width, made.height), (world.width, world.height), "frame size"),
+    ):
+        if one != other:
+            said = f"{before.path} was trained for {made.id or made.name}, which has another {what}"
+            raise UserError(f"{said} than {world.id or world.name}; give another out=DIR, or world=.")
+
+
 class LatentsStage(ABC):
     """A stage whose batches are runs of latents, keys and states; `module` is what it trains."""
 
@@ -84,10 +97,7 @@ class LatentsStage(ABC):
         self.config, self.device, self.dtype, self.rank, self.ranks = config, device, dtype, rank, ranks
         self.names = tuple(config.world.keys)
         self.before = Checkpoint(config.weights or self._source())
-        if list(self.before.world.keys) != list(config.world.keys):
-            said = f"{self.before.path} was trained for {self.before.world.name}"
-            said = f"{said}, whose keys {config.world.name} has not"
-            raise UserError(f"{said}; give another out=DIR, or world={self.before.world.name}.")
+        check_world(self.before, config.world)
         self.model = self._model()
         self.autoencoder: Autoencoder = self.frozen(load_autoencoder(self.before))
         self.caches = open_caches(config, self.autoencoder, device, dtype, (rank, ranks))

@@ -17,15 +17,15 @@ from torch.nn import functional as F
 from ..config import StateConfig, TrainConfig
 from ..data.latents import LatentsCache
 from ..data.state_logs import WARM, StateBatch, StateLogs, StatePictures
-from ..dataset import split
+from ..dataset import true_recordings
 from ..model.checkpoint import Checkpoint, save_checkpoint
 from ..model.networks import load_autoencoder, make_reader, make_scene, make_states
 from ..model.scene import SceneModel
 from ..model.state import StateModel
 from ..model.state_reader import StateReader
 from ..model.state_spec import StateSpec, difference, heading, pick, state_features, turned
-from ..recording import Recording, find_recordings
-from .stage import LICENCE, open_caches
+from ..recording import Recording
+from .stage import LICENCE, check_world, open_caches
 
 NOISE_SHARE = 0.2  # of games that begin a little beside the truth, so that it learns to return
 NOISE = 0.3  # standard deviation of that, in large steps
@@ -122,8 +122,9 @@ class StateStage:
         self.config, self.device, self.dtype = config, device, dtype
         self.seed = (config.seed * 1009 + rank) * 1_000_003
         before = Checkpoint(config.weights or Path(config.out) / "autoencoder.safetensors")
+        check_world(before, config.world)
         self.autoencoder = load_autoencoder(before).to(device).eval().requires_grad_(False)
-        parts = [_told(part) for part in split(find_recordings(config.data))]
+        parts = [_told(part) for part in true_recordings(config.data, config.world)]
         spec = common_spec(parts[0])
         keys = tuple(config.world.keys)
         self.logs = StateLogs.read(parts[0], spec.names, keys) if spec else None
@@ -223,9 +224,8 @@ def _sizes(spec: StateSpec, error: Tensor, after: str) -> dict[str, float]:
 
 
 def _told(paths: list[Path]) -> list[Recording]:
-    """Recordings that tell what a true world said of itself; a dream's states are a network's own."""
-    opened = (Recording(path) for path in paths)
-    return [one for one in opened if one.state_kinds and one.header["source"] != "dream"]
+    """Recordings that tell what their world said of itself."""
+    return [one for one in map(Recording, paths) if one.state_kinds]
 
 
 def _only(cache: LatentsCache, recordings: list[Recording]) -> LatentsCache | None:
