@@ -69,6 +69,9 @@ class LineStage:
         config = self.config
         save_checkpoint(path, {"line": module}, config.model, config.world, seed=config.seed, **about)
 
+    def saved(self) -> None:
+        """Nothing is under way that a save does not hold."""
+
 
 @pytest.fixture
 def data(tmp_path) -> Path:
@@ -186,6 +189,18 @@ def test_a_finished_stage_stays_finished(run, tmp_path, monkeypatch):
     again = run()
     assert again["steps"] == 8 and again["checkpoint"] == first["checkpoint"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_picture_that_fails_costs_no_step(run, tmp_path, monkeypatch):
+    """Neither in the end, nor on the way."""
+    for given, step in ((["steps=8"], 8), (["steps=20", "picture_minutes=0"], 8)):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(LineStage, "picture", lambda self, module: 1 / 0)
+            run(*given)
+        assert torch.load(tmp_path / "out" / "autoencoder.state.pt")["step"] == step
+        assert Checkpoint(tmp_path / "out" / "autoencoder.safetensors").about["steps"] == step
+    figures = run("steps=20")
+    assert figures["steps"] == 20 and figures["scores"]["away"] > 0
 
 
 def test_steps_may_be_raised_and_lines_are_not_doubled(run, begin, tmp_path):
