@@ -22,7 +22,7 @@ from ..picture import grid
 from ..rollout.rollout import Rollout
 from .stage import LatentsStage
 
-PICTURED = 73  # frames of the games that are shown and measured: 9 given, 64 made
+MADE = 64  # frames of the games that are shown and measured, at most
 HORIZONS = (1, 8, 16, 64)
 MEASURED = 16  # held-out games
 
@@ -181,8 +181,10 @@ class DenoiserStage(LatentsStage):
         for made in (self.states, self.reader):
             if made is not None:
                 self.frozen(made)
-        length = min(PICTURED, self.caches[1].longest())
-        self.shown = Batches(self.segments(self.caches[1], length), 6, 0)
+        start = self.model.denoiser.sink_frames + self.model.denoiser.context_frames
+        # of games that are over when they begin there is nothing to be seen
+        shown = next(cache for cache in reversed(self.caches) if cache.longest() > start)
+        self.shown = Batches(self.segments(shown, min(start + MADE, shown.longest())), 6, 0)
         self.module = self.loss()
 
     def loss(self) -> PlainLoss:
