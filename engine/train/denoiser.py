@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import StageConfig
+from ..config import DenoiserConfig, StageConfig
 from ..data.segments import Batches, Clip
 from ..device import autocast, compute_dtype
 from ..model.autoencoder import decode_clip
@@ -25,6 +25,11 @@ from .stage import LatentsStage
 MADE = 64  # frames of the games that are shown and measured, at most
 HORIZONS = (1, 8, 16, 64)
 MEASURED = 16  # held-out games
+
+
+def least_frames(sizes: DenoiserConfig, stage: StageConfig) -> int:
+    """Frames of a segment of true ones: what windows look at, room for one, and more where `clip` says so."""
+    return max(stage.clip, sizes.sink_frames + sizes.context_frames + sizes.window_frames)
 
 
 class PlainLoss(nn.Module):
@@ -203,9 +208,8 @@ class DenoiserStage(LatentsStage):
         return denoiser
 
     def segment(self) -> tuple[int, int]:
-        sizes, stage = self.model.denoiser, self.config.pace()
-        least = sizes.sink_frames + sizes.context_frames + sizes.window_frames
-        length = max(least, stage.clip)
+        sizes = self.model.denoiser
+        length = least_frames(sizes, self.config.pace())
         return length, length - sizes.sink_frames - sizes.context_frames
 
     def networks(self, module: PlainLoss) -> dict[str, nn.Module | None]:
