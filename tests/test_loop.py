@@ -242,6 +242,19 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(change, word, run, begin, 
     assert begin(change, "again=true", "steps=20").step == 8
 
 
+def test_a_field_that_only_a_newer_version_has_is_no_difference(run, begin, tmp_path):
+    training = begin()
+    advance(training, 3)
+    training.save()
+    file = tmp_path / "out" / "autoencoder.state.pt"
+    state = torch.load(file)
+    assert state["origin"]["model"]["autoencoder"].pop("depth") and state["origin"]["stage"].pop("crop")
+    torch.save(state, file)
+    with pytest.raises(UserError, match="model.autoencoder.channels was 4 and is 6"):
+        run("model.autoencoder.channels=6")
+    assert begin().step == 3
+
+
 def test_what_other_stages_make_may_change(run, begin):
     """The sizes of a later stage's network are nothing to this one, unless they are given on its command
     line.
@@ -302,6 +315,13 @@ def test_precision_is_decided_once(begin, monkeypatch):
     first.save()
     again = begin("precision=auto")
     assert again.dtype is torch.bfloat16 and again.precision == "bf16"
+
+
+@pytest.mark.parametrize("option", ["threads=-1", "workers=-1", "frames=-1"])
+def test_what_cannot_be_negative_is_refused(option, capsys):
+    assert train.main([option]) == 2
+    out, err = capsys.readouterr()
+    assert not out and option.split("=")[0] in err and "negative" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

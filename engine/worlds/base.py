@@ -44,7 +44,7 @@ class ActionSpace:
 
 
 def short_seed(seed: int) -> int:
-    """A seed of any size or sign → 0 to 2**31 - 1, which every simulator takes; itself where it fits."""
+    """A seed of any size or sign → 0 to 2**31 - 1, which every world takes; itself where it fits."""
     if 0 <= seed < 2**31:
         return seed
     return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big") >> 1
