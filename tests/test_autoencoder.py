@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.config import AutoencoderConfig, ModelConfig, TrainConfig, WorldConfig
-from engine.model.autoencoder import Autoencoder, decode_clip, encode_clip, random_crops, to_float, zoom
+from engine.model.autoencoder import Autoencoder, decode_clip, random_crops, to_float, zoom
 from engine.recording import Recorder
 from engine.train.autoencoder import AutoencoderStage
 
@@ -122,9 +122,8 @@ def test_each_frame_alone(frames):
 def test_clips_keep_their_order(frames):
     autoencoder = make().eval()
     clip = frames.unflatten(0, (2, 4))
-    latents = encode_clip(autoencoder, clip)
+    latents = autoencoder.encode(frames).unflatten(0, (2, 4))
     assert latents.shape == (2, 4, 6, 12, 16)
-    assert torch.allclose(latents[1, 2], autoencoder.encode(frames[6:7])[0], atol=1e-4)
     made = decode_clip(autoencoder, latents)
     assert made.shape == clip.shape and made.dtype == torch.uint8
     assert (made[0, 1].int() - autoencoder.decode(latents[0, 1:2])[0].int()).abs().max() <= 1

@@ -24,7 +24,6 @@ class ActionSpace:
 
     names: tuple[str, ...]
     bindings: tuple[tuple[str, ...], ...]
-    mouse: bool = False
 
     def __len__(self) -> int:
         return len(self.names)
