@@ -116,10 +116,7 @@ def _alone(lock: Path) -> Iterator[None]:
             raise UserError(f"{said}; wait for it, or choose another seed or data=.") from None
         except OSError:
             pass  # a file system without locks
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+        yield  # the file stays: who waits to open it would lock one that is gone, and a third a new one
 
 
 def _refuse_another(config: TrainConfig) -> None:

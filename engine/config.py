@@ -13,12 +13,10 @@ KERNELS = ("auto", "reference", "triton")
 
 @dataclass(frozen=True)
 class Trained:
-    """What a stage of training starts from: the stages whose checkpoints it reads, as far as they are there,
-    and the parts of ModelConfig that it makes; it takes the others as they were made.
-    """
+    """What a stage of training starts from and what it makes."""
 
-    reads: tuple[str, ...] = ()
-    makes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()  # the stages whose checkpoints it reads, as far as they are there
+    makes: tuple[str, ...] = ()  # parts of ModelConfig; it takes the others as they were made
 
 
 TRAINED = {  # in their order
@@ -33,9 +31,7 @@ STAGES = ("all", "collect", *TRAINED, "pack", "evaluate", "ablate", "precision")
 
 
 class UserError(Exception):
-    """Bad input. The message is one sentence that says what is wrong and what to do; programs print it and
-    exit 2.
-    """
+    """Bad input: one sentence that says what is wrong and what to do; programs print it and exit 2."""
 
 
 @dataclass
@@ -59,8 +55,7 @@ class WorldConfig:
         if self.kind not in ("doom", "gym"):
             raise UserError(f"world.kind must be doom or gym, not {self.kind!r}.")
         if self.height % 32 or self.width % 32:
-            size = f"{self.width}x{self.height}"
-            raise UserError(f"A frame must be a multiple of 32 on both sides, not {size}.")
+            raise UserError(f"A frame's sides must be multiples of 32, not {self.width}x{self.height}.")
         if self.tics < 1 or self.fps <= 0 or self.episode_frames < 1:
             raise UserError("world.tics, world.fps and world.episode_frames must be positive.")
 
@@ -112,6 +107,11 @@ class DenoiserConfig:
             said = "model.denoiser.action_history and context_frames must be at least 1"
             raise UserError(f"{said} and sink_frames not negative.")
 
+    @property
+    def known_frames(self) -> int:
+        """How many true frames a game begins with: all that its next frame knows of those before it."""
+        return max(self.sink_frames + self.context_frames, self.action_history)
+
 
 @dataclass
 class StateConfig:
@@ -146,7 +146,7 @@ class StageConfig:
     muon: bool = True  # for the matrices of the transformer's layers
     grad_clip: float = 1.0
     ema: float = 0.999
-    frames: int = 40_000  # stages autoencoder, state: pictures kept in memory
+    frames: int = 40_000  # stages autoencoder, state, decoder: pictures kept in memory
     crop: float = 1.0  # stages autoencoder, decoder: share of a frame's sides that is looked at
     clip: int = 24  # frames in a training segment, at least
     memoryless: float = 0.0  # stage denoiser: share of iterations whose windows see no frames before the last
@@ -168,8 +168,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.accumulate) < 1 or not 0 <= self.max_minutes < float("inf"):
-            said = "steps, batch and accumulate of a stage must be at least 1"
-            raise UserError(f"{said}, and max_minutes not negative.")
+            raise UserError("A stage's steps, batch and accumulate are at least 1, max_minutes not negative.")
 
 
 @dataclass
@@ -213,6 +212,8 @@ class TrainConfig:
         if self.stage not in STAGES:
             raise UserError(f"There is no stage {self.stage!r}; choose one of {', '.join(STAGES)}.")
         _check_arithmetic(self.precision, self.kernels)
+        if min(self.frames, self.workers, self.threads) < 0:
+            raise UserError("frames, workers and threads must not be negative.")
         if not 0 <= self.seed < 2**31:  # any will do; generators take no larger ones
             self.seed = int.from_bytes(hashlib.sha256(str(self.seed).encode()).digest()[:4], "big") // 2
         if self.precision in ("fp16", "fp8") and self.stage in ("all", "collect", *TRAINED):
@@ -293,8 +294,7 @@ def load_config(program: str, schema: type, overrides: list[str]) -> Any:
             made.given = [text.partition("=")[0].lstrip("+~") for text in overrides]
         return made
     except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-        if isinstance(cause, UserError):
-            raise cause from None
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
         said = " ".join(str(error).split())
         raise UserError(f"The options {' '.join(overrides)!r} were not understood: {said}") from None

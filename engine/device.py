@@ -1,6 +1,4 @@
-"""Which device, which precision, how many threads: decided once by measuring, before a program starts its
-work.
-"""
+"""Which device, which precision: decided once, by measuring where that is asked, before a program begins."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Dream:
         choose_kernels(config.kernels)
         player = Player(path, config.device, config.precision)
         self._session = Session(player, config.graph)
-        self._frames = self._session.rollout.start_frames
+        self._frames = player.denoiser.config.known_frames
         names = player.states.spec.names if player.states else ()
         self._shipped = packed_starts(player.checkpoint.extras, names)
         self._loaded: dict[str, Start] = {}

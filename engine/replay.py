@@ -37,11 +37,6 @@ class Replay:
         """How many frames are still to come."""
         return len(self._recording) - 1 - self._at
 
-    @property
-    def world(self) -> str:
-        """The name of the world that was recorded."""
-        return self._recording.header["world"]
-
     def first(self) -> dict:
         """The seed and the start of the recorded game, as far as it tells them."""
         return {"seed": self._recording.header["seed"], **self._began(0)}

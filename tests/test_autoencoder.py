@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import AutoencoderConfig, WorldConfig
-from engine.model.autoencoder import Autoencoder, decode_clip, encode_clip, random_crops, to_float, zoom
+from engine.config import AutoencoderConfig, ModelConfig, TrainConfig, WorldConfig
+from engine.model.autoencoder import Autoencoder, decode_clip, random_crops, to_float, zoom
+from engine.recording import Recorder
+from engine.train.autoencoder import AutoencoderStage
 
 TINY = AutoencoderConfig(channels=6, widths=[8, 12, 16], depth=2)  # a factor of 8
 
@@ -120,9 +122,8 @@ def test_each_frame_alone(frames):
 def test_clips_keep_their_order(frames):
     autoencoder = make().eval()
     clip = frames.unflatten(0, (2, 4))
-    latents = encode_clip(autoencoder, clip)
+    latents = autoencoder.encode(frames).unflatten(0, (2, 4))
     assert latents.shape == (2, 4, 6, 12, 16)
-    assert torch.allclose(latents[1, 2], autoencoder.encode(frames[6:7])[0], atol=1e-4)
     made = decode_clip(autoencoder, latents)
     assert made.shape == clip.shape and made.dtype == torch.uint8
     assert (made[0, 1].int() - autoencoder.decode(latents[0, 1:2])[0].int()).abs().max() <= 1
@@ -180,3 +181,16 @@ def test_half_of_the_frames_are_moved_with_their_latents(frames, monkeypatch):
         monkeypatch.setattr(autoencoder.decoder, "forward", lambda latents, off=off: latents + off)
         _, logs = autoencoder(frames[:5])
         assert abs(logs["psnr"].item() - 10 * math.log10(4 / (0.5**2 / 5))) < 1e-3, f"frame {wrong}"
+
+
+@pytest.mark.parametrize("count, columns", [(3, 3), (11, 8), (40, 8)])
+def test_any_number_of_held_out_frames_makes_a_picture(count, columns, tmp_path):
+    """Rows of eight at most, each above its reconstruction."""
+    world = WorldConfig("hall", height=32, width=32, keys={"go": ["W"]})
+    with Recorder(tmp_path / "data" / "r", world, "true", 0) as recorder:
+        for i in range(count):
+            recorder.add(np.full((32, 32, 3), 6 * i, np.uint8), [0], reset=i == 0, t_ns=i)
+    config = TrainConfig("autoencoder", world=world, model=ModelConfig(TINY), data=str(tmp_path / "data"))
+    stage = AutoencoderStage(config, torch.device("cpu"), None, 0, 1)
+    rows = 2 * -(-min(count, 32) // 8)
+    assert stage.picture(stage.module).shape == (34 * rows - 2, 34 * columns - 2, 3)

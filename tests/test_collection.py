@@ -172,6 +172,18 @@ def test_the_same_collection_twice_at_once(tmp_path):
     )
 
 
+def test_a_collection_that_came_late_is_still_alone(tmp_path):
+    """It has opened the lock before another one ends, and takes it after that."""
+    fcntl = pytest.importorskip("fcntl")
+    collect(config(tmp_path, frames=0))
+    with open(tmp_path / ".doom_gathering-0.lock") as late:
+        collect(config(tmp_path, frames=0))
+        fcntl.flock(late, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(UserError, match="Another collection"):
+            collect(config(tmp_path, frames=0))
+    assert collect(config(tmp_path, frames=0))["frames"] == 0
+
+
 def test_an_interrupted_collection_is_finished_with_the_same_bytes(two_workers, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(two_workers[0], data)

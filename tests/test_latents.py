@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,34 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(recordings, tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "c").iterdir())
     assert len(LatentsCache.build(recordings, encode, tmp_path / "c", "k")) == 3 * sum(EPISODES)
+
+
+def test_two_trainings_may_build_one_cache(cache, recordings, tmp_path, monkeypatch):
+    """The second one begins and ends while the first is in the middle of a recording."""
+    seen = []
+
+    def slow(frames):
+        seen.append(len(frames))
+        if len(seen) == 2:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                LatentsCache.build(recordings, encode, tmp_path, "key", batch=16)
+        return encode(frames)
+
+    both = LatentsCache.build(recordings, slow, tmp_path, "key", batch=16)
+    for one, other in zip(both.latents, cache.latents, strict=True):
+        assert np.array_equal(one, other)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_a_killed_training_left_is_removed_after_a_day(recordings, tmp_path):
+    place = tmp_path / "latents-key"
+    place.mkdir()
+    for name, age in (("a.npy.7.tmp", 2 * 86400), ("b.npz.7.tmp", 2 * 86400), ("c.npy.8.tmp", 3600)):
+        (place / name).touch()
+        os.utime(place / name, (time.time() - age,) * 2)
+    drop_old(place, tmp_path, tmp_path, recordings)
+    assert [file.name for file in place.glob("*.tmp")] == ["c.npy.8.tmp"]
 
 
 def test_the_cache_lies_in_out_where_data_cannot_be_written(recordings, tmp_path):

@@ -69,6 +69,9 @@ class LineStage:
         config = self.config
         save_checkpoint(path, {"line": module}, config.model, config.world, seed=config.seed, **about)
 
+    def saved(self) -> None:
+        """Nothing is under way that a save does not hold."""
+
 
 @pytest.fixture
 def data(tmp_path) -> Path:
@@ -188,6 +191,18 @@ def test_a_finished_stage_stays_finished(run, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_a_picture_that_fails_costs_no_step(run, tmp_path, monkeypatch):
+    """Neither in the end, nor on the way."""
+    for given, step in ((["steps=8"], 8), (["steps=20", "picture_minutes=0"], 8)):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(LineStage, "picture", lambda self, module: 1 / 0)
+            run(*given)
+        assert torch.load(tmp_path / "out" / "autoencoder.state.pt")["step"] == step
+        assert Checkpoint(tmp_path / "out" / "autoencoder.safetensors").about["steps"] == step
+    figures = run("steps=20")
+    assert figures["steps"] == 20 and figures["scores"]["away"] > 0
+
+
 def test_steps_may_be_raised_and_lines_are_not_doubled(run, begin, tmp_path):
     run()
     training = begin("steps=20")
@@ -225,6 +240,19 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(change, word, run, begin, 
     assert word in capsys.readouterr().err
     # and once it is begun anew, it is gone on with
     assert begin(change, "again=true", "steps=20").step == 8
+
+
+def test_a_field_that_only_a_newer_version_has_is_no_difference(run, begin, tmp_path):
+    training = begin()
+    advance(training, 3)
+    training.save()
+    file = tmp_path / "out" / "autoencoder.state.pt"
+    state = torch.load(file)
+    assert state["origin"]["model"]["autoencoder"].pop("depth") and state["origin"]["stage"].pop("crop")
+    torch.save(state, file)
+    with pytest.raises(UserError, match="model.autoencoder.channels was 4 and is 6"):
+        run("model.autoencoder.channels=6")
+    assert begin().step == 3
 
 
 def test_what_other_stages_make_may_change(run, begin):
@@ -287,6 +315,13 @@ def test_precision_is_decided_once(begin, monkeypatch):
     first.save()
     again = begin("precision=auto")
     assert again.dtype is torch.bfloat16 and again.precision == "bf16"
+
+
+@pytest.mark.parametrize("option", ["threads=-1", "workers=-1", "frames=-1"])
+def test_what_cannot_be_negative_is_refused(option, capsys):
+    assert train.main([option]) == 2
+    out, err = capsys.readouterr()
+    assert not out and option.split("=")[0] in err and "negative" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -219,6 +219,25 @@ def test_groups_of_games_are_of_different_ages_and_none_is_longer_than_asked():
     assert max(map(max, ages)) == stage.game_frames and min(map(min, ages)) == 1
 
 
+@pytest.mark.parametrize("games, groups, sizes", [(6, 4, [2, 2, 1, 1]), (5, 3, [2, 2, 1]), (2, 4, [1, 1])])
+def test_any_number_of_games_is_shared_out(games, groups, sizes):
+    stage = StageConfig(game_frames=4, game_groups=groups, teacher_forcing=0.0)
+    loss = RolloutLoss(make_denoiser(), None, stage)
+    for _ in range(6):  # also where they begin anew
+        assert loss(random_clip(games, START + stage.game_frames + 2))[0].isfinite()
+        assert [len(game.clip.latents) for game in loss.games] == sizes
+
+
+def test_true_frames_are_as_many_as_windows_need():
+    """Also where `clip` is shorter than what a window of this model looks at."""
+    stage = StageConfig(teacher_forcing=1.0, windows=4, clip=6, context_noise=0.0)
+    denoiser, committed = make_denoiser(context_frames=9), []
+    commit = denoiser.commit
+    denoiser.commit = lambda clean, *given: committed.append(clean.shape[1]) or commit(clean, *given)
+    loss = RolloutLoss(denoiser, None, stage)
+    assert loss(random_clip(frames=30))[0].isfinite() and committed == [1 + 9 + 3]
+
+
 def test_own_history_has_no_gradient_and_targets_are_the_true_frames():
     denoiser, states, clip = make_denoiser(True), make_states(), random_clip(frames=START + 11)
     clip.latents.requires_grad_()

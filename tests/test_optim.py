@@ -69,3 +69,17 @@ def test_what_judges_learns_twice_as_fast_and_without_momentum():
     optimiser.step(0.01)
     moved = {name: (module[name].weight - before[name].weight).abs().mean().item() for name in module}
     assert moved["discriminator"] == pytest.approx(2 * moved["decoder"], rel=0.01)
+
+
+def test_weight_decay_is_that_of_the_stage_and_on_matrices_alone():
+    """A step without gradients moves by weight decay alone: rate x decay of each weight."""
+    module = torch.nn.ModuleDict(
+        {"discriminator": torch.nn.Conv2d(2, 3, 3), "decoder": torch.nn.Linear(2, 2)}
+    )
+    before, optimiser = copy.deepcopy(module), Optimiser(module, replace(pace(), weight_decay=0.5))
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    optimiser.step(0.1)
+    for name, times in (("discriminator", 2), ("decoder", 1)):
+        assert torch.allclose(module[name].weight, before[name].weight * (1 - times * 0.1 * 0.5))
+        assert torch.equal(module[name].bias, before[name].bias)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import train
-from engine.config import ModelConfig, WorldConfig
+from engine.config import ModelConfig, TrainConfig, UserError, WorldConfig
 from engine.model import packing
 from engine.model.checkpoint import Checkpoint, save_checkpoint
+from engine.recording import Recorder, Recording
+from engine.starts import packed_starts
 
 
 class Net(nn.Module):
@@ -100,3 +103,72 @@ def test_it_needs_a_checkpoint(tmp_path, capsys):
     assert code == 2 and "checkpoint=FILE" in err
     code, _, err = run(capsys, f"checkpoint={tmp_path}/none.safetensors", f"out={tmp_path}")
     assert code == 2 and "no checkpoint" in err
+
+
+# where games start ---------------------------------------------------------------------------------
+
+
+def packed_with(tiny_checkpoint, out, **options) -> dict:
+    """The starts of a file that is packed with these options, by name."""
+    checkpoint = str(tiny_checkpoint.parent / "startless.safetensors")
+    config = TrainConfig("pack", checkpoint=checkpoint, out=str(out / "small.safetensors"), **options)
+    small = Checkpoint(packing.pack(config)["checkpoint"])
+    return packed_starts(small.extras, small.model.state.names)
+
+
+def write(directory, world: WorldConfig, frames: int, held: str = "", episode: int = 100) -> None:
+    with Recorder(directory, world, "true", 0) as recorder:
+        for number in range(frames):
+            action = [float(name == held) for name in world.keys]
+            recorder.add(
+                np.zeros((world.height, world.width, 3), np.uint8), action, reset=number % episode == 0
+            )
+
+
+def test_of_a_single_recording_come_the_starts(tiny_checkpoint, tmp_path):
+    """Four frames each, as many as the model knows of, in the middle of episodes."""
+    walk = Recording(tiny_checkpoint.parent / "walk")
+    starts = packed_with(tiny_checkpoint, tmp_path, data=str(walk.directory))
+    assert list(starts) == ["1", "2", "3", "4"]
+    for start, last in zip(starts.values(), (8, 12, 16, 28), strict=True):
+        np.testing.assert_array_equal(start.frames, walk.frames(last, last + 1))
+        np.testing.assert_array_equal(start.actions, walk.actions[last - 3 : last + 1])
+        assert start.states == walk.states[last - 3 : last + 1] and len(start.latents) == 4
+
+
+def test_a_named_start_and_one_of_short_episodes(tiny_checkpoint, tmp_path):
+    walk = Recording(tiny_checkpoint.parent / "walk")
+    (start,) = packed_with(tiny_checkpoint, tmp_path, starts=[f"{walk.directory}:21"]).values()
+    assert start.states == walk.states[20:22], "the episode began at 20"
+    world = Checkpoint(tiny_checkpoint).world
+    write(tmp_path / "data" / "r", world, 6, episode=3)
+    starts = packed_with(tiny_checkpoint, tmp_path, data=str(tmp_path / "data"), again=True)
+    assert [len(start.latents) for start in starts.values()] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "choice, said",
+    [
+        ("walk", "DIR:FRAME"),
+        ("walk:30", "no frame 30"),
+        ("nowhere:3", "nowhere"),
+        ("flying:3", "the key fly"),
+        ("small:3", "64x32, doom_gathering of 128x96"),
+        ("empty:0", "0 frames"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_one_sentence(choice, said, tiny_checkpoint, tmp_path):
+    keys = {"forward": ["W"], "fly": ["F"]}
+    write(tmp_path / "flying", WorldConfig(keys=keys), 5, "fly")
+    write(tmp_path / "small", WorldConfig(keys=keys, height=32, width=64), 5, "forward")
+    write(tmp_path / "empty", WorldConfig(keys=keys), 0)
+    folder = tiny_checkpoint.parent if choice.startswith("walk") else tmp_path
+    with pytest.raises(UserError, match=said) as caught:
+        packed_with(tiny_checkpoint, tmp_path, starts=[f"{folder}/{choice}"])
+    assert "\n" not in str(caught.value) and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_recordings_without_a_frame_are_told(tiny_checkpoint, tmp_path):
+    write(tmp_path / "data" / "r", WorldConfig(keys={"forward": ["W"]}), 0)
+    with pytest.raises(UserError, match="no frame to start from"):
+        packed_with(tiny_checkpoint, tmp_path, data=str(tmp_path / "data"))

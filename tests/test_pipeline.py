@@ -55,6 +55,9 @@ class LineStage:
     def save(self, path: Path, module: Line, about: dict) -> None:
         save_checkpoint(path, {"line": module}, self.config.model, self.config.world, **about)
 
+    def saved(self) -> None:
+        """Nothing is under way that a save does not hold."""
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):

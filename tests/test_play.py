@@ -10,16 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 
 import play
 from engine import pace
-from engine.config import PlayConfig
+from engine.config import PlayConfig, StateConfig
 from engine.game import open_game
+from engine.model.checkpoint import Checkpoint, save_checkpoint
+from engine.model.networks import load_autoencoder, make_denoiser
 from engine.pace import Schedule, Timings
 from engine.picture import load_picture, save_picture
 from engine.playthrough import Playthrough, check_policy
@@ -179,6 +183,36 @@ def test_a_shipped_start_is_the_recording_that_it_was_cut_from(tiny_checkpoint):
         np.testing.assert_allclose(one, other, atol=1)
         assert shipped.state() == pytest.approx(recorded.state(), abs=1e-3)
     assert shipped.state()["angle"] != 84
+
+
+def test_a_start_holds_all_keys_that_a_frame_knows(tiny_checkpoint, tmp_path):
+    """Of a model that remembers fewer frames than it knows keys of."""
+    before, path = Checkpoint(tiny_checkpoint), tmp_path / "long.safetensors"
+    known = replace(before.model.denoiser, action_history=8)
+    model = replace(before.model, denoiser=known, state=StateConfig())
+    networks = {"autoencoder": load_autoencoder(before), "denoiser": make_denoiser(model, before.world)}
+    for weights in networks["denoiser"].parameters():
+        torch.nn.init.normal_(weights, std=0.04 if weights.ndim == 4 else 0.2)
+    save_checkpoint(path, networks, model, before.world)
+    walk, player = Recording(tiny_checkpoint.parent / "walk"), Player(path, "cpu", "fp32")
+    game = open_game(PlayConfig(checkpoint=str(path), device="cpu", precision="fp32"))
+    game.reset(3, f"{walk.directory}:12")
+    session = Session(player)
+    session.reset(3, walk.frames(5, 13), walk.actions[5:13], walk.states[5:13])
+    action = np.eye(3, dtype=np.float32)[0]
+    np.testing.assert_array_equal(game.step(action), session.step(action))
+
+
+def test_seeds_of_any_size_are_played_and_replayed(tiny_checkpoint, tmp_path):
+    first = playthrough(tiny_checkpoint, policy="random", seed=2**63, record=str(tmp_path / "r"))
+    first.advance()
+    first.close()
+    again, other = (playthrough(tiny_checkpoint, policy=str(tmp_path / "r"), seed=x) for x in (0, 2**63 + 1))
+    again.advance()
+    other.advance()
+    assert again.seed == 2**63
+    np.testing.assert_array_equal(again.frame, first.frame)
+    assert (other.frame != first.frame).any()
 
 
 def test_a_game_from_a_picture_knows_no_state(tiny_checkpoint, tmp_path):

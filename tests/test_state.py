@@ -15,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config import (
     AutoencoderConfig,
+    DenoiserConfig,
     ModelConfig,
     StageConfig,
+    StateConfig,
     TrainConfig,
     UserError,
     WorldConfig,
@@ -24,6 +26,7 @@ from engine.config import (
 from engine.data.latents import LatentsCache
 from engine.data.state_logs import StateLogs, StatePictures
 from engine.evaluation.state import escapes, evaluate_state
+from engine.model import networks
 from engine.model.autoencoder import Autoencoder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.model.networks import load_autoencoder, load_reader, load_states, make_denoiser
@@ -119,6 +122,16 @@ def keys(*held: str, games: int = 1) -> torch.Tensor:
     return torch.tensor([[float(name in held) for name in KEYS]]).expand(games, -1)
 
 
+def test_a_scene_that_is_made_alone_is_the_denoisers() -> None:
+    model = ModelConfig(AutoencoderConfig(4, [8, 8, 12], 1), DenoiserConfig(32, 1, 32, scene_width=8))
+    model.state, world = StateConfig(**SPEC.to_dict()), WorldConfig(keys={"go": ["W"]})
+    alone, inside = networks.make_scene(model, world), make_denoiser(model, world).condition.scene
+    inside.load_state_dict(alone.state_dict())
+    features = torch.rand(3, features_width(SPEC))
+    assert alone(features).shape == (3, 4, 12, 16) and torch.equal(alone(features), inside(features))
+    assert networks.make_scene(replace(model, state=StateConfig()), world) is None
+
+
 def test_spec_survives_the_checkpoints_config() -> None:
     assert StateSpec.from_dict(SPEC.to_dict()) == SPEC
     assert SPEC.pictured == ("health",)
@@ -146,7 +159,6 @@ def test_unroll_is_repeated_steps(model: StateModel, logs: StateLogs) -> None:
             value += 0.02 * torch.randn_like(value)
     batch = logs.cut(torch.tensor([3, 301]), 24, 4)
     carry = model.begin(batch.states[:, :4], batch.actions[:, :4])
-    assert carry.hidden.shape == (2, model.hidden_width)
     made = model.unroll(carry, batch.actions[:, 4:])
     for t in range(20):
         carry = model.step(carry, batch.actions[:, 4 + t])

@@ -16,12 +16,14 @@ import torch
 from conftest import TOY, TOY_STAGES, run_training
 
 import train
-from engine.config import TRAINED, TrainConfig, load_config
+from engine.config import TRAINED, StageConfig, TrainConfig, load_config
+from engine.dataset import split
 from engine.model.checkpoint import Checkpoint
 from engine.model.networks import load_denoiser
 from engine.picture import load_picture
 from engine.recording import Recorder
 from engine.rollout.session import Player, Session
+from engine.train.denoiser import DenoiserStage
 from engine.train.loop import Training
 
 ROOT = Path(__file__).parent.parent
@@ -171,6 +173,26 @@ def test_games_with_short_episodes_can_be_trained(started, tmp_path):
             recorder.add(frame, action, reset=i % 20 == 0, t_ns=i)
     figures = run_training("stage=denoiser", f"data={tmp_path}/data", f"out={started}", "steps=5")
     assert figures["steps"] == 5 and (started / "denoiser.png").exists()
+
+
+@pytest.mark.parametrize("least, made", [(3, 16), (4, 16), (5, 1)])
+def test_where_no_held_out_game_goes_on_one_is_shown_that_was_trained_on(
+    least, made, tiny_checkpoint, tmp_path
+):
+    """Games of 20 frames, of which 4 are the start; held-out ones of a few frames."""
+    before = Checkpoint(tiny_checkpoint)
+    train_on, held_out = (paths[0] for paths in split([tmp_path / "data" / "a", tmp_path / "data" / "b"]))
+    for path, frames in ((train_on, 20), (held_out, least)):
+        with Recorder(path, before.world, "true", 0) as recorder:
+            for i in range(40):
+                recorder.add(np.zeros((96, 128, 3), np.uint8), [0, 0, 0], reset=i % frames == 0, t_ns=i)
+    config = TrainConfig("denoiser", world=before.world, model=before.model, data=str(tmp_path / "data"))
+    config.out, config.weights = str(tmp_path), str(tiny_checkpoint)
+    config.stages["denoiser"] = StageConfig(batch=2, clip=8)
+    stage = DenoiserStage(config, torch.device("cpu"), None, 0, 1)
+    true, own = stage.play(stage.module, stage.shown)
+    assert true.shape == own.shape and own.shape[1] == made
+    assert np.isfinite(stage.validate(stage.module)["psnr_1"]) and stage.picture(stage.module).ndim == 3
 
 
 @pytest.mark.parametrize("stage", ["denoiser", "rollout", "distill"])

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from ..recording import ACTIONS, FRAMES, HEADER
 
+ABANDONED = 24 * 3600.0  # seconds after which nobody goes on with what was left half written
 OWNERS = "owners.json"  # in a cache: the out= folders whose autoencoder made it
 
 
@@ -59,9 +61,25 @@ def drop_old(place: Path, data: str | Path, out: str | Path, recordings: Sequenc
         except OSError:
             continue  # where nothing can be written, nothing can be removed
     keep = {entry_of(place, directory).stem for directory in recordings}
-    for file in place.glob("*.np[yz]"):
-        if file.stem not in keep and os.access(place, os.W_OK):
-            file.unlink(missing_ok=True)
+    old = [file for file in place.glob("*.np[yz]") if file.stem not in keep]
+    old += [file for file in place.glob("*.tmp") if _age(file) > ABANDONED]  # of processes that were killed
+    for file in old if os.access(place, os.W_OK) else ():
+        file.unlink(missing_ok=True)
+
+
+def draft_of(file: Path) -> Path:
+    """Where `file` lies until it is whole: each process has a place of its own, as two trainings may write
+    the same cache.
+    """
+    return file.with_name(f"{file.name}.{os.getpid()}.tmp")
+
+
+def _age(file: Path) -> float:
+    """Seconds since something was written there."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except OSError:
+        return 0.0  # it has just become whole
 
 
 def _is_cache(folder: Path) -> bool:
@@ -82,7 +100,7 @@ def _owners(cache: Path) -> set[str]:
 
 def _write_owners(cache: Path, owners: set[str]) -> None:
     if owners != _owners(cache):
-        beside = cache / f"{OWNERS}.tmp"
+        beside = draft_of(cache / OWNERS)
         beside.write_text(json.dumps(sorted(owners)))
         os.replace(beside, cache / OWNERS)
 

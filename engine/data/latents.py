@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..config import UserError
 from ..recording import Recording
-from .cache import content_of, entry_of, is_current, load_entry, stamp_of
+from .cache import content_of, draft_of, entry_of, is_current, load_entry, stamp_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -138,7 +138,8 @@ class Latents:
     """
 
     def __init__(self, file: Path, shape: tuple[int, ...]):
-        self.partial, self.file = file.with_suffix(".npy.tmp"), file.with_suffix(".npy")
+        self.file = file.with_suffix(".npy")
+        self.partial = draft_of(self.file)
         self.out = open(self.partial, "wb")  # noqa: SIM115
         try:
             self._reserve(shape)
@@ -209,7 +210,7 @@ def _encode(files: dict[str, Path], encode: Callable, key: str, batch: int, work
 
 
 def _write_about(file: Path, about: dict) -> None:
-    partial = file.with_suffix(".npz.tmp")
+    partial = draft_of(file)
     try:
         with open(partial, "wb") as out:
             np.savez(out, **about)

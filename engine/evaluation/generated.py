@@ -35,9 +35,8 @@ class Games:
 
 
 def start_frames(player: Player) -> int:
-    """True frames that a game begins with: all that a frame knows of those before it."""
-    config = player.denoiser.config
-    return max(config.sink_frames + config.context_frames, config.action_history)
+    """How many true frames a game begins with, as in play."""
+    return player.denoiser.config.known_frames
 
 
 def roll(player: Player, games: Games, name: str = "roll", correction: float | None = None) -> np.ndarray:

@@ -39,7 +39,6 @@ from .section import QUICK, STATELESS, Scope, Section, Size
 from .speed import speed
 
 FULL = Size()
-SIMULATORS = {"doom": "vizdoom", "gym": "gymnasium"}
 SAMPLE = 7000  # seed of the true frames to which the nearest is sought
 MEASURED: dict[str, Callable[[Scope], Section]] = {
     "fidelity": fidelity,

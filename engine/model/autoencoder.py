@@ -131,12 +131,6 @@ def to_bytes(pixels: Tensor) -> Tensor:
     return ((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def encode_clip(autoencoder: Autoencoder, frames: Tensor) -> Tensor:
-    """uint8 frames (b, t, 3, h, w) → latents (b, t, c, y, x)."""
-    latents = autoencoder.encode(rearrange(frames, "b t c h w -> (b t) c h w"))
-    return rearrange(latents, "(b t) c y x -> b t c y x", b=frames.shape[0])
-
-
 def decode_clip(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
     """Latents (b, t, c, y, x) → uint8 frames (b, t, 3, h, w)."""
     frames = autoencoder.decode(rearrange(latents, "b t c y x -> (b t) c y x"))

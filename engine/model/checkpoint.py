@@ -141,9 +141,7 @@ class Checkpoint:
         return module
 
     def load_into(self, name: str, module: nn.Module) -> None:
-        """Fills `module` with the weights stored as `name`, or as a part of one ("denoiser.motion"); refuses
-        missing, foreign and misshapen ones.
-        """
+        """Fills `module` with the weights stored as `name`; refuses missing, foreign and misshapen ones."""
         own = self._weights(name)
         scales = {key: self.tensors.get(f"{name}.{key}{SCALE}") for key in own}
         try:
@@ -153,8 +151,8 @@ class Checkpoint:
             raise self._misfit(name, first) from error
 
     def _weights(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a network or of a part of one, by their names in it, without scales."""
-        if name.split(".")[0] not in self.modules:
+        """The tensors of a network, by their names in it, without scales."""
+        if name not in self.modules:
             raise UserError(
                 f"{self.path} holds no {name}, only {self.about['modules']}; train that stage first."
             )

@@ -41,7 +41,11 @@ def make_denoiser(model: ModelConfig, world: WorldConfig) -> Denoiser:
 
 def make_scene(model: ModelConfig, world: WorldConfig) -> SceneModel | None:
     """What knows what is to be seen where, with fresh weights; None for a world that tells no state."""
-    return make_denoiser(model, world).condition.scene
+    spec = spec_of(model)
+    columns = scene_columns(spec) if spec else ()
+    if not columns:
+        return None
+    return SceneModel(columns, *model.autoencoder.latent_shape(world), model.denoiser.scene_width)
 
 
 def load_autoencoder(checkpoint: Checkpoint) -> Autoencoder:

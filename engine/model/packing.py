@@ -12,10 +12,11 @@ from torch import Tensor
 from ..config import TrainConfig, UserError
 from ..dataset import split
 from ..recording import Recording, find_recordings
+from ..starts import cut_start, split_choice
+from ..worlds.base import ActionSpace
 from .checkpoint import EXTRAS, SCALE, Checkpoint, write_tensors
 from .networks import load_autoencoder
 
-START_FRAMES = 16  # of a start: more than any model remembers
 STARTS = 5  # unless they are named
 SMALLEST = 4096  # elements of a tensor that is worth a scale for each of its rows
 # 16 bits for what makes pixels, as the eye sees what rounding does there, and for the state's predictor,
@@ -68,42 +69,50 @@ def packed(key: str, value: Tensor) -> dict[str, Tensor]:
 def starts_of(config: TrainConfig, source: Checkpoint) -> dict[str, Tensor]:
     """Where games of the packed world start: places of recordings, `config.starts` as DIR:FRAME or some
     spread over what was held out of training, each as the latents of its last frames with their keys and
-    states and the last picture.
+    states and the last picture. Raises UserError for what this world cannot start from.
     """
-    autoencoder = load_autoencoder(source).eval()
+    autoencoder, world = load_autoencoder(source).eval(), source.world
+    space = ActionSpace(tuple(world.keys), tuple(map(tuple, world.keys.values())))
+    wanted, frames = source.model.state.names, source.model.denoiser.known_frames
     made: dict[str, Tensor] = {}
-    names = list(source.world.keys)
-    for number, (recording, last) in enumerate(_places(config), 1):
-        first = max(
-            [start for start, _ in recording.episodes() if start <= last][-1], last - START_FRAMES + 1
-        )
-        frames = torch.from_numpy(recording.frames(first, last + 1))
+    for number, (recording, last) in enumerate(_places(config, frames), 1):
+        start = cut_start(recording, last, space, frames, str(number))
+        if start.frames.shape[1:3] != (world.height, world.width):
+            size = f"{start.frames.shape[2]}x{start.frames.shape[1]}"
+            said = f"{recording.directory} has frames of {size}, {world.name} of {world.width}x{world.height}"
+            raise UserError(f"{said}; give it other recordings, with data=DIR or starts=[DIR:FRAME].")
+        pixels = torch.from_numpy(start.frames)
         with torch.inference_mode():
-            latents = autoencoder.encode(frames.permute(0, 3, 1, 2))
-        actions = torch.zeros(len(frames), len(names))
-        for column, name in enumerate(recording.names):
-            actions[:, names.index(name)] = torch.from_numpy(recording.actions[first : last + 1, column])
-        wanted = source.model.state.names
-        states = [[(state or {}).get(name, math.nan) for name in wanted] for state in recording.states]
-        parts = {"latents": latents.half(), "frame": frames[-1], "actions": actions.to(torch.uint8)}
-        parts["states"] = torch.tensor(states[first : last + 1]).reshape(len(frames), len(wanted))
+            latents = autoencoder.encode(pixels.permute(0, 3, 1, 2))
+        states = [[(state or {}).get(name, math.nan) for name in wanted] for state in start.states]
+        parts = {"latents": latents.half(), "frame": pixels[-1]}
+        parts["actions"] = torch.from_numpy(start.actions).to(torch.uint8)
+        parts["states"] = torch.tensor(states).reshape(len(states), len(wanted))
         made |= {f"starts.{number}.{key}": value for key, value in parts.items()}
     return made
 
 
-def _places(config: TrainConfig) -> list[tuple[Recording, int]]:
-    """Recordings and the number of the last frame of a start in each."""
+def _places(config: TrainConfig, frames: int) -> list[tuple[Recording, int]]:
+    """Recordings and the number of the last frame of a start in each; starts are of so many frames."""
     if config.starts:
-        named = [text.rpartition(":") for text in config.starts]
-        return [(Recording(directory), int(frame)) for directory, _, frame in named]
-    held_out = [Recording(path) for path in split(find_recordings(config.data))[1]]
+        return [_named(choice) for choice in config.starts]
+    found = find_recordings(config.data)
+    recordings = [Recording(path) for path in split(found)[1] or found]  # of a single one none is held out
+    episodes = [(one, *episode) for one in recordings if len(one) for episode in one.episodes()]
     places = [
-        (recording, frame)
-        for recording in held_out
-        for start, stop in recording.episodes()
-        for frame in range(start + 2 * START_FRAMES, stop, START_FRAMES)
+        (one, frame) for one, start, stop in episodes for frame in range(start + 2 * frames, stop, frames)
     ]
+    places = places or [(one, stop - 1) for one, _, stop in episodes]  # where no episode is that long
+    if not places:
+        raise UserError(f"The recordings in {config.data} hold no frame to start from; collect others.")
     return places[:: max(1, len(places) // STARTS)][:STARTS]
+
+
+def _named(choice: str) -> tuple[Recording, int]:
+    directory, frame = split_choice(choice)
+    if frame is None:
+        raise UserError(f"starts={choice} tells no frame; give each start as DIR:FRAME of a recording.")
+    return Recording(directory), frame
 
 
 def card_of(source: Checkpoint) -> dict[str, Any]:
@@ -113,5 +122,5 @@ def card_of(source: Checkpoint) -> dict[str, Any]:
         name: sum(x.numel() for k, x in source.tensors.items() if k.startswith(f"{name}."))
         for name in source.modules
     }
-    told = {name: about[name] for name in ("scores", "licence", "minutes_of_stages") if name in about}
+    told = {name: about[name] for name in ("scores", "licence") if name in about}
     return {"world": source.world.name, "keys": list(source.world.keys), "weights": sizes, **told}

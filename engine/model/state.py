@@ -72,10 +72,6 @@ class StateModel(nn.Module):
         waves_of_map = 2.0 ** torch.arange(OCTAVES) * (math.pi / 2)
         self.register_buffer("frequencies", waves_of_map, persistent=False)
 
-    @property
-    def hidden_width(self) -> int:
-        return self.kept + self.moved - self.known
-
     @torch.no_grad()
     def fit(self, states: Tensor, actions: Tensor, resets: Tensor) -> None:
         """Sets units, ranges and the linear part of free motion from the data (n, S), (n, k), (n,).

@@ -17,7 +17,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.networks import load_autoencoder, load_denoiser, load_reader, load_states
 from ..model.state_reader import completed
 from ..starts import Start
-from ..worlds.base import ActionSpace
+from ..worlds.base import ActionSpace, short_seed
 from .cuda_graph import StepGraph
 from .inference_weights import cast_weights, pack_weights
 from .rollout import Rollout
@@ -150,7 +150,7 @@ class Session:
         self, seed: int, frame: np.ndarray, latents: Tensor, actions: np.ndarray, states
     ) -> np.ndarray:
         held = torch.from_numpy(np.asarray(actions, np.float32)).to(self.player.device)[None]
-        seeds = torch.tensor([seed], dtype=torch.int64, device=self.player.device)
+        seeds = torch.tensor([short_seed(seed)], dtype=torch.int64, device=self.player.device)
         laid = self.player.laid_states(states, latents.shape[1])
         known = self.player.known_states(latents, held, laid)
         with torch.inference_mode(), autocast(self.player.device, self.player.dtype, cache=False):

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import TrainConfig
@@ -68,10 +67,8 @@ class AutoencoderStage:
 
     def picture(self, module: Autoencoder) -> np.ndarray:
         """Held-out frames above their reconstructions."""
-        true, made = (
-            rearrange(x[:32], "(r n) c h w -> r n h w c", n=8).numpy() for x in self.reconstruct(module)
-        )
-        return grid([row for pair in zip(true, made, strict=True) for row in pair])
+        both = (x[:32].permute(0, 2, 3, 1).split(8) for x in self.reconstruct(module))
+        return grid([row.numpy() for pair in zip(*both, strict=True) for row in pair])
 
     def validate(self, module: Autoencoder) -> dict[str, float]:
         """PSNR of held-out frames."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import TRAINED, StageConfig
+from ..config import TRAINED, DenoiserConfig, StageConfig
 from ..data.segments import Batches, Clip
 from ..device import autocast, compute_dtype
 from ..model.autoencoder import decode_clip
@@ -22,9 +22,14 @@ from ..picture import grid
 from ..rollout.rollout import Rollout
 from .stage import LatentsStage
 
-PICTURED = 73  # frames of the games that are shown and measured: 9 given, 64 made
+MADE = 64  # frames of the games that are shown and measured, at most
 HORIZONS = (1, 8, 16, 64)
 MEASURED = 16  # held-out games
+
+
+def least_frames(sizes: DenoiserConfig, stage: StageConfig) -> int:
+    """Frames of a segment of true ones: what windows look at, room for one, and more where `clip` says so."""
+    return max(stage.clip, sizes.sink_frames + sizes.context_frames + sizes.window_frames)
 
 
 class PlainLoss(nn.Module):
@@ -181,8 +186,10 @@ class DenoiserStage(LatentsStage):
         for made in (self.states, self.reader):
             if made is not None:
                 self.frozen(made)
-        length = min(PICTURED, self.caches[1].longest())
-        self.shown = Batches(self.segments(self.caches[1], length), 6, 0)
+        start = self.model.denoiser.sink_frames + self.model.denoiser.context_frames
+        # of games that are over when they begin there is nothing to be seen
+        shown = next(cache for cache in reversed(self.caches) if cache.longest() > start)
+        self.shown = Batches(self.segments(shown, min(start + MADE, shown.longest())), 6, 0)
         self.module = self.loss()
 
     def loss(self) -> PlainLoss:
@@ -201,9 +208,8 @@ class DenoiserStage(LatentsStage):
         return denoiser
 
     def segment(self) -> tuple[int, int]:
-        sizes, stage = self.model.denoiser, self.config.pace()
-        least = sizes.sink_frames + sizes.context_frames + sizes.window_frames
-        length = max(least, stage.clip)
+        sizes = self.model.denoiser
+        length = least_frames(sizes, self.config.pace())
         return length, length - sizes.sink_frames - sizes.context_frames
 
     def networks(self, module: PlainLoss) -> dict[str, nn.Module | None]:

@@ -177,9 +177,10 @@ def train_stage(
     try:
         with stop.gently():
             _run(training, metrics, stop)
+            training.save()  # what was learnt stays, whatever comes of showing it
             if ranks.first:
                 training.show(metrics)
-            training.save()
+            training.save()  # with the scores
             ranks.agree(0)  # what is to be read is written
     finally:
         metrics.close()
@@ -199,7 +200,7 @@ def _run(training: Training, metrics: Metrics, stop: Stop) -> None:
         ]
         share, *wishes = (ranks.first and wish for wish in (training.progress(), *wishes))
         progress, signal, save, picture, pause = ranks.agree(share, stop.signal, *wishes)
-        if save or signal:
+        if save or signal or picture:  # whatever comes of showing it, what was learnt stays
             training.save()
             saved = time.perf_counter()
         if signal:

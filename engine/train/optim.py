@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..config import StageConfig
 
+ALONE = (0.9, 0.98)  # AdamW's memories of gradients and of their squares
+RIVALS = (0.5, 0.95)  # against a discriminator, where long ones remember another opponent: both learn less
 JUDGE = 2.0  # learning rate of a discriminator, in those of what it judges
 
 
@@ -23,16 +27,11 @@ class Optimiser:
         inner = [p for name, p in trained.items() if pace.muon and ".layers." in name and p.ndim == 2]
         judge = [p for name, p in trained.items() if name.startswith("discriminator.")]
         other = [p for p in trained.values() if not any(p is q for q in inner + judge)]
-        groups = [
-            {"params": [p for p in other if p.ndim > 1], "weight_decay": pace.weight_decay},
-            {"params": [p for p in other if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=pace.learning_rate, betas=(0.9, 0.98), fused=True)
-        ]
-        if judge:  # without momentum, as what it judges changes under it, and faster than that
-            how = {"lr": pace.learning_rate, "betas": (0.0, 0.99), "fused": True}
-            self.parts.append(torch.optim.AdamW([{"params": judge, "times": JUDGE}], **how))
+        groups = _decayed(other, pace.weight_decay)
+        how = {"lr": pace.learning_rate, "betas": RIVALS if judge else ALONE, "fused": True}
+        if judge:
+            groups += [group | {"times": JUDGE} for group in _decayed(judge, pace.weight_decay)]
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **how)]
         if inner:
             how = {"weight_decay": pace.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
             self.parts.append(torch.optim.Muon(inner, lr=pace.learning_rate, **how))
@@ -54,6 +53,14 @@ class Optimiser:
     def load_state_dict(self, state: list[dict]) -> None:
         for part, own in zip(self.parts, state, strict=True):
             part.load_state_dict(own)
+
+
+def _decayed(weights: list[Tensor], decay: float) -> list[dict[str, Any]]:
+    """Groups of weights: matrices, which decay, and all others, which do not."""
+    return [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 def learning_rate(pace: StageConfig, step: int, progress: float) -> float:

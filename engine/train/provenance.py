@@ -69,8 +69,11 @@ def differences(config: TrainConfig, before: dict[str, Any], now: dict[str, Any]
             told.append(f"{name} is another" if name in before["made_from"] else f"{name} was not there")
     for part, prefix in (("stage", f"stages.{config.stage}."), ("model", "model."), ("world", "world.")):
         one, other = _flat(before[part]), _flat(now[part])
-        # a field that only a newer version has is no difference, but a choice that is gone is
-        names = one.keys() | other.keys() if part == "model" else one.keys() & other.keys()
+        names = one.keys() & other.keys()
+        if part == "model":
+            # a field that only a newer version has is no difference, but a choice that is gone or new is
+            fields = tuple(f"{made}." for made in TRAINED[config.stage].makes)
+            names = one.keys() | {name for name in other if not name.startswith(fields)}
         told += [
             f"{prefix}{name} was {one.get(name, 'not given')} and is {other.get(name, 'not given')}"
             for name in sorted(names)

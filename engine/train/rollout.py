@@ -16,7 +16,7 @@ from ..model.noise import jittered
 from ..model.state import StateModel
 from ..model.state_reader import StateReader
 from ..rollout.rollout import Rollout
-from .denoiser import DenoiserStage, PlainLoss
+from .denoiser import DenoiserStage, PlainLoss, least_frames
 
 
 class Game(NamedTuple):
@@ -66,7 +66,7 @@ class RolloutLoss(PlainLoss):
         choice = random.Random(int(self.turns))
         self.turns += 1
         if choice.random() < self.stage.teacher_forcing:
-            length = min(self.stage.clip, clip.latents.shape[1])
+            length = min(least_frames(self.denoiser.config, self.stage), clip.latents.shape[1])
             return super().forward(_cut(clip, choice.randint(0, clip.latents.shape[1] - length), length))
         self._renew(clip)
         errors, weights, logs = [], [], {}
@@ -87,7 +87,7 @@ class RolloutLoss(PlainLoss):
         steps of age, so that they do not all end at once.
         """
         groups = min(self.stage.game_groups, len(clip.latents))
-        shares = [Clip(*parts) for parts in zip(*(part.chunk(groups) for part in clip), strict=True)]
+        shares = [Clip(*parts) for parts in zip(*(part.tensor_split(groups) for part in clip), strict=True)]
         start = self.denoiser.config.sink_frames + self.denoiser.config.context_frames
         longest = clip.latents.shape[1] - self.denoiser.config.window_frames + 1
         if not self.games:

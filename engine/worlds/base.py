@@ -24,7 +24,6 @@ class ActionSpace:
 
     names: tuple[str, ...]
     bindings: tuple[tuple[str, ...], ...]
-    mouse: bool = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -44,7 +43,7 @@ class ActionSpace:
 
 
 def short_seed(seed: int) -> int:
-    """A seed of any size or sign → 0 to 2**31 - 1, which every simulator takes; itself where it fits."""
+    """A seed of any size or sign → 0 to 2**31 - 1, which every world takes; itself where it fits."""
     if 0 <= seed < 2**31:
         return seed
     return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big") >> 1
