@@ -19,9 +19,9 @@ from .networks import load_autoencoder
 
 STARTS = 5  # unless they are named
 SMALLEST = 4096  # elements of a tensor that is worth a scale for each of its rows
-# 16 bits for what makes pixels, as the eye sees what rounding does there, and for the state's predictor,
-# whose errors add up
-HALF = ("autoencoder.decoder", "states")
+# 16 bits for what makes pixels, as the eye sees what rounding does there (the decoder's large matrices work
+# far from them), and for the state's predictor, whose errors add up; up to so many elements
+HALF = {"autoencoder.decoder": 1 << 16, "states": 1 << 30}
 
 
 def pack(config: TrainConfig) -> dict:
@@ -60,7 +60,8 @@ def packed(key: str, value: Tensor) -> dict[str, Tensor]:
     """
     if not value.is_floating_point() or value.ndim < 2:
         return {key: value}
-    if key.startswith(HALF) or value.numel() <= SMALLEST:
+    limits = [limit for part, limit in HALF.items() if key.startswith(f"{part}.")]
+    if value.numel() <= max([SMALLEST, *limits]):
         return {key: value.half()}
     scale = value.abs().amax(tuple(range(1, value.ndim)), keepdim=True).clamp_min(1e-12) / 127
     return {key: (value / scale).round().to(torch.int8), key + SCALE: scale.float()}
