@@ -20,6 +20,10 @@ from .recording import HEADER, Recording
 from .worlds import make_world
 from .worlds.base import ActionSpace
 
+STEPS = (
+    16  # of a shipped latent, kept in 8 bits, in one of its units: finer than the noise it is trained with
+)
+
 
 @dataclass(frozen=True)
 class Start:
@@ -28,10 +32,10 @@ class Start:
     """
 
     name: str
-    frames: np.ndarray
+    frames: np.ndarray | None  # None where they are encoded already
     actions: np.ndarray
     states: list[dict[str, float] | None] | None = None
-    latents: Any = None  # (t, c, y, x) where frames are encoded already; of these only the last is there then
+    latents: Any = None  # then these (t, c, y, x)
 
 
 def packed_starts(extras: dict[str, Any], state_names: Sequence[str]) -> dict[str, Start]:
@@ -39,10 +43,10 @@ def packed_starts(extras: dict[str, Any], state_names: Sequence[str]) -> dict[st
     names = sorted({key.split(".")[1] for key in extras if key.startswith("starts.")})
     starts = {}
     for name in names:
-        part = {key: extras[f"starts.{name}.{key}"] for key in ("latents", "frame", "actions", "states")}
+        part = {key: extras[f"starts.{name}.{key}"] for key in ("latents", "actions", "states")}
         states = [dict(zip(state_names, row, strict=True)) for row in part["states"].tolist()]
-        frame, actions = part["frame"].numpy()[None], part["actions"].float().numpy()
-        starts[name] = Start(name, frame, actions, states or None, part["latents"].float())
+        latents, actions = part["latents"].float() / STEPS, part["actions"].float().numpy()
+        starts[name] = Start(name, None, actions, states or None, latents)
     return starts
 
 

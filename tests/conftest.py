@@ -60,7 +60,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from engine.model.checkpoint import save_checkpoint
     from engine.model.networks import make_denoiser, make_states
     from engine.recording import Recorder, Recording
-    from engine.starts import cut_start
+    from engine.starts import STEPS, cut_start
     from engine.worlds.base import ActionSpace
 
     keys = {"forward": ["W", "Up"], "turn_left": ["Left"], "turn_right": ["Right"]}
@@ -95,7 +95,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = torch.from_numpy(start.frames).permute(0, 3, 1, 2)
             latents = networks["autoencoder"].eval().encode(pixels)
         states = torch.tensor([[told[key] for key in state.names] for told in start.states])
-        parts = {"latents": latents, "frame": torch.from_numpy(start.frames[-1]), "states": states}
+        parts = {"latents": (latents * STEPS).round().clamp(-128, 127).to(torch.int8), "states": states}
         parts["actions"] = torch.from_numpy(start.actions).to(torch.uint8)
         extras |= {f"starts.{name}.{key}": value for key, value in parts.items()}
     save_checkpoint(folder / "tiny.safetensors", networks, model, world, extras)

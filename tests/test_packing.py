@@ -13,8 +13,9 @@ import train
 from engine.config import ModelConfig, TrainConfig, UserError, WorldConfig
 from engine.model import packing
 from engine.model.checkpoint import Checkpoint, save_checkpoint
+from engine.model.networks import load_autoencoder
 from engine.recording import Recorder, Recording
-from engine.starts import packed_starts
+from engine.starts import STEPS, packed_starts
 
 
 class Net(nn.Module):
@@ -130,8 +131,11 @@ def test_of_a_single_recording_come_the_starts(tiny_checkpoint, tmp_path):
     walk = Recording(tiny_checkpoint.parent / "walk")
     starts = packed_with(tiny_checkpoint, tmp_path, data=str(walk.directory))
     assert list(starts) == ["1", "2", "3", "4"]
+    autoencoder = load_autoencoder(Checkpoint(tiny_checkpoint)).eval()
     for start, last in zip(starts.values(), (8, 12, 16, 28), strict=True):
-        np.testing.assert_array_equal(start.frames, walk.frames(last, last + 1))
+        pixels = torch.from_numpy(walk.frames(last - 3, last + 1)).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            torch.testing.assert_close(start.latents, autoencoder.encode(pixels), rtol=0, atol=0.5 / STEPS)
         np.testing.assert_array_equal(start.actions, walk.actions[last - 3 : last + 1])
         assert start.states == walk.states[last - 3 : last + 1] and len(start.latents) == 4
 

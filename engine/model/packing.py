@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import TrainConfig, UserError
 from ..dataset import split
 from ..recording import Recording, find_recordings
-from ..starts import cut_start, split_choice
+from ..starts import STEPS, cut_start, split_choice
 from ..worlds.base import ActionSpace
 from .checkpoint import EXTRAS, SCALE, Checkpoint, write_tensors
 from .networks import load_autoencoder
@@ -70,7 +70,7 @@ def packed(key: str, value: Tensor) -> dict[str, Tensor]:
 def starts_of(config: TrainConfig, source: Checkpoint) -> dict[str, Tensor]:
     """Where games of the packed world start: places of recordings, `config.starts` as DIR:FRAME or some
     spread over what was held out of training, each as the latents of its last frames with their keys and
-    states and the last picture. Raises UserError for what this world cannot start from.
+    states. Raises UserError for what this world cannot start from.
     """
     autoencoder, world = load_autoencoder(source).eval(), source.world
     space = ActionSpace(tuple(world.keys), tuple(map(tuple, world.keys.values())))
@@ -86,7 +86,7 @@ def starts_of(config: TrainConfig, source: Checkpoint) -> dict[str, Tensor]:
         with torch.inference_mode():
             latents = autoencoder.encode(pixels.permute(0, 3, 1, 2))
         states = [[(state or {}).get(name, math.nan) for name in wanted] for state in start.states]
-        parts = {"latents": latents.half(), "frame": pixels[-1]}
+        parts = {"latents": (latents * STEPS).round().clamp(-128, 127).to(torch.int8)}
         parts["actions"] = torch.from_numpy(start.actions).to(torch.uint8)
         parts["states"] = torch.tensor(states).reshape(len(states), len(wanted))
         made |= {f"starts.{number}.{key}": value for key, value in parts.items()}

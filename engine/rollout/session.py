@@ -144,7 +144,8 @@ class Session:
         if start.latents is None:
             return self.reset(seed, start.frames, start.actions, start.states)
         latents = start.latents[None].to(self.player.device)
-        return self._begin(seed, start.frames[-1], latents, start.actions, start.states)
+        frame = self.player.decode(latents[:, -1])[0]
+        return self._begin(seed, frame, latents, start.actions, start.states)
 
     def _begin(
         self, seed: int, frame: np.ndarray, latents: Tensor, actions: np.ndarray, states
