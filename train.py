@@ -7,9 +7,8 @@ wrote, takes max_minutes=M and goes on where it was stopped:
   autoencoder  frames to latents and back
   state        where one is and where one looks, from keys
   denoiser     the next frames, from true ones
-  rollout      the next frames, from the model's own
-  distill      the model's own games get the true ones' look
-  decoder      crisp pictures, from true latents and the model's own
+  distill      the model's own games keep to the truth and get its look
+  decoder      crisp pictures
   evaluate     all figures of the report, against the true game
 Besides: pack makes the small file that ships (checkpoint=FILE out=FILE), precision compares arithmetic, and
 ablate measures a checkpoint that plays without parts of the method (checkpoint=FILE out=DIR). What evaluate

@@ -23,8 +23,7 @@ TRAINED = {  # in their order
     "autoencoder": Trained(makes=("autoencoder",)),
     "state": Trained(reads=("autoencoder",), makes=("state",)),
     "denoiser": Trained(reads=("state",), makes=("denoiser",)),
-    "rollout": Trained(reads=("denoiser",)),
-    "distill": Trained(reads=("denoiser", "rollout")),
+    "distill": Trained(reads=("denoiser",)),
     "decoder": Trained(reads=("distill",)),
 }
 STAGES = ("all", "collect", *TRAINED, "pack", "evaluate", "ablate", "precision")
@@ -157,9 +156,9 @@ class StageConfig:
     stateless: float = 0.1  # share of games whose state is kept from the network
     jitter: float = 0.1  # share by which levels of the ladder fall, at most
     unroll: int = 1  # frames by which own games go on in an iteration; stage state: that are foretold
-    game_frames: int = 64  # stages rollout, distill: own frames of a game before it begins anew
-    game_groups: int = 4  # stages rollout, distill: groups of games of different ages
-    teacher_forcing: float = 0.2  # stages rollout, distill: share of iterations on true frames
+    game_frames: int = 64  # stage distill: own frames of a game before it begins anew
+    game_groups: int = 4  # stage distill: groups of games of different ages
+    teacher_forcing: float = 0.2  # stage distill: share of iterations on true frames
     distribution: float = 1.0  # stage distill: weight of the difference between teacher and critic
     coarse: int = 2  # stage distill: latents a side whose averages are held against the true ones
     discriminator: int = 32  # stage decoder: channels of the discriminator

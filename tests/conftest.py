@@ -104,7 +104,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TOY = ("preset=toy", "device=cpu", "precision=fp32", "threads=1", "max_minutes=1000")
-TOY_STAGES = ("autoencoder", "state", "denoiser", "rollout", "distill", "decoder")
+TOY_STAGES = ("autoencoder", "state", "denoiser", "distill", "decoder")
 
 
 def run_training(*options: str) -> dict:

@@ -292,7 +292,7 @@ def test_nothing_mixed_comes_of_a_stage_that_changed(run, tmp_path, capsys):
     run("stage=autoencoder", "steps=10")
     with pytest.raises(UserError, match="autoencoder is another"):
         run("stage=state")
-    for stage in ("denoiser", "rollout"):  # the one after it is made from what no longer belongs together
+    for stage in ("denoiser", "distill"):  # the one after it is made from what no longer belongs together
         with pytest.raises(
             UserError, match="state.safetensors was made from another autoencoder.safetensors"
         ):
@@ -304,7 +304,7 @@ def test_nothing_mixed_comes_of_a_stage_that_changed(run, tmp_path, capsys):
     before = (tmp_path / "out" / "denoiser.safetensors").read_bytes()
     assert run("stage=denoiser", "again=true")["steps"] == 8, "what fits is not trained again"
     assert (tmp_path / "out" / "denoiser.safetensors").read_bytes() == before
-    assert run("stage=rollout")["steps"] == 8
+    assert run("stage=distill")["steps"] == 8
 
 
 def test_precision_is_decided_once(begin, monkeypatch):

@@ -89,7 +89,7 @@ def test_all_stages_are_trained_in_their_order(run, tmp_path):
     code, figures, plan, _ = run("steps=4")
     assert code == 0 and figures["stage"] == "all"
     assert [line.split()[0] for line in plan[1:]] == ["collect", *TRAINED, "together"]
-    assert plan[1].split()[1:] == ["5", "frames"] and plan[-1].split()[1] == "3", "the preset's minutes"
+    assert plan[1].split()[1:] == ["5", "frames"] and plan[-1].split()[1] == "2.5", "the preset's minutes"
     assert figures["checkpoint"] == str(tmp_path / "out" / f"{list(TRAINED)[-1]}.safetensors")
     assert list(figures["minutes"]) == ["collect", *TRAINED]
     for name in TRAINED:

@@ -31,7 +31,6 @@ NETWORKS = {
     "autoencoder": ["autoencoder"],
     "state": ["autoencoder", "states", "reader", "scene"],
     "denoiser": ["autoencoder", "states", "reader", "denoiser"],
-    "rollout": ["autoencoder", "states", "reader", "denoiser"],
     "distill": ["autoencoder", "states", "reader", "denoiser"],
     "decoder": ["autoencoder", "states", "reader", "denoiser"],
 }
@@ -109,8 +108,8 @@ def test_a_ladder_that_was_given_is_kept(started, toy_data):
     """Also where the preset of the later stage says otherwise; and what is given there counts."""
     places = [f"data={toy_data}", f"out={started}", "steps=2"]
     run_training("stage=denoiser", "model.denoiser.ladder=[0.3,0.6,1.0]", *places)
-    run_training("stage=rollout", "model.denoiser.correction=0.7", *places)
-    model = Checkpoint(started / "rollout.safetensors").model.denoiser
+    run_training("stage=distill", "model.denoiser.correction=0.7", *places)
+    model = Checkpoint(started / "distill.safetensors").model.denoiser
     assert model.ladder == [0.3, 0.6, 1.0] and model.correction == 0.7
 
 
@@ -195,7 +194,7 @@ def test_where_no_held_out_game_goes_on_one_is_shown_that_was_trained_on(
     assert np.isfinite(stage.validate(stage.module)["psnr_1"]) and stage.picture(stage.module).ndim == 3
 
 
-@pytest.mark.parametrize("stage", ["denoiser", "rollout", "distill"])
+@pytest.mark.parametrize("stage", ["denoiser", "distill"])
 def test_two_processes_train_one_network(stage, started, toy_data):
     """That they have the same weights is checked whenever they save; the latents are not cached yet."""
     fresh = started / "data"
@@ -241,7 +240,7 @@ def refusal(capsys, *options: str) -> str:
         (["stage=denoiser", "model.denoiser.head_dim=0"], "head_dim"),
         (["stage=denoiser", "model.denoiser.ladder=[0.9,0.5,1]"], "ladder"),
         (["stage=denoiser", "model.denoiser.patch=5"], "patch"),
-        (["stage=rollout", "model.denoiser.layers=5"], "model.denoiser.layers=5"),
+        (["stage=distill", "model.denoiser.layers=5"], "model.denoiser.layers=5"),
         (["stage=denoiser", "device=abacus"], "abacus"),
         (["stage=denoiser", "world=doom_defend"], "doom_gathering"),
         (["stage=autoencoder", "data={tmp}/empty"], "no recording"),

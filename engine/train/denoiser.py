@@ -197,7 +197,7 @@ class DenoiserStage(LatentsStage):
         return PlainLoss(self._denoiser(), self.states, self.config.pace())
 
     def _denoiser(self) -> Denoiser:
-        """With the weights of the checkpoint before where it has some, as stage `rollout` goes on from these;
+        """With the weights of the checkpoint before where it has some, as stage `distill` goes on from these;
         else with those of its scene.
         """
         denoiser = make_denoiser(self.model, self.config.world)

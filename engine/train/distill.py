@@ -19,7 +19,8 @@ from ..model.noise import add_noise, training_sigma
 from ..model.state import StateModel
 from ..model.state_reader import StateReader
 from ..rollout.rollout import Rollout
-from .rollout import RolloutLoss, RolloutStage, Windows
+from .denoiser import DenoiserStage
+from .rollout import RolloutLoss, Windows
 
 
 class DistillLoss(RolloutLoss):
@@ -88,8 +89,20 @@ class DistillLoss(RolloutLoss):
         return matched, (fake - shown).square().mean((2, 3, 4))
 
 
-class DistillStage(RolloutStage):
-    """Goes on from stage `rollout`; the teacher is what stage `denoiser` made."""
+class DistillStage(DenoiserStage):
+    """Goes on from what stage `denoiser` made on its own history; the teacher stays what that is."""
+
+    def segment(self) -> tuple[int, int]:
+        sizes, stage = self.model.denoiser, self.config.pace()
+        start = sizes.sink_frames + sizes.context_frames
+        length = start + stage.game_frames + sizes.window_frames - 1
+        return max(length, stage.clip), length - start
+
+    def saved(self) -> None:
+        """Games under way are not saved. They begin anew also where training goes on, so that a continued
+        run is the uninterrupted one.
+        """
+        self.module.games.clear()
 
     def loss(self) -> DistillLoss:
         path = Path(self.config.out) / f"{TRAINED[self.config.stage].reads[0]}.safetensors"

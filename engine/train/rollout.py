@@ -1,4 +1,4 @@
-"""Stage `rollout`: windows on the model's own frames, as play has them."""
+"""Self-generated history: games of the model's own, as play has them, and a loss on their windows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..model.noise import jittered
 from ..model.state import StateModel
 from ..model.state_reader import StateReader
 from ..rollout.rollout import Rollout
-from .denoiser import DenoiserStage, PlainLoss, least_frames
+from .denoiser import PlainLoss, least_frames
 
 
 class Game(NamedTuple):
@@ -40,8 +40,9 @@ class Windows(NamedTuple):
 
 
 class RolloutLoss(PlainLoss):
-    """Self-generated history: `Rollout` plays recorded actions, and every window that it denoises on the way
-    is held against the true frames, which the state keeps near. All that went before a pass is detached.
+    """`Rollout` plays recorded actions, and every window that it denoises on the way is held against the true
+    frames, which the state keeps near; what else is asked of it is stage `distill`'s. All that went before a
+    pass is detached.
 
     Games go on from iteration to iteration, in groups of different ages: what a game has cost to become old
     is not paid again for the few frames that are learnt from. A window is denoised under the keys held
@@ -150,22 +151,3 @@ def _cut(clip: Clip, first: int, length: int) -> Clip:
     return Clip(
         clip.latents[:, first:stop], clip.actions[:, first : before + stop], clip.states[:, first:stop]
     )
-
-
-class RolloutStage(DenoiserStage):
-    """Goes on from the denoiser of the stage before on its own history."""
-
-    def loss(self) -> RolloutLoss:
-        return RolloutLoss(self._denoiser(), self.states, self.config.pace(), self.reader)
-
-    def segment(self) -> tuple[int, int]:
-        sizes, stage = self.model.denoiser, self.config.pace()
-        start = sizes.sink_frames + sizes.context_frames
-        length = start + stage.game_frames + sizes.window_frames - 1
-        return max(length, stage.clip), length - start
-
-    def saved(self) -> None:
-        """Games under way are not saved. They begin anew also where training goes on, so that a continued
-        run is the uninterrupted one.
-        """
-        self.module.games.clear()

@@ -9,7 +9,6 @@ from .autoencoder import AutoencoderStage
 from .decoder import DecoderStage
 from .denoiser import DenoiserStage
 from .distill import DistillStage
-from .rollout import RolloutStage
 from .stage import with_keys
 from .state import StateStage
 
@@ -20,7 +19,6 @@ def make_stage(config: TrainConfig, device: torch.device, dtype: torch.dtype | N
         "autoencoder": AutoencoderStage,
         "state": StateStage,
         "denoiser": DenoiserStage,
-        "rollout": RolloutStage,
         "distill": DistillStage,
         "decoder": DecoderStage,
     }
