@@ -1,7 +1,7 @@
 """Plays a world: python play.py [name=value ...]
 
 Without options a window opens and you walk through the world that the network in assets/ draws; F1 shows the
-keys. Where there is no display, a scripted policy plays 300 frames into a video. Often used options:
+keys. Where there is no display, a policy plays 300 frames into a video. Often used options:
   checkpoint=FILE   which network           game=true world=NAME   the real game instead, with the same keys
   start=WHERE       where a dream starts: a shipped start's name, a recording DIR or DIR:FRAME, a picture
   record=DIR        records frames and keys, to train on or to replay
@@ -45,7 +45,7 @@ def choose_display(config: PlayConfig) -> PlayConfig:
         print(f"There is no display here ({why}), so a policy plays into a video.")
         print("For a window start play.py on a desktop, or through one that is forwarded (ssh -X).")
         config = replace(config, video=config.video or HEADLESS_VIDEO)
-    policy = "scripted" if config.policy == "keyboard" else config.policy
+    policy = "explore" if config.policy == "keyboard" else config.policy
     return replace(config, display="headless", policy=policy)
 
 

@@ -118,7 +118,7 @@ class Dream:
         return self._session.state()
 
     def map_lines(self) -> np.ndarray:
-        """Empty (0, 4): a network has no map."""
+        """What serves policies as a map; see Session.map_lines."""
         return self._session.map_lines()
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from ..config import UserError, WorldConfig
 from ..device import AUTOCAST, autocast, pick_device, pick_precision
+from ..floor import BODY
 from ..model.checkpoint import Checkpoint
 from ..model.networks import load_autoencoder, load_denoiser, load_reader, load_states
 from ..model.state_reader import completed
@@ -200,8 +201,19 @@ class Session:
         return dict(zip(self.player.states.spec.names, carry.state[0].tolist(), strict=True))
 
     def map_lines(self) -> np.ndarray:
-        """Empty (0, 4): a network has no map."""
-        return np.zeros((0, 4))
+        """The edges of where players of the recordings have been, as four walls (4, 4), for policies that walk by
+        a map; a network has none. Empty (0, 4) where it does not always know its x, y and angle.
+        """
+        states = self.player.states
+        if states is None or self.player.reader is None or not {"x", "y", "angle"} <= set(states.spec.names):
+            return np.zeros((0, 4))
+        place = [states.spec.names.index(name) for name in ("x", "y")]
+        (left, low), (right, high) = (
+            edge[place].tolist() for edge in (states.scales.low, states.scales.high)
+        )
+        corners = [(left - BODY, low - BODY), (right + BODY, low - BODY)]
+        corners += [(right + BODY, high + BODY), (left - BODY, high + BODY)]
+        return np.array([(*a, *b) for a, b in zip(corners, corners[1:] + corners[:1], strict=True)])
 
     def close(self) -> None:
         """Nothing is held open."""
