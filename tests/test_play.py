@@ -21,6 +21,7 @@ import torch
 import play
 from engine import pace
 from engine.config import PlayConfig, StateConfig
+from engine.floor import BODY
 from engine.game import open_game
 from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.model.networks import load_autoencoder, make_denoiser
@@ -499,3 +500,17 @@ def test_stopped_in_the_terminal(real_display, tmp_path, tiny_checkpoint):
     assert recording.actions[:, 0].sum() > 2 and len(recording) == len(window.lines())
     with av.open(str(tmp_path / "seen.mp4")) as file:
         assert sum(1 for _ in file.decode(video=0)) == len(recording)
+
+
+def test_a_policy_walks_by_the_edges_of_what_was_seen(tiny_checkpoint):
+    """A body's width beyond the places of the recordings, so that all of these can be walked to."""
+    session = Session(Player(tiny_checkpoint, "cpu", "fp32"))
+    states = session.player.states
+    states.scales.low.copy_(torch.tensor([-100.0, 50, 0]))
+    states.scales.high.copy_(torch.tensor([300.0, 250, 360]))
+    lines = session.map_lines()
+    assert lines.shape == (4, 4)
+    assert lines.reshape(-1, 2).min(0).tolist() == [-100 - BODY, 50 - BODY]
+    assert lines.reshape(-1, 2).max(0).tolist() == [300 + BODY, 250 + BODY]
+    assert np.array_equal(lines[:, 2:], np.roll(lines[:, :2], -1, 0)), "they meet"
+    assert Session(Player(tiny_checkpoint, "cpu", "fp32", state=False)).map_lines().shape == (0, 4)

@@ -201,8 +201,8 @@ class Session:
         return dict(zip(self.player.states.spec.names, carry.state[0].tolist(), strict=True))
 
     def map_lines(self) -> np.ndarray:
-        """The edges of where players of the recordings have been, as four walls (4, 4), for policies that walk by
-        a map; a network has none. Empty (0, 4) where it does not always know its x, y and angle.
+        """The edges of where players of the recordings have been, as four walls (4, 4): a network has no map,
+        but policies walk by one. Empty (0, 4) where it does not always know its x, y and angle.
         """
         states = self.player.states
         if states is None or self.player.reader is None or not {"x", "y", "angle"} <= set(states.spec.names):
