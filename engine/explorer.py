@@ -44,8 +44,11 @@ class Explorer:
         return len(lines) > 0 and set(action_space.names) >= NEEDED
 
     def __call__(self, state: dict[str, float], action_space: ActionSpace) -> np.ndarray:
-        """True state of the last frame, with x, y and angle → keys for the next one, multi-hot (k,)."""
-        place = np.array([state["x"], state["y"], state["angle"]])
+        """State of the last frame, with x, y and angle → keys for the next one, multi-hot (k,). Where a game
+        does not know it, it seems to be stuck, and goes another way.
+        """
+        known = zip(("x", "y", "angle"), self.place, strict=True)
+        place = np.array([state.get(name, last) for name, last in known])
         self.moved = float(np.hypot(*(place - self.place)[:2]))
         self.place = place
         if self.plan is None or self.moved > JUMP:

@@ -202,10 +202,10 @@ class Session:
 
     def map_lines(self) -> np.ndarray:
         """The edges of where players of the recordings have been, as four walls (4, 4): a network has no map,
-        but policies walk by one. Empty (0, 4) where it does not always know its x, y and angle.
+        but policies walk by one. Empty (0, 4) where its state has no x, y and angle.
         """
         states = self.player.states
-        if states is None or self.player.reader is None or not {"x", "y", "angle"} <= set(states.spec.names):
+        if states is None or not {"x", "y", "angle"} <= set(states.spec.names):
             return np.zeros((0, 4))
         place = [states.spec.names.index(name) for name in ("x", "y")]
         (left, low), (right, high) = (
