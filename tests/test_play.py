@@ -53,14 +53,21 @@ def playthrough(checkpoint: Path, **options) -> Playthrough:
 
 def drawn(checkpoint, name: str) -> np.ndarray:
     """What the network draws of a shipped start's last latents, uint8 (h, w, 3)."""
-    player = Player(checkpoint, "cpu", "auto")
+    player = Player(checkpoint, "cpu", "fp32")
     start = packed_starts(player.checkpoint.extras, player.states.spec.names)[name]
     return player.decode(start.latents[-1:])[0]
 
 
 def test_headless_dream(tiny_checkpoint, tmp_path, capsys):
     film, record = tmp_path / "seen.mp4", tmp_path / "r"
-    options = [f"checkpoint={tiny_checkpoint}", "policy=random", "frames=25", "seed=5", "device=cpu"]
+    options = [
+        f"checkpoint={tiny_checkpoint}",
+        "policy=random",
+        "frames=25",
+        "seed=5",
+        "device=cpu",
+        "precision=fp32",
+    ]
     figures = run(capsys, "display=headless", *options, f"record={record}", f"video={film}")
     assert figures["frames"] == 25 and figures["seed"] == 5 and figures["game"] == "dream"
     for name in ("fps_p50", "step_ms_p50", "step_ms_p99", "first_frame_s", "real_time_ratio", "rss_mb"):
@@ -153,7 +160,7 @@ def test_a_recorded_dream_replays_frame_by_frame(tiny_checkpoint, tmp_path, caps
 
 
 def test_starts(tiny_checkpoint, tmp_path):
-    game = open_game(PlayConfig(checkpoint=str(tiny_checkpoint)))
+    game = open_game(PlayConfig(checkpoint=str(tiny_checkpoint), precision="fp32"))
     walk = Recording(tiny_checkpoint.parent / "walk")
     np.testing.assert_array_equal(game.reset(0), drawn(tiny_checkpoint, "a"))
     game.choose_next()
