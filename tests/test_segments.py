@@ -86,13 +86,6 @@ def test_frames_in_a_devices_memory_are_the_mapped_ones(cache):
         assert there.dtype == here.dtype == torch.float32 and torch.equal(there, here)
 
 
-def test_several_readers_build_the_same_cache(cache, recordings, tmp_path):
-    several = LatentsCache.build(recordings, encode, tmp_path, "key", batch=16, workers=2)
-    for one, other in zip(cache.latents, several.latents, strict=True):
-        assert np.array_equal(one, other)
-    assert several.directories == cache.directories
-
-
 def test_batches_keep_the_alignment(cache):
     latents, actions, _ = next(Batches(Segments(cache, 6, NAMES), 64, seed=5))
     assert mismatches(latents, actions, 0) == 0
@@ -111,54 +104,6 @@ def test_segments_never_cross_a_border_and_none_is_missing(cache, length):
 def test_no_segment_is_one_sentence(cache):
     with pytest.raises(UserError, match="41 frames"):
         Segments(cache, 41, NAMES)
-
-
-def test_the_cache_is_built_once_and_knows_its_autoencoder(recordings, tmp_path):
-    calls = []
-
-    def counting(frames):
-        calls.append(len(frames))
-        return encode(frames)
-
-    LatentsCache.build(recordings[:2], counting, tmp_path, "one", batch=50)
-    assert sum(calls) == 2 * sum(EPISODES) and max(calls) == 50
-    both = LatentsCache.build(recordings, counting, tmp_path, "one", batch=50)
-    assert sum(calls) == 3 * sum(EPISODES) and len(both) == 3 * sum(EPISODES)
-    assert len(LatentsCache(tmp_path, "one")) == len(both)
-    assert len(LatentsCache(tmp_path, "one", recordings[1:2])) == sum(EPISODES)
-    with pytest.raises(UserError, match="autoencoder"):
-        LatentsCache(tmp_path, "two")
-    LatentsCache.build(recordings, counting, tmp_path, "two")
-    assert sum(calls) == 6 * sum(EPISODES)
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_an_interrupted_build_goes_on(recordings, tmp_path):
-    def failing(frames):
-        raise KeyboardInterrupt
-
-    LatentsCache.build(recordings[:1], encode, tmp_path, "one")
-    with pytest.raises(KeyboardInterrupt):
-        LatentsCache.build(recordings, failing, tmp_path, "one")
-    with pytest.raises(UserError, match="build it"):
-        LatentsCache(tmp_path, "one", recordings)
-    assert len(LatentsCache.build(recordings, encode, tmp_path, "one")) == 3 * sum(EPISODES)
-
-
-def test_a_recording_that_grew_is_encoded_again(tmp_path):
-    record(tmp_path / "r", 0, episodes=(5,))
-    assert len(LatentsCache.build([tmp_path / "r"], encode, tmp_path / "c", "k")) == 5
-    for file in (tmp_path / "r").iterdir():
-        file.unlink()
-    record(tmp_path / "r", 0, episodes=(5, 6))
-    assert len(LatentsCache.build([tmp_path / "r"], encode, tmp_path / "c", "k")) == 11
-
-
-def test_no_cache_and_bad_latents_are_told(recordings, tmp_path):
-    with pytest.raises(UserError, match="no latents cache"):
-        LatentsCache(tmp_path, "key")
-    with pytest.raises(UserError, match="not finite"):
-        LatentsCache.build(recordings, lambda frames: encode(frames) * 1e6, tmp_path, "key")
 
 
 def test_batches_resume_exactly(cache):
