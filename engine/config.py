@@ -160,6 +160,7 @@ class StageConfig:
     game_groups: int = 4  # stage distill: groups of games of different ages
     teacher_forcing: float = 0.2  # stage distill: share of iterations on true frames
     distribution: float = 1.0  # stage distill: weight of the difference between teacher and critic
+    still: float = 0.005  # stage distill: mean square change of latents under which a frame stands still
     coarse: int = 2  # stage distill: latents a side whose averages are held against the true ones
     discriminator: int = 32  # stage decoder: channels of the discriminator
     adversarial: float = 1.0  # stage decoder: weight of what the discriminator says

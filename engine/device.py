@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 
@@ -33,27 +33,29 @@ def pick_precision(name: str, device: torch.device) -> str:
     and several times slower on CPUs without. Raises UserError for fp8 on a GPU that has none.
     """
     if name == "auto":
-        slow = 0.6 * _matmul_seconds(device, torch.float32)
-        name = "bf16" if _matmul_seconds(device, torch.bfloat16) < slow else "fp32"
+        plain, half = _matmul_seconds(device, (torch.float32, torch.bfloat16))
+        name = "bf16" if half < 0.6 * plain else "fp32"
     if name == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError("precision=fp8 needs a GPU of compute capability 8.9 or more; try precision=bf16.")
     return name
 
 
-def _matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:
-    """Best of a few matrix products: as small as a transformer layer's at play, and on a GPU so large that it
-    is not their launches that take the time.
+def _matmul_seconds(device: torch.device, dtypes: Sequence[torch.dtype]) -> list[float]:
+    """Best of some matrix products in each type, by turns, so that other work on the machine hits all alike.
+    They are as small as a transformer layer's at play, and on a GPU so large that it is not their launches
+    that take the time.
     """
     side = 2048 if device.type == "cuda" else 256
-    a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        for _ in range(4):
-            a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
+    given = [[torch.ones(side, side, device=device, dtype=dtype) for _ in range(2)] for dtype in dtypes]
+    best = [float("inf")] * len(dtypes)
+    for _ in range(16):
+        for number, (a, b) in enumerate(given):
+            start = time.perf_counter()
+            for _ in range(4):
+                a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best[number] = min(best[number], time.perf_counter() - start)
     return best
 
 

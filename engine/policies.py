@@ -16,13 +16,13 @@ Policy = Callable[[dict[str, float], ActionSpace], np.ndarray]
 OPPOSITES = (("forward", "backward"), ("strafe_left", "strafe_right"), ("turn_left", "turn_right"))
 OPPOSITES += (("left", "right"), ("up", "down"))
 SHARES = {
-    "explore": 0.50,
+    "explore": 0.44,
     "scripted": 0.12,
     "random": 0.13,
     "taps": 0.06,
     "spin": 0.07,
     "walls": 0.08,
-    "idle": 0.04,
+    "idle": 0.10,
 }
 STRETCH_SECONDS = {"idle": (2.0, 6.0), "explore": (10.0, 30.0)}  # stillness teaches only in its first seconds
 DEFAULT_STRETCH_SECONDS = (5.0, 15.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -87,11 +88,59 @@ def test_only_averages_are_held_against_the_truth():
     assert loss.told["coarse"].item() > 2 * value[0]
 
 
-def descend(loss: nn.Module, steps: int, rate: float) -> None:
+def still_clip(batch: int = 2) -> Clip:
+    """As `random_clip`, but from the start's last frame on nothing moves."""
+    clip = random_clip(batch)
+    clip.latents[:, START:] = clip.latents[:, START - 1 : START]
+    return clip
+
+
+def test_where_the_true_game_stands_still_neither_teacher_nor_critic_has_a_say():
+    def moved(distribution: float, clip: Clip) -> dict[str, Tensor]:
+        loss = DistillLoss(
+            make_denoiser(True),
+            make_states(),
+            StageConfig(**{**vars(OWN), "distribution": distribution}),
+            None,
+            make_denoiser(True),
+        )
+        with torch.no_grad():
+            for weight in loss.critic.parameters():
+                weight.add_(0.1)
+        torch.manual_seed(1)
+        loss(clip)[0].backward()
+        return {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
+
+    still, walk = still_clip(), random_clip()
+    assert alike(moved(0.0, still), moved(5.0, still), "denoiser.")
+    assert not alike(moved(0.0, walk), moved(5.0, walk), "denoiser.")
+
+
+@torch.no_grad()
+def restlessness(denoiser: Denoiser) -> float:
+    """Mean square by which the frames of own games change where the true ones do not."""
+    clip, rollout = still_clip(16), Rollout(denoiser, None, 16)
+    actions = clip.actions[:, HISTORY - 1 :]
+    rollout.reset(clip.latents[:, :START], actions[:, :START], torch.arange(16))
+    made = torch.stack([rollout.step(action) for action in actions[:, START:].unbind(1)], 1)
+    return (made[:, 1:] - made[:, :-1]).square().mean().item()
+
+
+def test_own_games_learn_to_stand_still():
+    torch.manual_seed(0)
+    student = make_denoiser()
+    loss = DistillLoss(student, None, OWN, None, copy.deepcopy(student))
+    before = restlessness(student)
+    descend(loss, 60, 1e-2, still_clip)
+    after = restlessness(student)
+    assert after < 0.2 * before, f"{before:.3f} → {after:.3f}"
+
+
+def descend(loss: nn.Module, steps: int, rate: float, clip: Callable[[int], Clip] = random_clip) -> None:
     trained = [p for p in loss.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(trained, rate, betas=(0.9, 0.98))
     for _ in range(steps):
-        loss(random_clip(16))[0].backward()
+        loss(clip(16))[0].backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         optimiser.zero_grad()

@@ -491,7 +491,7 @@ def collected(folder, told: bool, source: str = "true", recordings: int = 3) -> 
                 recorder.add(frame, logs.actions[row].numpy(), reset=row == 0, state=given)
 
 
-def stage_of(folder) -> StateStage:
+def stage_of(folder, weights: str = "") -> StateStage:
     """Stage `state` on the recordings in `folder`."""
     autoencoder = AutoencoderConfig(4, [4, 4, 4], 1)
     model = ModelConfig(autoencoder=autoencoder)
@@ -499,7 +499,7 @@ def stage_of(folder) -> StateStage:
         folder / "autoencoder.safetensors", {"autoencoder": Autoencoder(autoencoder)}, model, WORLD
     )
     pace = StageConfig(batch=8, unroll=8, frames=50)
-    config = TrainConfig("state", world=WORLD, model=model, stages={"state": pace})
+    config = TrainConfig("state", world=WORLD, model=model, stages={"state": pace}, weights=weights)
     config.data = config.out = str(folder)
     return StateStage(config, torch.device("cpu"), None, 0, 1)
 
@@ -531,6 +531,25 @@ def test_the_stage_trains_predictor_and_reader(tmp_path) -> None:
         assert name == "share" or torch.equal(value, before[f"reader.{name}"]), name
     for name, value in states.state_dict().items():
         assert torch.equal(value, before[f"model.{name}"]), name
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_given_weights_are_gone_on_from(tmp_path, later: bool) -> None:
+    """Those of a later stage, too, whose scene is a part of the denoiser."""
+    collected(tmp_path, True)
+    first, path = stage_of(tmp_path), tmp_path / "given.safetensors"
+    games.shaken(first.module)
+    first.save(path, first.module, {})
+    if later:
+        written = Checkpoint(path)
+        denoiser = make_denoiser(written.model, WORLD)
+        written.load_into("scene", denoiser.condition.scene)
+        made = {"autoencoder": first.autoencoder, "denoiser": denoiser}
+        made |= {"states": first.module.model, "reader": load_reader(written)}
+        save_checkpoint(path, made, written.model, WORLD)
+    again = stage_of(tmp_path, str(path)).module.state_dict()
+    for name, value in first.module.state_dict().items():
+        assert name == "reader.share" or torch.equal(again[name], value), name
 
 
 def test_pictures_and_states_belong_together(tmp_path) -> None:

@@ -18,8 +18,8 @@ from conftest import TOY, TOY_STAGES, run_training
 import train
 from engine.config import TRAINED, StageConfig, TrainConfig, load_config
 from engine.dataset import split
-from engine.model.checkpoint import Checkpoint
-from engine.model.networks import load_denoiser
+from engine.model.checkpoint import Checkpoint, save_checkpoint
+from engine.model.networks import load_autoencoder, load_denoiser, load_reader, load_states
 from engine.picture import load_picture
 from engine.recording import Recorder
 from engine.rollout.session import Player, Session
@@ -254,6 +254,27 @@ def test_bad_input_is_one_sentence(options, word, started, toy_data, tmp_path, c
     (tmp_path / "file").touch()
     given = {text.split("=")[0]: text.format(tmp=tmp_path) for text in options}
     assert word in refusal(capsys, *({"data": f"data={toy_data}", "out": f"out={started}"} | given).values())
+
+
+def test_a_teacher_of_another_encoder_is_refused(started, toy_data, tmp_path, capsys):
+    """What it says would be of other latents. Another decoder is no matter."""
+    before = Checkpoint(started / "denoiser.safetensors")
+    for part, refused in (("encoder", True), ("decoder", False)):
+        weights = tmp_path / f"{part}.safetensors"
+        networks = {
+            "autoencoder": load_autoencoder(before),
+            "states": load_states(before),
+            "reader": load_reader(before),
+            "denoiser": load_denoiser(before),
+        }
+        with torch.no_grad():
+            next(getattr(networks["autoencoder"], part).parameters()).add_(1e-3)
+        save_checkpoint(weights, networks, before.model, before.world)
+        options = ["stage=distill", f"weights={weights}", f"data={toy_data}", f"out={started}", "steps=1"]
+        if refused:
+            assert "teacher" in refusal(capsys, *options)
+        else:
+            run_training(*options)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "other config", "older"])

@@ -67,6 +67,15 @@ def load_reader(checkpoint: Checkpoint) -> StateReader | None:
     return checkpoint.build("reader", lambda: make_reader(checkpoint.model, checkpoint.world))
 
 
+def load_scene(checkpoint: Checkpoint) -> SceneModel | None:
+    """What knows what is to be seen where, with its weights, by itself or as part of the denoiser; None where
+    the checkpoint has neither.
+    """
+    if "scene" in checkpoint.modules:
+        return checkpoint.build("scene", lambda: make_scene(checkpoint.model, checkpoint.world))
+    return load_denoiser(checkpoint).condition.scene if "denoiser" in checkpoint.modules else None
+
+
 def load_denoiser(checkpoint: Checkpoint) -> Denoiser:
     """The denoiser of a checkpoint with its weights."""
     return checkpoint.build("denoiser", lambda: make_denoiser(checkpoint.model, checkpoint.world))

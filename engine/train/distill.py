@@ -9,18 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import TRAINED, StageConfig
+from ..config import TRAINED, StageConfig, UserError
 from ..data.segments import Clip
-from ..model.checkpoint import Checkpoint
+from ..model.checkpoint import Checkpoint, weights_digest
 from ..model.denoiser import Denoiser
 from ..model.kv_cache import KVRecorder
-from ..model.networks import load_denoiser
+from ..model.networks import load_autoencoder, load_denoiser
 from ..model.noise import add_noise, training_sigma
 from ..model.state import StateModel
 from ..model.state_reader import StateReader
 from ..rollout.rollout import Rollout
 from .denoiser import DenoiserStage
 from .rollout import RolloutLoss, Windows
+from .stage import DECODER
 
 
 class DistillLoss(RolloutLoss):
@@ -30,7 +31,8 @@ class DistillLoss(RolloutLoss):
 
     Squared errors would have it draw the mean of all that may come, in which grass and bricks vanish. Only
     averages over a few latents are held against the true frames: where walls are is known from the state,
-    where each blade stands is not.
+    where each blade stands is not. Where the true game stands still, so shall the own one, whatever it shows:
+    there each blade is known, and a step that draws it anew shows as flicker.
 
     Teacher and critic see no frames before the last one, and that one with some noise: detail that the
     student's has lost is then nothing to hold on to.
@@ -54,7 +56,7 @@ class DistillLoss(RolloutLoss):
         return loss, logs | self.told
 
     def _judged(self, rollout: Rollout, windows: Windows) -> tuple[Tensor, Tensor]:
-        made, right, corrected, back, true, action = windows
+        made, right, corrected, back, true, still, action = windows
         if corrected is not None:
             back = back[:, None]
             head = torch.where(back[..., None, None, None], corrected, made[:, :1])
@@ -64,8 +66,11 @@ class DistillLoss(RolloutLoss):
         coarse = F.avg_pool2d((made - true).flatten(0, 1), size).square().mean((1, 2, 3))
         error = coarse.view(right.shape) * size
         matched, learnt = self._matched(rollout, made, action)
+        kept = (made - rollout.last[:, 1:]).square().mean((2, 3, 4))
         self.told = {"coarse": error.mean().detach(), "critic": learnt.mean().detach()}
-        return error + self.stage.distribution * matched + learnt, right
+        self.told["kept"] = (kept * still).sum().detach() / still.sum().clamp_min(1)
+        matched = self.stage.distribution * (1 - still) * matched
+        return error + still * kept + matched + learnt, right
 
     def _matched(self, rollout: Rollout, made: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """A window (b, w, c, y, x) under the keys (b, k) → the student's loss and the critic's, (b, w)."""
@@ -106,5 +111,10 @@ class DistillStage(DenoiserStage):
 
     def loss(self) -> DistillLoss:
         path = Path(self.config.out) / f"{TRAINED[self.config.stage].reads[0]}.safetensors"
-        teacher = self.frozen(load_denoiser(Checkpoint(path)))
+        teacher = Checkpoint(path)
+        own, other = (weights_digest(load_autoencoder(one), DECODER) for one in (self.before, teacher))
+        if own != other:
+            said = f"{path}, the teacher, speaks of other latents than {self.before.path}"
+            raise UserError(f"{said}; give weights= of the same encoder, or another out=DIR.")
+        teacher = self.frozen(load_denoiser(teacher))
         return DistillLoss(self._denoiser(), self.states, self.config.pace(), self.reader, teacher)

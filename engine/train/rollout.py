@@ -36,6 +36,7 @@ class Windows(NamedTuple):
     corrected: Tensor | None  # (b, 1, c, y, x): the leaving frame, sent back, if any game's is
     back: Tensor  # (b,): whose is
     true: Tensor  # (b, w, c, y, x)
+    still: Tensor  # (b, w): 1 where the true game shows what it showed before the window
     action: Tensor  # (b, k), the true keys of the leaving frame
 
 
@@ -106,7 +107,9 @@ class RolloutLoss(PlainLoss):
         shown.
         """
         size = self.denoiser.config.window_frames
-        true = clip.latents[:, frame : frame + size]
+        true, before = clip.latents[:, frame : frame + size], clip.latents[:, frame - 1 : frame]
+        moved = (true - before).square().mean((2, 3, 4))
+        still = (moved < self.stage.still).to(moved.dtype)
         begin = self.denoiser.config.action_history - 1 + frame
         actions = clip.actions[:, begin : begin + size]
         action, assumed = actions[:, 0], rollout.assumed_action(actions[:, 0])
@@ -115,13 +118,13 @@ class RolloutLoss(PlainLoss):
         back, corrected = rollout.needs_renoise(action), None
         if rollout.correction and back.any():
             corrected = rollout.correct(made[:, :1].detach(), action)
-        error, weight = self._judged(rollout, Windows(made, right, corrected, back, true, action))
+        error, weight = self._judged(rollout, Windows(made, right, corrected, back, true, still, action))
         head = rollout.advance(made.detach(), action, corrected=corrected)
         return error, weight, (head - true[:, 0]).square().mean()
 
     def _judged(self, rollout: Rollout, windows: Windows) -> tuple[Tensor, Tensor]:
         """Errors and weights, both (b, w) or with one more for frames that were sent back."""
-        made, right, corrected, back, true, _ = windows
+        made, right, corrected, back, true, *_ = windows
         error = (made - true).square().mean((2, 3, 4))
         if corrected is None:
             return error, right

@@ -24,6 +24,7 @@ from ..recording import Recording, find_recordings
 from .stop import hold
 
 FREE = ("ladder", "correction")  # how weights are used, which may be chosen anew in any later stage
+DECODER = ("decoder",)  # may differ where the same latents are spoken of
 LICENCE = "Weights and start frames derive from ViZDoom (MIT) with Freedoom art (BSD-3-Clause); see NOTICE."
 
 
@@ -58,8 +59,7 @@ def open_caches(
 
     rank, ranks = place
     train, held_out = true_recordings(config.data, config.world)
-    # decoders may differ: latents are the encoder's
-    key = weights_digest(autoencoder, without=("decoder",))
+    key = weights_digest(autoencoder, DECODER)
     path = cache_place(config.data, config.out, key, train + held_out)
     if rank == 0:
         drop_old(path, config.data, config.out, train + held_out)

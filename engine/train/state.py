@@ -19,7 +19,15 @@ from ..data.latents import LatentsCache
 from ..data.state_logs import WARM, StateBatch, StateLogs, StatePictures
 from ..dataset import true_recordings
 from ..model.checkpoint import Checkpoint, save_checkpoint
-from ..model.networks import load_autoencoder, make_reader, make_scene, make_states
+from ..model.networks import (
+    load_autoencoder,
+    load_reader,
+    load_scene,
+    load_states,
+    make_reader,
+    make_scene,
+    make_states,
+)
 from ..model.scene import SceneModel
 from ..model.state import StateModel
 from ..model.state_reader import StateReader
@@ -141,11 +149,18 @@ class StateStage:
         self.pictures = StatePictures.read(known, spec.names, limit, config.seed + rank)
         unseen = StatePictures.read(new, spec.names, MEASURED, config.seed) if new else None
         self.unseen = unseen or self.pictures.batch(0, MEASURED)
-        made = (make(self.model, config.world) for make in (make_states, make_reader, make_scene))
+        states, reader, scene = self._networks(before)
+        self.module = StateLoss(states, reader, scene)
+
+    def _networks(self, before: Checkpoint) -> tuple[StateModel, StateReader, SceneModel]:
+        """With the weights of `before` where it knows the same of its world; else fresh ones."""
+        if before.model.state == self.model.state:
+            return load_states(before), load_reader(before), load_scene(before)
+        made = (make(self.model, self.config.world) for make in (make_states, make_reader, make_scene))
         states, reader, scene = made
         states.fit(self.logs.states, self.logs.actions, self.logs.resets)
         reader.fit(self.logs.states, self.logs.resets)
-        self.module = StateLoss(states, reader, scene)
+        return states, reader, scene
 
     def batch(self, step: int) -> Given:
         """What iteration `step` learns from: a pure function of seed and step."""
