@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.config import PlayConfig, UserError, load_config
-from engine.pace import seconds_since_start
+from engine.play.pace import seconds_since_start
 
 HEADLESS_FRAMES = 300
 HEADLESS_VIDEO = "rollplay.mp4"
@@ -33,7 +33,7 @@ def choose_display(config: PlayConfig) -> PlayConfig:
     Raises UserError where a window is insisted on and there is no display.
     """
     if config.display != "headless":
-        from engine.ui.screen import display_trouble, seen_by_somebody
+        from engine.play.ui.screen import display_trouble, seen_by_somebody
 
         trouble = display_trouble()
         if config.display == "window" and trouble:
@@ -51,8 +51,8 @@ def choose_display(config: PlayConfig) -> PlayConfig:
 
 def open_playthrough(config: PlayConfig) -> Any:
     """The game with its policy, recording and film; what is quick to check comes before torch."""
-    from engine.game import open_game
-    from engine.playthrough import Playthrough, check_policy
+    from engine.play.game import open_game
+    from engine.play.playthrough import Playthrough, check_policy
 
     replay = check_policy(config.policy)
     game = open_game(config)
@@ -82,7 +82,7 @@ def play_headless(config: PlayConfig) -> dict[str, Any]:
 
 def play_window(config: PlayConfig) -> dict[str, Any]:
     """In a window, at the world's rate → figures."""
-    from engine.ui.loop import Loop
+    from engine.play.ui.loop import Loop
 
     loop = Loop(config, lambda: open_playthrough(config))
     figures = loop.run().figures()

@@ -54,7 +54,7 @@ def run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
 
             return train_stage(config, ranks, stop)
     if config.stage == "collect":
-        from engine.collection import collect as work
+        from engine.data.collection import collect as work
     elif config.stage == "evaluate":
         from engine.evaluation import evaluate as work
     elif config.stage == "ablate":
@@ -62,7 +62,7 @@ def run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
     elif config.stage == "pack":
         from engine.model.packing import pack as work
     else:
-        from engine.precision import precision as work
+        from engine.evaluation.precision import precision as work
     return work(config)
 
 

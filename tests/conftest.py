@@ -56,11 +56,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from the recording `walk` beside it; `startless.safetensors` is the same one without starts.
     """
     from engine.config import AutoencoderConfig, DenoiserConfig, ModelConfig, StateConfig
+    from engine.data.recording import Recorder, Recording
+    from engine.data.starts import STEPS, cut_start
     from engine.model.autoencoder import Autoencoder
     from engine.model.checkpoint import save_checkpoint
     from engine.model.networks import make_denoiser, make_states
-    from engine.recording import Recorder, Recording
-    from engine.starts import STEPS, cut_start
     from engine.worlds.base import ActionSpace
 
     keys = {"forward": ["W", "Up"], "turn_left": ["Left"], "turn_right": ["Right"]}

@@ -15,10 +15,10 @@ from games import Game, make_denoiser, make_game, make_states, play
 from torch import Tensor
 
 from engine.config import TrainConfig, UserError, load_config
+from engine.data.recording import Recorder
 from engine.evaluation import ablate, ablation, stage, table, variants
 from engine.evaluation.section import Section
 from engine.evaluation.variants import VARIANTS, FrameByFrame, OnePass, SinkAtIndex, Sinkless, SinkRefreshed
-from engine.recording import Recorder
 from engine.rollout.rollout import Rollout
 from engine.rollout.session import Session
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.config import AutoencoderConfig, ModelConfig, TrainConfig, WorldConfig
+from engine.data.recording import Recorder
 from engine.model.autoencoder import Autoencoder, decode_clip, random_crops, to_float, zoom
-from engine.recording import Recorder
 from engine.train.autoencoder import AutoencoderStage
 
 TINY = AutoencoderConfig(channels=6, widths=[8, 12, 16], depth=2)  # a factor of 8

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 import play
 from engine.config import WorldConfig
-from engine.picture import save_picture
-from engine.recording import Recorder, Recording
+from engine.data.picture import save_picture
+from engine.data.recording import Recorder, Recording
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -213,7 +213,7 @@ def test_a_recording_that_cannot_begin_while_playing(refused, tmp_path, monkeypa
     """The key for it tells so in the window, the game goes on, and the program says it again at its end."""
     import pygame
 
-    from engine.ui.loop import Loop
+    from engine.play.ui.loop import Loop
 
     told, keys = [], {3: pygame.KSCAN_F12, 6: pygame.KSCAN_F9, 12: pygame.KSCAN_F10}
     look = Loop._look

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import yaml
 
-from engine import collection
-from engine.collection import collect
 from engine.config import TrainConfig, UserError, WorldConfig
-from engine.recording import Recording, find_recordings
+from engine.data import collection
+from engine.data.collection import collect
+from engine.data.recording import Recording, find_recordings
 
 ROOT = Path(__file__).parent.parent
 WORLD = yaml.safe_load((ROOT / "configs" / "world" / "doom_gathering.yaml").read_text())
@@ -148,7 +148,7 @@ def test_the_same_collection_twice_at_once(tmp_path):
     """One makes it, the other is refused or finds it made; nothing is spoilt."""
     script = tmp_path / "program.py"
     script.write_text(
-        "import sys, yaml\nfrom engine.collection import collect\nfrom engine.config import *\n"
+        "import sys, yaml\nfrom engine.data.collection import collect\nfrom engine.config import *\n"
         "if __name__ == '__main__':\n"
         "    world = WorldConfig(**yaml.safe_load(open(sys.argv[1])))\n"
         "    try:\n"
@@ -224,7 +224,7 @@ def test_a_worker_that_dies_is_replaced(tmp_path):
 
 def test_killed_parent_takes_its_workers_along(tmp_path):
     program = (
-        "import sys, yaml\nfrom engine.collection import collect\nfrom engine.config import *\n"
+        "import sys, yaml\nfrom engine.data.collection import collect\nfrom engine.config import *\n"
         "if __name__ == '__main__':\n"
         "    world = WorldConfig(**yaml.safe_load(open(sys.argv[1])))\n"
         "    collect(TrainConfig(stage='collect', world=world, data=sys.argv[2], workers=1))\n"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from engine.config import UserError, WorldConfig
-from engine.dataset import true_recordings
-from engine.recording import Recorder, Recording
-from engine.starts import load_start
+from engine.data.dataset import true_recordings
+from engine.data.recording import Recorder, Recording
+from engine.data.starts import load_start
 from engine.worlds.base import ActionSpace
 
 YARD = WorldConfig("yard", height=32, width=64, keys={"go": ["W"]})

@@ -20,7 +20,10 @@ import pytest
 import torch
 
 from engine.config import TrainConfig, UserError, load_config
-from engine.dataset import split
+from engine.data.dataset import split
+from engine.data.picture import load_picture
+from engine.data.recording import Recorder, Recording, find_recordings
+from engine.data.sight import wall_views
 from engine.evaluation import behaviour, control, drift, evaluate, fidelity, latency, returning, stage
 from engine.evaluation.branches import Truth, starts
 from engine.evaluation.build_routes import Builder
@@ -44,10 +47,7 @@ from engine.evaluation.probe import WallProbe
 from engine.evaluation.route import Route, load_routes, read, save_routes, shipped_routes, written
 from engine.evaluation.section import QUICK, Scope, Section
 from engine.evaluation.watch import Watch, curves, disagreement, growth
-from engine.picture import load_picture
-from engine.recording import Recorder, Recording, find_recordings
 from engine.rollout.session import Player
-from engine.sight import wall_views
 from engine.worlds.base import ActionSpace
 
 ROOT = Path(__file__).resolve().parent.parent

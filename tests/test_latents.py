@@ -15,7 +15,7 @@ import torch
 from engine.config import UserError, WorldConfig
 from engine.data.cache import cache_place, drop_old
 from engine.data.latents import LatentsCache
-from engine.recording import Recorder
+from engine.data.recording import Recorder
 
 NAMES = ("left", "right", "jump")
 EPISODES = (23, 9, 40, 14)  # frames

@@ -19,8 +19,8 @@ from torch import nn
 
 import train
 from engine.config import TrainConfig, UserError, WorldConfig, load_config
+from engine.data.recording import Recorder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
-from engine.recording import Recorder
 from engine.train import loop
 from engine.train.loop import Training, train_stage
 from engine.train.parallel import Ranks

@@ -11,11 +11,11 @@ from torch import nn
 
 import train
 from engine.config import ModelConfig, TrainConfig, UserError, WorldConfig
+from engine.data.recording import Recorder, Recording
+from engine.data.starts import STEPS, packed_starts
 from engine.model import packing
 from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.model.networks import load_autoencoder
-from engine.recording import Recorder, Recording
-from engine.starts import STEPS, packed_starts
 
 
 class Net(nn.Module):

@@ -14,8 +14,8 @@ from torch import nn
 
 import train
 from engine.config import TRAINED, WorldConfig
+from engine.data.recording import Recorder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
-from engine.recording import Recorder
 from engine.train import loop, pipeline
 
 PLAIN = ("stage=all", "preset=toy", "device=cpu", "precision=fp32", "frames=5", "log_every=1")

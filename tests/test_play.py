@@ -19,18 +19,18 @@ import pytest
 import torch
 
 import play
-from engine import pace
 from engine.config import PlayConfig, StateConfig
-from engine.floor import BODY
-from engine.game import open_game
+from engine.data.floor import BODY
+from engine.data.picture import load_picture, save_picture
+from engine.data.recording import Recording
+from engine.data.starts import cut_start, packed_starts
 from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.model.networks import load_autoencoder, make_denoiser
-from engine.pace import Schedule, Timings
-from engine.picture import load_picture, save_picture
-from engine.playthrough import Playthrough, check_policy
-from engine.recording import Recording
+from engine.play import pace
+from engine.play.game import open_game
+from engine.play.pace import Schedule, Timings
+from engine.play.playthrough import Playthrough, check_policy
 from engine.rollout.session import Player, Session
-from engine.starts import cut_start, packed_starts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -290,7 +290,7 @@ def test_timings_leave_pauses_out(monkeypatch):
 
 
 def test_keys_are_never_lost():
-    from engine.ui.keys import HeldKeys, actions_of
+    from engine.play.ui.keys import HeldKeys, actions_of
     from engine.worlds.base import ActionSpace
 
     keys = HeldKeys()
@@ -323,7 +323,7 @@ def test_a_window_keeps_the_worlds_pace(tiny_checkpoint, capsys):
 
 
 def test_the_time_from_key_to_picture_is_measured():
-    from engine.pace import Latency
+    from engine.play.pace import Latency
 
     latency = Latency()
     assert latency.recent() == 0 and latency.figures() == {}
@@ -335,9 +335,9 @@ def test_the_time_from_key_to_picture_is_measured():
 
 
 def test_hud_leaves_the_centre_free():
-    from engine.stepper import View
-    from engine.ui.hud import draw_banner, draw_help, draw_hud
-    from engine.ui.screen import Screen
+    from engine.play.stepper import View
+    from engine.play.ui.hud import draw_banner, draw_help, draw_hud
+    from engine.play.ui.screen import Screen
     from engine.worlds.base import ActionSpace
 
     space = ActionSpace(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from engine.config import POLICIES, UserError
-from engine.floor import Floor
-from engine.policies import OPPOSITES, SHARES, PolicyMixture, make_policy
-from engine.sight import filled_views, free_distances, wall_share
+from engine.data.floor import Floor
+from engine.data.policies import OPPOSITES, SHARES, PolicyMixture, make_policy
+from engine.data.sight import filled_views, free_distances, wall_share
 from engine.worlds import ActionSpace
 
 WALK = ("forward", "backward", "strafe_left", "strafe_right", "turn_left", "turn_right")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from engine.config import UserError, WorldConfig
-from engine.recording import ACTIONS, FRAMES, HEADER, Recorder, Recording, find_recordings
+from engine.data.recording import ACTIONS, FRAMES, HEADER, Recorder, Recording, find_recordings
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("left", "right", "run", "jump")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from engine.config import UserError, WorldConfig
+from engine.data.dataset import load_frames, split
 from engine.data.latents import LatentsCache, laid_states
+from engine.data.recording import Recorder, Recording
 from engine.data.segments import Batches, Segments
-from engine.dataset import load_frames, split
-from engine.recording import Recorder, Recording
 
 NAMES = ("left", "right", "jump")
 EPISODES = (23, 9, 40, 14)  # frames

@@ -24,6 +24,7 @@ from engine.config import (
     WorldConfig,
 )
 from engine.data.latents import LatentsCache
+from engine.data.recording import Recorder
 from engine.data.state_logs import StateLogs, StatePictures
 from engine.evaluation.state import escapes, evaluate_state
 from engine.model import networks
@@ -34,7 +35,6 @@ from engine.model.scene import SceneModel
 from engine.model.state import StateCarry, StateModel
 from engine.model.state_reader import StateReader, completed
 from engine.model.state_spec import StateScales, StateSpec, features_width, scene_columns, state_features
-from engine.recording import Recorder
 from engine.rollout.rollout import Rollout
 from engine.rollout.session import Player, Session
 from engine.train.optim import moving_average

@@ -17,11 +17,11 @@ from conftest import TOY, TOY_STAGES, run_training
 
 import train
 from engine.config import TRAINED, StageConfig, TrainConfig, load_config
-from engine.dataset import split
+from engine.data.dataset import split
+from engine.data.picture import load_picture
+from engine.data.recording import Recorder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.model.networks import load_autoencoder, load_denoiser, load_reader, load_states
-from engine.picture import load_picture
-from engine.recording import Recorder
 from engine.rollout.session import Player, Session
 from engine.train.denoiser import DenoiserStage
 from engine.train.loop import Training

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from engine.config import UserError, WorldConfig
-from engine.sight import free_distances
+from engine.data.sight import free_distances
 from engine.worlds import make_world
 from engine.worlds.base import STATE_KINDS
 from engine.worlds.gym import fit

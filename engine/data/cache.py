@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..recording import ACTIONS, FRAMES, HEADER
+from .recording import ACTIONS, FRAMES, HEADER
 
 ABANDONED = 24 * 3600.0  # seconds after which nobody goes on with what was left half written
 OWNERS = "owners.json"  # in a cache: the out= folders whose autoencoder made it

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from ..config import UserError
-from ..recording import Recording
 from .cache import content_of, draft_of, entry_of, is_current, load_entry, stamp_of
+from .recording import Recording
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

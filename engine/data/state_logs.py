@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config import StageConfig, UserError
-from ..recording import Recording
 from .latents import LatentsCache
+from .recording import Recording
 
 WARM = 16  # at most so many recorded frames before those that are predicted
 APART_SHARE = 0.4  # of the iterations, in which frames are predicted from recorded ones

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..picture import grid, save_picture
+from ..data.picture import grid, save_picture
 from .branches import State, starts
 from .generated import rebuilt, roll
 from .measures import flows, motion, psnr, sharpness

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..config import UserError, WorldConfig
-from ..policies import make_policy
+from ..data.policies import make_policy
 from ..worlds import World, make_world
 from .generated import Games
 

@@ -16,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import TrainConfig, UserError, load_config
-from ..policies import OPPOSITES, make_policy
-from ..sight import free_distances, wall_views
+from ..data.policies import OPPOSITES, make_policy
+from ..data.sight import free_distances, wall_views
 from ..worlds import make_world
 from .branches import Truth
 from .measures import psnr

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config import UserError
-from ..recording import Recording
+from ..data.recording import Recording
 from ..rollout.session import Player
 
 

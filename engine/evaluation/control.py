@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..picture import grid, save_picture
+from ..data.picture import grid, save_picture
 from .branches import starts
 from .generated import roll
 from .measures import difference, flat

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..film import Film
-from ..picture import grid, save_picture
-from ..policies import make_policy
+from ..data.film import Film
+from ..data.picture import grid, save_picture
+from ..data.policies import make_policy
 from ..worlds.base import ActionSpace
 from .branches import ATTEMPTS, State
 from .generated import Games, play

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..picture import grid, save_picture
-from ..sight import wall_views
+from ..data.picture import grid, save_picture
+from ..data.sight import wall_views
 from .features import frechet_distance
 from .generated import rebuilt, roll
 from .measures import OCTAVES, highpass_correlation, octaves, psnr, sharpness, ssim

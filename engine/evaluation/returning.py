@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..picture import grid, save_picture
+from ..data.picture import grid, save_picture
 from .generated import rebuilt, roll
 from .measures import psnr
 from .played import play_routes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..config import PlayConfig
+from ..data.policies import make_policy
 from ..device import threads
-from ..policies import make_policy
 from ..rollout.session import Session
 from .section import Scope, Section
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from ..config import TRAINED, TrainConfig, UserError
-from ..dataset import split
-from ..recording import Recording, find_recordings
+from ..data.dataset import split
+from ..data.recording import Recording, find_recordings
+from ..data.sight import wall_views
 from ..rollout.session import Player
-from ..sight import wall_views
 from .behaviour import behaviour
 from .branches import Truth
 from .build_routes import KINDS, Builder

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig, UserError
-from ..dataset import split
-from ..recording import Recording, find_recordings
-from ..starts import STEPS, cut_start, split_choice
+from ..data.dataset import split
+from ..data.recording import Recording, find_recordings
+from ..data.starts import STEPS, cut_start, split_choice
 from ..worlds.base import ActionSpace
 from .checkpoint import EXTRAS, SCALE, Checkpoint, write_tensors
 from .networks import load_autoencoder

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..config import UserError, WorldConfig
+from ..data.floor import BODY
+from ..data.starts import Start
 from ..device import AUTOCAST, autocast, pick_device, pick_precision
-from ..floor import BODY
 from ..model.checkpoint import Checkpoint
 from ..model.networks import load_autoencoder, load_denoiser, load_reader, load_states
 from ..model.state_reader import completed
-from ..starts import Start
 from ..worlds.base import ActionSpace, short_seed
 from .cuda_graph import StepGraph
 from .inference_weights import cast_weights, pack_weights

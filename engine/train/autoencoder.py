@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TrainConfig
-from ..dataset import load_frames, true_recordings
+from ..data.dataset import load_frames, true_recordings
+from ..data.picture import grid
 from ..device import autocast
 from ..model.autoencoder import Autoencoder
 from ..model.checkpoint import Checkpoint, save_checkpoint
-from ..picture import grid
 from .stage import LICENCE
 
 

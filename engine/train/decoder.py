@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..config import StageConfig
+from ..data.dataset import load_frames, true_recordings
+from ..data.picture import grid
+from ..data.recording import Recording
 from ..data.segments import Batches
-from ..dataset import load_frames, true_recordings
 from ..device import autocast
 from ..model.autoencoder import Autoencoder, to_bytes, to_float
 from ..model.discriminator import PatchDiscriminator
-from ..picture import grid
-from ..recording import Recording
 from .denoiser import DenoiserStage
 
 NOISE = 0.2  # most noise on the latents of true frames, as those of games are never perfect

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import TRAINED, DenoiserConfig, StageConfig
+from ..data.picture import grid
 from ..data.segments import Batches, Clip
 from ..device import autocast, compute_dtype
 from ..model.autoencoder import decode_clip
@@ -18,7 +19,6 @@ from ..model.networks import load_reader, load_states, make_denoiser
 from ..model.noise import add_noise, training_sigma
 from ..model.state import StateModel
 from ..model.state_spec import state_features
-from ..picture import grid
 from ..rollout.rollout import Rollout
 from .stage import LatentsStage
 

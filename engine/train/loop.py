@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..config import PRECISIONS, TrainConfig, UserError
 from ..data.cache import stable_hash
+from ..data.picture import save_picture
 from ..device import AUTOCAST, autocast, pick_device, pick_precision
 from ..model.checkpoint import read_about
-from ..picture import save_picture
 from . import optim
 from .metrics import Metrics, rounded
 from .parallel import Ranks

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..collection import collect
 from ..config import TRAINED, TrainConfig, UserError
+from ..data.collection import collect
 from .loop import train_stage
 from .parallel import Ranks
 from .resume import Standing

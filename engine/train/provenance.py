@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TRAINED, TrainConfig, UserError
+from ..data.recording import ACTIONS, FRAMES, HEADER, find_recordings
 from ..model.checkpoint import file_digest, read_about
-from ..recording import ACTIONS, FRAMES, HEADER, find_recordings
 
 FREE = ("steps", "max_minutes")  # of a stage's config may be changed while it lasts
 ELSEWHERE = "start anew with again=true, or in another out=DIR"

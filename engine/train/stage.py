@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from ..config import TRAINED, ModelConfig, TrainConfig, UserError, WorldConfig
 from ..data.cache import cache_place, drop_old
+from ..data.dataset import true_recordings
 from ..data.latents import LatentsCache
+from ..data.recording import Recording, find_recordings
 from ..data.segments import Batches, Clip, Segments
-from ..dataset import true_recordings
 from ..device import autocast
 from ..model.autoencoder import Autoencoder
 from ..model.checkpoint import Checkpoint, kept, save_checkpoint, weights_digest
 from ..model.networks import load_autoencoder
-from ..recording import Recording, find_recordings
 from .stop import hold
 
 FREE = ("ladder", "correction")  # how weights are used, which may be chosen anew in any later stage

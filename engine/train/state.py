@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import StateConfig, TrainConfig
+from ..data.dataset import true_recordings
 from ..data.latents import LatentsCache
+from ..data.recording import Recording
 from ..data.state_logs import WARM, StateBatch, StateLogs, StatePictures
-from ..dataset import true_recordings
 from ..model.checkpoint import Checkpoint, save_checkpoint
 from ..model.networks import (
     load_autoencoder,
@@ -32,7 +33,6 @@ from ..model.scene import SceneModel
 from ..model.state import StateModel
 from ..model.state_reader import StateReader
 from ..model.state_spec import StateSpec, difference, heading, pick, state_features, turned
-from ..recording import Recording
 from .stage import LICENCE, check_world, open_caches
 
 NOISE_SHARE = 0.2  # of games that begin a little beside the truth, so that it learns to return

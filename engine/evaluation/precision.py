@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .config import PRECISIONS, TrainConfig, UserError
-from .rollout.session import Player, Session
-from .starts import Start, packed_starts
+from ..config import PRECISIONS, TrainConfig, UserError
+from ..data.starts import Start, packed_starts
+from ..rollout.session import Player, Session
 
 FRAMES = 16  # that are compared, from each start; the timed ones go on behind
 

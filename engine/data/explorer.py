@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..worlds.base import ActionSpace
 from .floor import Floor
 from .sight import free_distances
-from .worlds.base import ActionSpace
 
 Keys = tuple[str, ...]
 

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .config import TrainConfig, UserError, WorldConfig
+from ..config import TrainConfig, UserError, WorldConfig
+from ..worlds import make_world
+from ..worlds.base import short_seed
 from .policies import SHARES, PolicyMixture
 from .recording import Recorder, Recording
 from .schema import HEADER, SCHEMA, read_header
-from .worlds import make_world
-from .worlds.base import short_seed
 
 RECORDING_FRAMES = 6000  # frames in one recording; the unit of work and of resuming
 REPORT_FRAMES = 50  # a worker tells the progress bar after so many

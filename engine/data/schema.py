@@ -6,8 +6,8 @@ import json
 import math
 from pathlib import Path
 
-from .config import UserError
-from .worlds.base import STATE_KINDS
+from ..config import UserError
+from ..worlds.base import STATE_KINDS
 
 SCHEMA = 2  # 1 had no state kinds, axes, parent and checksums, and is still read
 HEADER, ACTIONS, FRAMES = "session.json", "actions.jsonl", "frames.mkv"

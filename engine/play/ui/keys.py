@@ -7,8 +7,8 @@ import time
 
 import pygame
 
-from ..config import UserError
-from ..worlds.base import ActionSpace
+from ...config import UserError
+from ...worlds.base import ActionSpace
 
 
 def scancode_name(scancode: int) -> str:

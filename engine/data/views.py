@@ -1,14 +1,14 @@
-"""How many of the recorded views a wall fills: `python -m engine.views DIR`; one line of JSON."""
+"""How many of the recorded views a wall fills: `python -m engine.data.views DIR`; one line of JSON."""
 
 from __future__ import annotations
 
 import json
 import sys
 
-from .config import UserError, WorldConfig
+from ..config import UserError, WorldConfig
+from ..worlds import make_world
 from .recording import Recording, find_recordings
 from .sight import wall_share
-from .worlds import make_world
 
 
 def measure(folder: str) -> dict[str, dict[str, float]]:
@@ -40,4 +40,4 @@ if __name__ == "__main__":
     try:
         print(json.dumps(measure(sys.argv[1] if len(sys.argv) > 1 else "runs/data")))
     except UserError as error:
-        sys.exit(f"engine.views: {error}")
+        sys.exit(f"engine.data.views: {error}")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .config import UserError, WorldConfig
-from .data.cache import stable_hash
+from ..config import UserError, WorldConfig
+from .cache import stable_hash
 from .recording import Recording, find_recordings
 from .schema import read_header
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from .config import UserError
+from ..config import UserError
 
 
 def save_picture(path: str | Path, picture: np.ndarray) -> None:

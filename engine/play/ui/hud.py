@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pygame
 
+from ...worlds.base import ActionSpace
 from ..stepper import View
-from ..worlds.base import ActionSpace
 from .screen import AMBER, DARK, GREEN, GREY, PANEL, RED, WHITE, Screen
 
 # What the window itself does, by scancode name; a world that binds one of these keys has it instead.

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .config import POLICIES, UserError
+from ..config import POLICIES, UserError
+from ..worlds.base import ActionSpace
 from .explorer import Bursts, Explorer
-from .worlds.base import ActionSpace
 
 Policy = Callable[[dict[str, float], ActionSpace], np.ndarray]
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import pygame
 
-from ..config import UserError
+from ...config import UserError
 
 BACKGROUND, PANEL = (14, 15, 18), (10, 11, 14, 165)
 WHITE, GREY, DARK = (240, 241, 243), (158, 162, 170), (20, 21, 24)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from . import __version__
-from .config import UserError, WorldConfig
+from .. import __version__
+from ..config import UserError, WorldConfig
 from .schema import ACTIONS, FRAMES, HEADER, SCHEMA, known_kinds, read_header, read_lines
 from .video import CODEC, EXACT, QUALITY, VideoWriter, count_frames, read_frames
 

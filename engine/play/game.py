@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import PlayConfig, UserError, WorldConfig
-from .starts import Start, described, load_start, packed_starts, true_start
-from .worlds import make_world
-from .worlds.base import ActionSpace
+from ..config import PlayConfig, UserError, WorldConfig
+from ..data.starts import Start, described, load_start, packed_starts, true_start
+from ..worlds import make_world
+from ..worlds.base import ActionSpace
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,8 +68,8 @@ class Dream:
     def __init__(self, config: PlayConfig) -> None:
         """Loads the checkpoint and the first start. Raises UserError where either is not to be had."""
         # these take torch along, which a window need not wait for
-        from .model.layers import choose_kernels
-        from .rollout.session import Player, Session
+        from ..model.layers import choose_kernels
+        from ..rollout.session import Player, Session
 
         path = Path(config.checkpoint)
         if not path.is_absolute() and not path.exists() and (ROOT / path).exists():

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from .config import UserError, WorldConfig
+from ..config import UserError, WorldConfig
+from ..worlds import make_world
+from ..worlds.base import ActionSpace
 from .picture import load_picture
 from .policies import make_policy
 from .recording import HEADER, Recording
-from .worlds import make_world
-from .worlds.base import ActionSpace
 
 STEPS = (
     16  # of a shipped latent, kept in 8 bits, in one of its units: finer than the noise it is trained with

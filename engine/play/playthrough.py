@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .config import POLICIES, PlayConfig, UserError
-from .film import Film
+from ..config import POLICIES, PlayConfig, UserError
+from ..data.film import Film
+from ..data.policies import Policy, make_policy
+from ..data.recording import Recorder
 from .game import Game
 from .pace import Timings
-from .policies import Policy, make_policy
-from .recording import Recorder
 from .replay import Replay
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from .config import UserError
+from ..config import UserError
 
 SCALE = 3  # video pixels per frame pixel: small frames would be blurred by players that enlarge them
 AHEAD = 64  # frames that may wait for the encoder

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import UserError
-from .recording import Recording
-from .starts import known_actions
-from .worlds.base import ActionSpace
+from ..config import UserError
+from ..data.recording import Recording
+from ..data.starts import known_actions
+from ..worlds.base import ActionSpace
 
 
 class Replay:

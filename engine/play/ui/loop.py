@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pygame
 
-from ..config import PlayConfig, UserError
+from ...config import PlayConfig, UserError
+from ...data.picture import save_picture
 from ..pace import Latency, seconds_since_start
-from ..picture import save_picture
 from ..playthrough import Playthrough
 from ..stepper import Stepper, View
 from .hud import draw_banner, draw_help, draw_hud, draw_loading, functions_of
