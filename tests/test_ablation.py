@@ -19,6 +19,7 @@ from engine.data.recording import Recorder
 from engine.evaluation import ablate, ablation, stage, table, variants
 from engine.evaluation.section import Section
 from engine.evaluation.variants import VARIANTS, FrameByFrame, OnePass, SinkAtIndex, Sinkless, SinkRefreshed
+from engine.model.world_model import Generator
 from engine.rollout.rollout import Rollout
 from engine.rollout.session import Session
 
@@ -42,28 +43,30 @@ def test_without_a_sink_the_start_is_forgotten(kind, seen):
     denoiser, game = make_denoiser(), make_game(start=14)  # far beyond what the ring has seen
     other = game.latents.clone()
     other[:, 0] += 1
-    first = play(kind(denoiser, None, 2), game)
-    second = play(kind(denoiser, None, 2), game._replace(latents=other))
+    first = play(kind(Generator(denoiser), 2), game)
+    second = play(kind(Generator(denoiser), 2), game._replace(latents=other))
     assert any(changed(first, second)) is seen
-    assert kind(denoiser).start_frames == 4, "the same start for both"
+    assert kind(Generator(denoiser)).start_frames == 4, "the same start for both"
 
 
 def test_a_config_without_a_sink_plays_like_a_game_without():
     game = make_game(start=14)
-    without = play(Rollout(make_denoiser(sink_frames=0), None, 2), game)
-    assert not any(changed(without, play(Sinkless(make_denoiser(), None, 2), game)))
+    without = play(Rollout(Generator(make_denoiser(sink_frames=0)), 2), game)
+    assert not any(changed(without, play(Sinkless(Generator(make_denoiser()), 2), game)))
 
 
 def test_a_sink_at_its_index_differs_once_it_should_have_moved():
     denoiser, game = make_denoiser(), make_game(frames=6)
-    apart = changed(play(Rollout(denoiser, None, 2), game), play(SinkAtIndex(denoiser, None, 2), game))
+    apart = changed(
+        play(Rollout(Generator(denoiser), 2), game), play(SinkAtIndex(Generator(denoiser), 2), game)
+    )
     assert apart[0] is False and all(apart[2:])
 
 
 def test_a_refreshed_sink_is_the_newest_frame_with_keys(monkeypatch):
     monkeypatch.setattr(variants, "REFRESH", 5)
     denoiser, game = make_denoiser(), make_game()
-    fixed, fresh = Rollout(denoiser, None, 2), SinkRefreshed(denoiser, None, 2)
+    fixed, fresh = Rollout(Generator(denoiser), 2), SinkRefreshed(Generator(denoiser), 2)
     for number, action in enumerate([None, *game.played], start=4):  # the window's first frame after this
         for rollout in (fixed, fresh):
             if action is None:
@@ -88,7 +91,7 @@ def test_a_refreshed_sink_is_the_newest_frame_with_keys(monkeypatch):
 @pytest.mark.parametrize("told", [False, True], ids=["keys alone", "with states"])
 def test_frame_by_frame_obeys_at_once_and_takes_a_pass_a_level(kind, passes, told):
     denoiser, states, game = make_denoiser(told), make_states() if told else None, make_game(frames=6)
-    rollout, seen = kind(denoiser, states, 2), []
+    rollout, seen = kind(Generator(denoiser, states), 2), []
     rollout.reset(game.latents, game.before, game.seed, game.states if told else None)
     denoiser.register_forward_hook(lambda module, args, made: seen.append((made.shape[1], args[1][0, 0])))
     rollout.speculate()
@@ -97,7 +100,7 @@ def test_frame_by_frame_obeys_at_once_and_takes_a_pass_a_level(kind, passes, tol
     assert torch.tensor([level for _, level in seen[:passes]]).tolist() == pytest.approx(
         [1, 0.8, 0.5][:passes]
     )
-    other = play(kind(denoiser, states, 2), flipped(game, 4))
+    other = play(kind(Generator(denoiser, states), 2), flipped(game, 4))
     assert changed(torch.stack(frames), other)[:5] == [False] * 4 + [True]
 
 

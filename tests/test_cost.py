@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.config import ModelConfig, StateConfig, WorldConfig
 from engine.model.autoencoder import Autoencoder
 from engine.model.networks import make_denoiser, make_states
+from engine.model.world_model import Generator
 from engine.rollout.rollout import Rollout
 
 DOOM = {
@@ -25,7 +26,7 @@ def test_a_step_fits_two_slow_cores():
     model.autoencoder.channels = 16
     world = WorldConfig(keys={key: [key] for key in "abcdef"})
     autoencoder = Autoencoder(model.autoencoder).eval()
-    rollout = Rollout(make_denoiser(model, world).eval(), make_states(model, world))
+    rollout = Rollout(Generator(make_denoiser(model, world).eval(), make_states(model, world)))
     shape, frames = model.autoencoder.latent_shape(world), rollout.start_frames
     states, nothing = torch.ones(1, frames, len(DOOM)), torch.zeros(1, frames, 6)
     rollout.reset(torch.randn(1, frames, *shape), nothing, torch.zeros(1, dtype=torch.int64), states)

@@ -8,8 +8,10 @@ from games import SHAPE, close, make_denoiser, make_game, make_states, play
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.model.kv_cache import KVContext
+from engine.model.world_model import Generator
+from engine.rollout.player import Player
 from engine.rollout.rollout import Rollout
-from engine.rollout.session import Player, Session
+from engine.rollout.session import Session
 
 READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.masked_select")  # wait for a device
 
@@ -38,7 +40,7 @@ def test_every_step_is_the_same_to_the_host(stale):
     from engine.kernels import use
 
     game, steps = make_game(batch=1, start=2, frames=3), []
-    rollout = Rollout(make_denoiser(True, layers=1, context_frames=1), make_states(), 1)
+    rollout = Rollout(Generator(make_denoiser(True, layers=1, context_frames=1), make_states()), 1)
     rollout.reset(game.latents, game.before, game.seed, game.states)
     with use("triton"):  # the definition of attention reads lengths on the host
         rollout.step(game.played[0], stale)
@@ -77,7 +79,7 @@ def test_the_model_can_be_traced_whole(kernels):
 @torch.no_grad()
 def test_all_state_of_a_game_stays_where_it_is():
     game = make_game(batch=1)
-    rollout = Rollout(make_denoiser(True), make_states(), 1)
+    rollout = Rollout(Generator(make_denoiser(True), make_states()), 1)
     rollout.reset(game.latents, game.before, game.seed, game.states)
 
     def places() -> dict[str, tuple[int, int]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from engine.config import StageConfig
 from engine.data.segments import Clip
 from engine.model.denoiser import Denoiser
+from engine.model.world_model import Generator
 from engine.rollout.rollout import Rollout
 from engine.train.denoiser import PlainLoss
 from engine.train.distill import DistillLoss
@@ -34,7 +35,9 @@ def random_clip(batch: int = 2, frames: int = START + 8) -> Clip:
 def gradients(seed: int = 1, shake: float = 0.0, **changes) -> tuple[dict[str, Tensor], DistillLoss]:
     """Of one iteration, the critic moved by `shake` beforehand."""
     loss = DistillLoss(
-        make_denoiser(True), make_states(), StageConfig(**{**vars(OWN), **changes}), None, make_denoiser(True)
+        Generator(make_denoiser(True), make_states()),
+        StageConfig(**{**vars(OWN), **changes}),
+        make_denoiser(True),
     )
     with torch.no_grad():
         for weight in loss.critic.parameters():
@@ -53,23 +56,26 @@ def alike(one: dict[str, Tensor], other: dict[str, Tensor], part: str) -> bool:
 
 def test_a_student_moves_by_what_its_critic_says_otherwise_than_its_teacher():
     plain, matched = gradients(distribution=0.0)[0], gradients(distribution=5.0)[0]
-    assert alike(plain, matched, "denoiser."), "a critic that says what the teacher says moves nothing"
+    assert alike(plain, matched, "generator.denoiser."), (
+        "a critic that says what the teacher says moves nothing"
+    )
     shaken = gradients(distribution=5.0, shake=0.1)[0]
-    assert not alike(plain, shaken, "denoiser.")
-    assert alike(plain, gradients(distribution=0.0, shake=0.1)[0], "denoiser.")
+    assert not alike(plain, shaken, "generator.denoiser.")
+    assert alike(plain, gradients(distribution=0.0, shake=0.1)[0], "generator.denoiser.")
 
 
 def test_each_network_learns_from_its_own_loss_alone():
     plain, matched = gradients(distribution=0.0)[0], gradients(distribution=5.0)[0]
     assert alike(plain, matched, "critic."), "what the student is told does not move the critic"
     _, loss = gradients()
-    names = {name.split(".")[0] for name, _ in loss.named_parameters()}
-    assert names == {"denoiser", "critic"}, "the teacher is not trained"
+    trained = [name for name, weight in loss.named_parameters() if weight.requires_grad]
+    parts = {name.removeprefix("generator.").split(".")[0] for name in trained}
+    assert parts == {"denoiser", "critic"}, "the teacher is not trained"
 
 
 def test_only_averages_are_held_against_the_truth():
     """Frames that differ from the true ones in detail alone are no error."""
-    loss = DistillLoss(make_denoiser(True), make_states(), OWN, None, make_denoiser(True))
+    loss = DistillLoss(Generator(make_denoiser(True), make_states()), OWN, make_denoiser(True))
     clip = random_clip()
     value = []
     for by in (0.0, 3.0):
@@ -98,10 +104,8 @@ def still_clip(batch: int = 2) -> Clip:
 def test_where_the_true_game_stands_still_neither_teacher_nor_critic_has_a_say():
     def moved(distribution: float, clip: Clip) -> dict[str, Tensor]:
         loss = DistillLoss(
-            make_denoiser(True),
-            make_states(),
+            Generator(make_denoiser(True), make_states()),
             StageConfig(**{**vars(OWN), "distribution": distribution}),
-            None,
             make_denoiser(True),
         )
         with torch.no_grad():
@@ -112,14 +116,14 @@ def test_where_the_true_game_stands_still_neither_teacher_nor_critic_has_a_say()
         return {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
 
     still, walk = still_clip(), random_clip()
-    assert alike(moved(0.0, still), moved(5.0, still), "denoiser.")
-    assert not alike(moved(0.0, walk), moved(5.0, walk), "denoiser.")
+    assert alike(moved(0.0, still), moved(5.0, still), "generator.denoiser.")
+    assert not alike(moved(0.0, walk), moved(5.0, walk), "generator.denoiser.")
 
 
 @torch.no_grad()
 def restlessness(denoiser: Denoiser) -> float:
     """Mean square by which the frames of own games change where the true ones do not."""
-    clip, rollout = still_clip(16), Rollout(denoiser, None, 16)
+    clip, rollout = still_clip(16), Rollout(Generator(denoiser), 16)
     actions = clip.actions[:, HISTORY - 1 :]
     rollout.reset(clip.latents[:, :START], actions[:, :START], torch.arange(16))
     made = torch.stack([rollout.step(action) for action in actions[:, START:].unbind(1)], 1)
@@ -129,7 +133,7 @@ def restlessness(denoiser: Denoiser) -> float:
 def test_own_games_learn_to_stand_still():
     torch.manual_seed(0)
     student = make_denoiser()
-    loss = DistillLoss(student, None, OWN, None, copy.deepcopy(student))
+    loss = DistillLoss(Generator(student), OWN, copy.deepcopy(student))
     before = restlessness(student)
     descend(loss, 60, 1e-2, still_clip)
     after = restlessness(student)
@@ -149,7 +153,7 @@ def descend(loss: nn.Module, steps: int, rate: float, clip: Callable[[int], Clip
 @torch.no_grad()
 def boldness(denoiser: Denoiser) -> float:
     """Mean square of the latents of own games; 1 in the true ones."""
-    clip, rollout = random_clip(32), Rollout(denoiser, None, 32)
+    clip, rollout = random_clip(32), Rollout(Generator(denoiser), 32)
     actions = clip.actions[:, HISTORY - 1 :]
     rollout.reset(clip.latents[:, :START], actions[:, :START], torch.arange(32))
     return (
@@ -162,10 +166,10 @@ def test_games_regain_what_regression_has_taken_from_them():
     """The best guess of a sign that nothing foretells is 0, which no true frame is."""
     torch.manual_seed(0)
     teacher = Denoiser(SMALL, KEYS, 0, *SHAPE)
-    descend(PlainLoss(teacher, None, StageConfig(memoryless=0.8, windows=2)), 200, 3e-3)
+    descend(PlainLoss(Generator(teacher), StageConfig(memoryless=0.8, windows=2)), 200, 3e-3)
     student = copy.deepcopy(teacher)
-    descend(RolloutLoss(student, None, OWN), 100, 3e-3)
+    descend(RolloutLoss(Generator(student), OWN), 100, 3e-3)
     before = boldness(student)
-    descend(DistillLoss(student, None, OWN, None, teacher), 200, 2e-3)
+    descend(DistillLoss(Generator(student), OWN, teacher), 200, 2e-3)
     after = boldness(student)
     assert before < 0.3 and after > 2 * before, f"{before:.2f} → {after:.2f}"

@@ -30,7 +30,7 @@ from engine.evaluation.build_routes import Builder
 from engine.evaluation.clips import Clips
 from engine.evaluation.compare import compare
 from engine.evaluation.features import COUNT, Reference, features, frechet, frechet_distance
-from engine.evaluation.generated import Games, play, roll, start_frames
+from engine.evaluation.generated import Games, play, roll
 from engine.evaluation.measures import (
     difference,
     highpass_correlation,
@@ -47,7 +47,7 @@ from engine.evaluation.probe import WallProbe
 from engine.evaluation.route import Route, load_routes, read, save_routes, shipped_routes, written
 from engine.evaluation.section import QUICK, Scope, Section
 from engine.evaluation.watch import Watch, curves, disagreement, growth
-from engine.rollout.session import Player
+from engine.rollout.player import Player
 from engine.worlds.base import ActionSpace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -618,7 +618,7 @@ def test_a_return_is_compared_with_the_true_view_there(scope, monkeypatch):
 
 def test_a_game_in_a_batch_is_the_game_alone(player):
     """A few frames: a network that learned nothing lets a rounding error grow from frame to frame."""
-    history = start_frames(player)
+    history = player.known_frames
     frames = np.stack([[view(place + 5 * n) for n in range(history)] for place in (0, 90, 200)])
     actions = (torch.rand(3, history + 4, len(player.world.keys)) < 0.3).float()
     told = [[{"x": 9.0 * n, "y": 40.0, "angle": 7.0 * n} for n in range(history)]] * 2 + [[None] * history]

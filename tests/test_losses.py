@@ -15,6 +15,7 @@ from engine.data.segments import Clip
 from engine.model.autoencoder import Autoencoder, to_float
 from engine.model.denoiser import Denoiser
 from engine.model.state import StateModel
+from engine.model.world_model import Generator
 from engine.rollout.rollout import Rollout
 from engine.train.decoder import DecoderLoss, finest_octave, sharpness
 from engine.train.denoiser import PlainLoss
@@ -28,7 +29,7 @@ EXACT = StageConfig(windows=24, context_noise=0.0, stateless=0.0, jitter=0.0)
 
 def played(denoiser: Denoiser, states: StateModel | None, game: Game) -> Clip:
     """A whole game as a batch of recorded segments: its frames, its keys, and the states that it went by."""
-    rollout, rows = Rollout(denoiser, states, len(game.latents)), [game.states]
+    rollout, rows = Rollout(Generator(denoiser, states), len(game.latents)), [game.states]
     rollout.reset(game.latents, game.before, game.seed, game.states if states else None)
     frames = [game.latents]
     for action in game.played:
@@ -58,9 +59,9 @@ def test_training_sees_what_play_sees(told, changes):
     game.played[3:] = game.played[3]  # from here on windows are under one set of keys
     clip = played(denoiser, states, game)
     hook = denoiser.register_forward_hook(lambda module, given, made: windows.append((given, made.detach())))
-    PlainLoss(denoiser, states, replace(EXACT, windows=60))(clip)
+    PlainLoss(Generator(denoiser, states), replace(EXACT, windows=60))(clip)
     hook.remove()
-    rollout, seen = Rollout(denoiser, states, 2), set()
+    rollout, seen = Rollout(Generator(denoiser, states), 2), set()
     for (noisy, sigma, before, condition, frame, _), expected in windows:
         size = noisy.shape[1]
         keys = clip.actions[:, HISTORY - 1 + frame : HISTORY - 1 + frame + size]
@@ -100,7 +101,7 @@ def test_nothing_comes_from_the_future_or_from_other_games(told):
         leaf.requires_grad_()
     denoiser.register_forward_pre_hook(lambda module, given: (given[0].detach(), *given[1:]))
     denoiser.register_forward_hook(lambda module, given, out: made.append((given[4], out)))
-    PlainLoss(denoiser, states, EXACT)(clip)
+    PlainLoss(Generator(denoiser, states), EXACT)(clip)
     assert len({frame for frame, _ in made}) > 3
     for frame, out in made:
         grads = torch.autograd.grad(out[0].sum(), leaves, retain_graph=True)
@@ -132,7 +133,7 @@ def fresh(**changes) -> Denoiser:
 def test_windows_are_held_against_the_frames_that_follow():
     """Frame t is the number t; whoever repeats the last frame is off by 1, 2 and 3."""
     clip = numbered([float(t) for t in range(12)], torch.zeros(2, HISTORY - 1 + 12, KEYS))
-    loss, logs = PlainLoss(fresh(), None, EXACT)(clip)
+    loss, logs = PlainLoss(Generator(fresh()), EXACT)(clip)
     assert logs["head"] == 1 and logs["far"] == 9 and logs["single"] == 1
     singles = (14 / 3 - loss.item()) / (14 / 3 - 1) * EXACT.windows
     assert singles == pytest.approx(round(singles), abs=1e-3) and 0 < round(singles) < EXACT.windows / 2
@@ -145,7 +146,7 @@ def test_history_is_rough_in_a_share_of_games_and_the_network_is_told():
     denoiser.register_forward_hook(lambda module, inputs, made: given.append(inputs))
     clip = random_clip(batch=200)
     clip.states[:50] = torch.nan
-    PlainLoss(denoiser, states, stage)(clip)
+    PlainLoss(Generator(denoiser, states), stage)(clip)
     (_, _, before, _, frame, _) = given[0]
     (_, features, has_state, ahead, sigma) = told[1]
     assert ahead.tolist() == list(range(len(ahead))) and torch.equal(sigma, sigma[:, :1].expand_as(sigma))
@@ -190,7 +191,7 @@ def test_own_windows_are_learnt_from_where_their_keys_came_true(correction):
     """A game goes on with its own clip from iteration to iteration, and takes the one at hand when it is
     over.
     """
-    loss = RolloutLoss(fresh(correction=correction), None, OWN)
+    loss = RolloutLoss(Generator(fresh(correction=correction)), OWN)
     total = START + OWN.game_frames + 2
     numbers = [0.1 * t + 0.01 * t * t for t in range(total)]
     random = torch.Generator().manual_seed(1)
@@ -208,7 +209,7 @@ def test_own_windows_are_learnt_from_where_their_keys_came_true(correction):
 
 def test_groups_of_games_are_of_different_ages_and_none_is_longer_than_asked():
     stage = StageConfig(game_frames=8, game_groups=4, teacher_forcing=0.0)
-    loss, ages = RolloutLoss(make_denoiser(True), make_states(), stage), []
+    loss, ages = RolloutLoss(Generator(make_denoiser(True), make_states()), stage), []
     clip = random_clip(frames=START + stage.game_frames + 2)
     clip = Clip(*(torch.cat([part, part]) for part in clip))  # four games
     for _ in range(20):
@@ -222,7 +223,7 @@ def test_groups_of_games_are_of_different_ages_and_none_is_longer_than_asked():
 @pytest.mark.parametrize("games, groups, sizes", [(6, 4, [2, 2, 1, 1]), (5, 3, [2, 2, 1]), (2, 4, [1, 1])])
 def test_any_number_of_games_is_shared_out(games, groups, sizes):
     stage = StageConfig(game_frames=4, game_groups=groups, teacher_forcing=0.0)
-    loss = RolloutLoss(make_denoiser(), None, stage)
+    loss = RolloutLoss(Generator(make_denoiser()), stage)
     for _ in range(6):  # also where they begin anew
         assert loss(random_clip(games, START + stage.game_frames + 2))[0].isfinite()
         assert [len(game.clip.latents) for game in loss.games] == sizes
@@ -234,14 +235,14 @@ def test_true_frames_are_as_many_as_windows_need():
     denoiser, committed = make_denoiser(context_frames=9), []
     commit = denoiser.commit
     denoiser.commit = lambda clean, *given: committed.append(clean.shape[1]) or commit(clean, *given)
-    loss = RolloutLoss(denoiser, None, stage)
+    loss = RolloutLoss(Generator(denoiser), stage)
     assert loss(random_clip(frames=30))[0].isfinite() and committed == [1 + 9 + 3]
 
 
 def test_own_history_has_no_gradient_and_targets_are_the_true_frames():
     denoiser, states, clip = make_denoiser(True), make_states(), random_clip(frames=START + 11)
     clip.latents.requires_grad_()
-    value, _ = RolloutLoss(denoiser, states, OWN)(clip)
+    value, _ = RolloutLoss(Generator(denoiser, states), OWN)(clip)
     value.backward()
     grad = clip.latents.grad.abs().flatten(2).amax(2)
     assert not grad[:, :START].any() and (grad.sum(1) > 0).all(), (
@@ -255,13 +256,13 @@ def test_own_history_has_no_gradient_and_targets_are_the_true_frames():
 def test_true_frames_are_mixed_in_and_states_are_kept_back():
     stage = StageConfig(teacher_forcing=0.5, stateless=1.0, windows=2, game_frames=4, clip=12)
     clip, kinds = random_clip(), []
-    loss = RolloutLoss(make_denoiser(True), make_states(), stage)
+    loss = RolloutLoss(Generator(make_denoiser(True), make_states()), stage)
     for _ in range(16):
         _, logs = loss(clip)
         kinds.append("own_young" in logs or "own_old" in logs)
     assert all(game.rollout.has_state.tolist() == [0] for game in loss.games)
     assert 3 < sum(kinds) < 13
-    again = RolloutLoss(make_denoiser(True), make_states(), stage)
+    again = RolloutLoss(Generator(make_denoiser(True), make_states()), stage)
     again.turns.copy_(torch.tensor(8))
     again = [again(clip)[1] for _ in range(8)]
     assert ["own_young" in x or "own_old" in x for x in again] == kinds[8:], (
@@ -310,7 +311,7 @@ def missed(denoiser: Denoiser, frames: int = 6) -> tuple[float, float]:
     key leads than to where the other one does.
     """
     clip, place = wave_clip(64, START + frames, torch.Generator().manual_seed(2))
-    rollout, actions = Rollout(denoiser, None, 64), clip.actions[:, HISTORY - 1 :]
+    rollout, actions = Rollout(Generator(denoiser), 64), clip.actions[:, HISTORY - 1 :]
     rollout.reset(clip.latents[:, :START], actions[:, :START], torch.arange(64))
     made = torch.stack([rollout.step(action) for action in actions[:, START:].unbind(1)], 1)
     error = (made - clip.latents[:, START:]).square().mean().item()
@@ -331,11 +332,11 @@ def test_it_learns_what_keys_do_and_then_on_its_own_frames():
     denoiser = Denoiser(DenoiserConfig(**sizes | {"conv_width": 16}), TWO, 0, *SHAPE)
     assert missed(denoiser)[1] < 0.7
     stage = StageConfig(windows=2, game_frames=8, teacher_forcing=0.2)
-    fell = descend(PlainLoss(denoiser, None, stage), 80, START + 5)
+    fell = descend(PlainLoss(Generator(denoiser), stage), 80, START + 5)
     first, last = sum(fell[:5]) / 5, sum(fell[-10:]) / 10
     plain_error, obeyed = missed(denoiser)
     assert last < 0.5 * first and obeyed > 0.75, f"loss {first:.3f} → {last:.3f}, obeys {obeyed:.2f}"
-    descend(RolloutLoss(denoiser, None, stage), 25, START + 10)
+    descend(RolloutLoss(Generator(denoiser), stage), 25, START + 10)
     error, obeyed = missed(denoiser)
     assert error < 0.5 * plain_error and obeyed > 0.9, f"own games {plain_error:.3f} → {error:.3f}"
 

@@ -30,7 +30,8 @@ from engine.play import pace
 from engine.play.game import open_game
 from engine.play.pace import Schedule, Timings
 from engine.play.playthrough import Playthrough, check_policy
-from engine.rollout.session import Player, Session
+from engine.rollout.player import Player
+from engine.rollout.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 

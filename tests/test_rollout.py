@@ -16,6 +16,7 @@ from engine.model.kv_cache import KVContext, KVRecorder
 from engine.model.noise import add_noise, counter_noise, ramp
 from engine.model.state import StateCarry, StateModel
 from engine.model.state_spec import state_features
+from engine.model.world_model import Generator
 from engine.rollout.rollout import Rollout
 
 WINDOW = 3
@@ -113,7 +114,7 @@ ONE = {"window_frames": 1, "ladder": [1.0], "correction": 0.0}
 def test_cached_steps_are_the_written_out_definition(changes, told):
     denoiser, states = make_denoiser(told, **changes), make_states() if told else None
     game = make_game(frames=8)
-    made = play(Rollout(denoiser, states, 2), game)
+    made = play(Rollout(Generator(denoiser, states), 2), game)
     expected = Written(denoiser, states, game).play()
     assert made.std() > 0.3
     for step in range(8):
@@ -160,7 +161,7 @@ def test_only_relative_time_counts():
 @pytest.mark.parametrize("told", [False, True])
 def test_a_commit_along_with_the_window_is_one_of_its_own(told):
     denoiser, states, game = make_denoiser(told), make_states() if told else None, make_game()
-    both = [Rollout(denoiser, states, 2, folded=folded) for folded in (True, False)]
+    both = [Rollout(Generator(denoiser, states), 2, folded=folded) for folded in (True, False)]
     assert close(*(play(rollout, game) for rollout in both))
     for rollout in both:
         rollout.predict(game.played[0])  # so that the last frame is committed, too
@@ -170,7 +171,7 @@ def test_a_commit_along_with_the_window_is_one_of_its_own(told):
 
 def test_gradient_path_gives_the_same_numbers():
     denoiser, states, game = make_denoiser(True), make_states(), make_game()
-    learning, playing = Rollout(denoiser, states, 2), Rollout(denoiser, states, 2)
+    learning, playing = Rollout(Generator(denoiser, states), 2), Rollout(Generator(denoiser, states), 2)
     for rollout in (learning, playing):
         rollout.reset(game.latents, game.before, game.seed, game.states)
     for action in game.played[:5]:
@@ -189,7 +190,10 @@ def test_gradient_path_gives_the_same_numbers():
 def test_step_is_advance_of_predict():
     """And so it is where the window was denoised before the keys were known, or the correction is at hand."""
     denoiser, states, game = make_denoiser(True), make_states(), make_game()
-    expected, rollout = play(Rollout(denoiser, states, 2), game), Rollout(denoiser, states, 2)
+    expected, rollout = (
+        play(Rollout(Generator(denoiser, states), 2), game),
+        Rollout(Generator(denoiser, states), 2),
+    )
     for way in range(3):
         rollout.reset(game.latents, game.before, game.seed, game.states)
         for number, action in enumerate(game.played):
@@ -211,7 +215,7 @@ def test_step_is_advance_of_predict():
 def test_a_change_costs_one_frame_s_pass_once_it_is_known():
     """All that a step does after `speculate`: nothing, or the leaving frame's own pass."""
     denoiser, game, passes = make_denoiser(), make_game(), []
-    rollout = Rollout(denoiser, None, 2)
+    rollout = Rollout(Generator(denoiser), 2)
     rollout.reset(game.latents, game.before, game.seed)
     denoiser.transformer.register_forward_hook(lambda module, given, made: passes.append(given[0].shape[1]))
     new = 1 - rollout.held
@@ -232,7 +236,7 @@ def test_a_key_changes_the_frame_it_was_held_for_and_none_before(correction, tol
     other = game.played.clone()
     other[6] = 1 - other[6]
     made, changed = (
-        play(Rollout(denoiser, make_states() if told else None, 2), game._replace(played=played))
+        play(Rollout(Generator(denoiser, make_states() if told else None), 2), game._replace(played=played))
         for played in (game.played, other)
     )
     difference = (made - changed).abs().flatten(1).amax(1)
@@ -247,7 +251,7 @@ def test_frames_in_flight_at_a_change_are_denoised_anew_under_the_true_keys():
     denoiser, game, seen = make_denoiser(), make_game(frames=8), []
     played = game.before[:, -1].expand(8, -1, -1).clone()
     played[3:] = 1 - played[3:]
-    rollout = Rollout(denoiser, None, 2)
+    rollout = Rollout(Generator(denoiser), 2)
     rollout.reset(game.latents, game.before, game.seed)
     hook = denoiser.condition.register_forward_hook(
         lambda module, given, made: seen.append((given[0][:, -given[3].shape[0] :], given[3].tolist()))
@@ -268,7 +272,7 @@ def test_frames_in_flight_at_a_change_are_denoised_anew_under_the_true_keys():
 def test_only_finished_frames_move_the_state():
     """States of frames in flight are predicted anew in each pass; the carry goes by final keys alone."""
     denoiser, states, game = make_denoiser(True), make_states(), make_game()
-    rollout = Rollout(denoiser, states, 2)
+    rollout = Rollout(Generator(denoiser, states), 2)
     rollout.reset(game.latents, game.before, game.seed, game.states)
     carry = states.begin(game.states, game.before)
     for number, action in enumerate(game.played):
@@ -285,7 +289,10 @@ def test_only_finished_frames_move_the_state():
 def test_what_is_tried_before_a_step_does_not_show():
     """predict for other keys, then the step: the same frames as without."""
     denoiser, states, game = make_denoiser(True), make_states(), make_game()
-    expected, rollout = play(Rollout(denoiser, states, 2), game), Rollout(denoiser, states, 2)
+    expected, rollout = (
+        play(Rollout(Generator(denoiser, states), 2), game),
+        Rollout(Generator(denoiser, states), 2),
+    )
     rollout.reset(game.latents, game.before, game.seed, game.states)
     for action, frame in zip(game.played, expected, strict=True):
         rollout.predict(1 - action)
@@ -305,15 +312,15 @@ def test_a_frame_keeps_its_noise(monkeypatch):
         return noise
 
     monkeypatch.setattr(engine.rollout.rollout, "counter_noise", watched)
-    play(Rollout(make_denoiser(), None, 2), make_game(frames=20))
+    play(Rollout(Generator(make_denoiser()), 2), make_game(frames=20))
     assert len(drawn) == 22 and len({noise.sum().item() for noise in drawn.values()}) == 22
 
 
 def test_a_game_is_its_seed_and_its_keys():
     """Bit for bit, in a fresh rollout or after another game in the same one."""
     denoiser, states, game = make_denoiser(True), make_states(), make_game()
-    first = play(Rollout(denoiser, states, 2), game)
-    rollout = Rollout(denoiser, states, 2)
+    first = play(Rollout(Generator(denoiser, states), 2), game)
+    rollout = Rollout(Generator(denoiser, states), 2)
     backwards = Game(*(x.flip(0) for x in game))
     play(rollout, backwards._replace(before=1 - game.before, played=1 - game.played, seed=game.seed + 3))
     torch.manual_seed(99)
@@ -328,20 +335,22 @@ def test_a_game_is_its_seed_and_its_keys():
 def test_games_side_by_side_are_games_alone(told):
     denoiser, states, game = make_denoiser(told), make_states() if told else None, make_game()
     game.played[:, 0] = game.played[3, 0]  # game 0 holds its keys, game 1 does not
-    both = play(Rollout(denoiser, states, 2), game)
+    both = play(Rollout(Generator(denoiser, states), 2), game)
     for one in range(2):
         part = slice(one, one + 1)
         alone = Game(
             game.latents[part], game.before[part], game.played[:, part], game.seed[part], game.states[part]
         )
-        assert close(play(Rollout(denoiser, states, 1), alone), both[:, part])
+        assert close(play(Rollout(Generator(denoiser, states), 1), alone), both[:, part])
 
 
 def test_correction_touches_only_games_whose_keys_changed():
     game = make_game()
     game.played[:] = game.before[:, -1]
     game.played[5:, 0] = 1 - game.before[0, -1]  # game 0 changes its keys once, game 1 never
-    plain, corrected = (play(Rollout(make_denoiser(correction=level), None, 2), game) for level in (0.0, 0.9))
+    plain, corrected = (
+        play(Rollout(Generator(make_denoiser(correction=level)), 2), game) for level in (0.0, 0.9)
+    )
     difference = (plain - corrected).abs().flatten(2).amax(2)  # (frames, b)
     assert difference[:, 1].max() < 1e-5 and (difference[:5, 0] == 0).all() and difference[5, 0] > 0.05
 
@@ -353,25 +362,25 @@ def test_correction_touches_only_games_whose_keys_changed():
 @pytest.mark.parametrize("told", [False, True])
 def test_a_short_start_is_filled_up_with_its_first_frame(given, told):
     denoiser, states, game = make_denoiser(told), make_states() if told else None, make_game(start=given)
-    missing = Rollout(denoiser).start_frames - given
+    missing = Rollout(Generator(denoiser)).start_frames - given
     padded = torch.cat([game.latents[:, :1].expand(-1, missing, -1, -1, -1), game.latents], 1)
     idle = F.pad(game.before, (0, 0, missing, 0))  # no key is held in the frames that are made up
-    made = play(Rollout(denoiser, states, 2), game)
+    made = play(Rollout(Generator(denoiser, states), 2), game)
     assert made.isfinite().all() and made.std() > 0.3
     if not told:
         assert torch.equal(
-            made, play(Rollout(denoiser, states, 2), game._replace(latents=padded, before=idle))
+            made, play(Rollout(Generator(denoiser, states), 2), game._replace(latents=padded, before=idle))
         )
     else:
-        assert not close(made, play(Rollout(denoiser, states, 2), game, told=False), 1e-2)
+        assert not close(made, play(Rollout(Generator(denoiser, states), 2), game, told=False), 1e-2)
 
 
 @pytest.mark.parametrize("unknown", ["none", "all", "one", "one number"])
 def test_a_start_without_states_is_played_without(unknown):
     """NaN where nothing is known, even for one frame or number, is as good as nothing: of that game only."""
     denoiser, states, game = make_denoiser(True), make_states(), make_game()
-    without = play(Rollout(denoiser, states, 2), game, told=False)
-    known = play(Rollout(denoiser, states, 2), game)
+    without = play(Rollout(Generator(denoiser, states), 2), game, told=False)
+    known = play(Rollout(Generator(denoiser, states), 2), game)
     assert not close(known[:, 0], without[:, 0], 1e-2)
     told = game.states.clone()
     if unknown == "all":
@@ -380,7 +389,7 @@ def test_a_start_without_states_is_played_without(unknown):
         told[1, 2] = torch.nan
     elif unknown == "one number":
         told[1, 0, 3] = torch.nan
-    rollout = Rollout(denoiser, states, 2)
+    rollout = Rollout(Generator(denoiser, states), 2)
     made = play(rollout, game._replace(states=told))
     assert made.isfinite().all()
     expected = {"none": [1, 1], "all": [0, 0]}.get(unknown, [1, 0])
@@ -392,8 +401,8 @@ def test_a_start_without_states_is_played_without(unknown):
 def test_a_game_without_states_is_not_steered_by_the_one_before():
     """Whatever the carry held: its room is the same, its content is gone."""
     denoiser, states, game = make_denoiser(True), make_states(), make_game()
-    fresh = play(Rollout(denoiser, states, 2), game, told=False)
-    rollout = Rollout(denoiser, states, 2)
+    fresh = play(Rollout(Generator(denoiser, states), 2), game, told=False)
+    rollout = Rollout(Generator(denoiser, states), 2)
     play(rollout, game)
     for kept in rollout.carry:
         kept.fill_(torch.nan)
@@ -404,9 +413,9 @@ def test_a_world_that_tells_nothing_is_a_game_without_state():
     """A denoiser that knows states plays the same without a predictor as with one that was told nothing."""
     denoiser, game = make_denoiser(True), make_game()
     assert close(
-        play(Rollout(denoiser, None, 2), game),
+        play(Rollout(Generator(denoiser), 2), game),
         play(
-            Rollout(denoiser, make_states(), 2),
+            Rollout(Generator(denoiser, make_states()), 2),
             game._replace(states=torch.full((2, 4, len(SPEC)), torch.nan)),
         ),
     )
@@ -414,18 +423,18 @@ def test_a_world_that_tells_nothing_is_a_game_without_state():
 
 def test_a_long_start_is_used_whole():
     denoiser, game = make_denoiser(), make_game(start=20)
-    made = play(Rollout(denoiser, None, 2), game)
+    made = play(Rollout(Generator(denoiser), 2), game)
     for place, counts in ((0, True), (5, False)):  # two layers of three frames each reach from 19 back to 11
         changed = game.latents.clone()
         changed[:, place] += 1
-        other = play(Rollout(denoiser, None, 2), game._replace(latents=changed))
+        other = play(Rollout(Generator(denoiser), 2), game._replace(latents=changed))
         assert close(other, made, 1e-2 if counts else 1e-4) is not counts
 
 
 def test_an_emitted_frame_belongs_to_its_receiver():
     """Whatever is done with it does not reach the game."""
     denoiser, game = make_denoiser(), make_game()
-    expected, rollout = play(Rollout(denoiser, None, 2), game), Rollout(denoiser, None, 2)
+    expected, rollout = play(Rollout(Generator(denoiser), 2), game), Rollout(Generator(denoiser), 2)
     rollout.reset(game.latents, game.before, game.seed)
     for action, frame in zip(game.played, expected, strict=True):
         made = rollout.step(action)
@@ -437,7 +446,10 @@ def test_an_emitted_frame_belongs_to_its_receiver():
 def test_nothing_uninitialised_is_read():
     """All memory of a fresh rollout poisoned: the same game comes out."""
     denoiser, states, game = make_denoiser(True), make_states(), make_game()
-    expected, rollout = play(Rollout(denoiser, states, 2), game), Rollout(denoiser, states, 2)
+    expected, rollout = (
+        play(Rollout(Generator(denoiser, states), 2), game),
+        Rollout(Generator(denoiser, states), 2),
+    )
     cache = rollout.cache
     for memory in (cache.unrotated_sink, rollout.window.clean, rollout.last, rollout.condition):
         memory.fill_(torch.nan)
@@ -454,9 +466,9 @@ def test_kernels_play_the_same_game():
 
     denoiser, game = make_denoiser(context_frames=1), make_game(batch=1, start=2, frames=3)
     with use("triton"):
-        made = play(Rollout(denoiser, None, 1), game)
+        made = play(Rollout(Generator(denoiser), 1), game)
     with use("reference"):
-        expected = play(Rollout(denoiser, None, 1), game)
+        expected = play(Rollout(Generator(denoiser), 1), game)
     assert close(made, expected)
 
 

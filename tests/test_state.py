@@ -35,8 +35,10 @@ from engine.model.scene import SceneModel
 from engine.model.state import StateCarry, StateModel
 from engine.model.state_reader import StateReader, completed
 from engine.model.state_spec import StateScales, StateSpec, features_width, scene_columns, state_features
+from engine.model.world_model import Generator
+from engine.rollout.player import Player
 from engine.rollout.rollout import Rollout
-from engine.rollout.session import Player, Session
+from engine.rollout.session import Session
 from engine.train.optim import moving_average
 from engine.train.state import Given, StateLoss, StateStage
 
@@ -588,7 +590,7 @@ def test_play_goes_by_what_is_seen(sees: bool) -> None:
 
     reader = Reader(*games.SHAPE, spec)
     reader.share[health] = 0.9 if sees else 0.1
-    told = [Rollout(games.make_denoiser(True), games.make_states(), 2, reader=r) for r in (reader, None)]
+    told = [Rollout(Generator(games.make_denoiser(True), games.make_states(), r), 2) for r in (reader, None)]
     for rollout in told:
         rollout.reset(game.latents, game.before, game.seed, game.states)
     head, _ = (rollout.step(game.played[0]) for rollout in told)

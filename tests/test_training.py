@@ -22,7 +22,8 @@ from engine.data.picture import load_picture
 from engine.data.recording import Recorder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.model.networks import load_autoencoder, load_denoiser, load_reader, load_states
-from engine.rollout.session import Player, Session
+from engine.rollout.player import Player
+from engine.rollout.session import Session
 from engine.train.denoiser import DenoiserStage
 from engine.train.loop import Training
 

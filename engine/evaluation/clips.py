@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config import UserError
 from ..data.recording import Recording
-from ..rollout.session import Player
+from ..rollout.player import Player
 
 
 class Clips:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..device import autocast
-from ..rollout.session import Player
+from ..rollout.player import Player
 
 BATCH = 32  # games that are played at once
 
@@ -32,11 +32,6 @@ class Games:
     def part(self, some: slice) -> Games:
         told = None if self.told is None else self.told[some]
         return Games(self.frames[some], self.actions[some], self.seeds[some], told)
-
-
-def start_frames(player: Player) -> int:
-    """How many true frames a game begins with, as in play."""
-    return player.denoiser.config.known_frames
 
 
 def roll(player: Player, games: Games, name: str = "roll", correction: float | None = None) -> np.ndarray:

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ..config import PRECISIONS, TrainConfig, UserError
 from ..data.starts import Start, packed_starts
-from ..rollout.session import Player, Session
+from ..rollout.player import Player
+from ..rollout.session import Session
 
 FRAMES = 16  # that are compared, from each start; the timed ones go on behind
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..rollout.session import Player
+from ..rollout.player import Player
 from .branches import Truth
 from .clips import Clips
 from .features import Reference
-from .generated import start_frames
 from .probe import WallProbe
 from .route import Route
 
@@ -82,7 +81,7 @@ class Scope:
     @property
     def history(self) -> int:
         """True frames that a game starts from."""
-        return start_frames(self.player)
+        return self.player.known_frames
 
     def frames(self, seconds: float) -> int:
         return max(1, round(seconds * self.player.world.fps))

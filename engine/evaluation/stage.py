@@ -19,7 +19,7 @@ from ..config import TRAINED, TrainConfig, UserError
 from ..data.dataset import split
 from ..data.recording import Recording, find_recordings
 from ..data.sight import wall_views
-from ..rollout.session import Player
+from ..rollout.player import Player
 from .behaviour import behaviour
 from .branches import Truth
 from .build_routes import KINDS, Builder
@@ -28,7 +28,6 @@ from .control import control
 from .drift import POLICIES, drift, long_drift
 from .features import Reference
 from .fidelity import fidelity
-from .generated import start_frames
 from .latency import latency
 from .parts import Parts, key_of
 from .probe import WallProbe
@@ -133,7 +132,7 @@ def open_scope(config: TrainConfig) -> Scope:
     file = config.routes or shipped_routes(player.world.name, player.world.keys)
     routes = load_routes(file, player.world.name, player.world.keys) if file else []
     try:
-        truth, missing = Truth.open(player.world, start_frames(player), config.seed), ""
+        truth, missing = Truth.open(player.world, player.known_frames, config.seed), ""
     except UserError as error:
         truth, missing = None, str(error)
     what = {"player": player, "stateless": stateless, "truth": truth, "missing": missing}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..model.kv_cache import KVCache
 from ..model.noise import add_noise, counter_noise
+from ..rollout.player import Player
 from ..rollout.rollout import Rollout
-from ..rollout.session import Player
 
 REFRESH = 88  # frames between two sinks, five seconds
 
@@ -46,10 +46,10 @@ class SinkRefreshed(Rollout):
         self.made = torch.zeros_like(self.cache.frame)  # index of the sink's first frame
         self.behind = torch.arange(self.config.sink_frames, device=self.made.device)
 
-    def reset(self, latents: Tensor, actions: Tensor, seed: Tensor, states: Tensor | None = None) -> None:
+    def reset(self, latents: Tensor, *given, **named) -> None:
         self.begun.fill_(max(latents.shape[1], self.start_frames))
         self.made.zero_()
-        super().reset(latents, actions, seed, states)
+        super().reset(latents, *given, **named)
 
     def _place_sink(self) -> None:
         cache, age = self.cache, self.cache.frame - self.begun

@@ -12,6 +12,7 @@ from .scene import SceneModel
 from .state import StateModel
 from .state_reader import StateReader
 from .state_spec import StateSpec, features_width, scene_columns
+from .world_model import Generator, WorldModel
 
 
 def spec_of(model: ModelConfig) -> StateSpec | None:
@@ -79,3 +80,14 @@ def load_scene(checkpoint: Checkpoint) -> SceneModel | None:
 def load_denoiser(checkpoint: Checkpoint) -> Denoiser:
     """The denoiser of a checkpoint with its weights."""
     return checkpoint.build("denoiser", lambda: make_denoiser(checkpoint.model, checkpoint.world))
+
+
+def load_generator(checkpoint: Checkpoint, state: bool = True) -> Generator:
+    """All that plays in a checkpoint's latents; without `state` as in a world that tells none."""
+    states, reader = (load_states(checkpoint), load_reader(checkpoint)) if state else (None, None)
+    return Generator(load_denoiser(checkpoint), states, reader)
+
+
+def load_world_model(checkpoint: Checkpoint, state: bool = True) -> WorldModel:
+    """All networks of a checkpoint that play; without `state` as in a world that tells none."""
+    return WorldModel(load_autoencoder(checkpoint), load_generator(checkpoint, state))

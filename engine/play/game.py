@@ -69,7 +69,8 @@ class Dream:
         """Loads the checkpoint and the first start. Raises UserError where either is not to be had."""
         # these take torch along, which a window need not wait for
         from ..model.layers import choose_kernels
-        from ..rollout.session import Player, Session
+        from ..rollout.player import Player
+        from ..rollout.session import Session
 
         path = Path(config.checkpoint)
         if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
@@ -77,7 +78,7 @@ class Dream:
         choose_kernels(config.kernels)
         player = Player(path, config.device, config.precision)
         self._session = Session(player, config.graph)
-        self._frames = player.denoiser.config.known_frames
+        self._frames = player.known_frames
         names = player.states.spec.names if player.states else ()
         self._shipped = packed_starts(player.checkpoint.extras, names)
         self._loaded: dict[str, Start] = {}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model.denoiser import Denoiser, Finished
+from ..model.denoiser import Finished
 from ..model.kv_cache import KVRecorder
 from ..model.noise import add_noise, counter_noise, ramp
-from ..model.state import StateCarry, StateModel
-from ..model.state_reader import StateReader
+from ..model.state import StateCarry
 from ..model.state_spec import state_features
+from ..model.world_model import Generator
 from .window import RollingWindow
 
 Coming = tuple[Tensor, StateCarry | None]  # condition (b, 1, width) and state of the next frame
@@ -38,17 +38,16 @@ class Rollout:
 
     def __init__(
         self,
-        denoiser: Denoiser,
-        states: StateModel | None = None,
+        generator: Generator,
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
         folded: bool = True,
         correction: float | None = None,
-        reader: StateReader | None = None,
     ):
-        """`correction`: the level to which leaving frames are sent back, where not the config's. `reader`:
-        reads what keys do not decide off finished frames, as far as it has been found to see it.
+        """`correction`: the level to which leaving frames are sent back, where not the config's. What keys do
+        not decide is read off finished frames, as far as the generator's reader has been found to see it.
         """
+        denoiser, states, reader = generator.denoiser, generator.states, generator.reader
         self.denoiser, self.config, self.folded = denoiser, denoiser.config, folded
         self.correction = self.config.correction if correction is None else correction
         self.states, self.reader = states, reader
@@ -56,7 +55,7 @@ class Rollout:
         device, c = denoiser.ladder.device, self.config
         self.cache = denoiser.make_cache(batch, device, dtype)
         self.window = RollingWindow(batch, c.window_frames, denoiser.shape, device)
-        self.ladder = denoiser.ladder.expand(batch, -1)  # (b, w)
+        self.ladder = denoiser.ladder.repeat(batch, 1)  # (b, w)
         self.one = torch.ones(batch, 1, device=device)
         self.level = torch.zeros(c.window_frames, dtype=torch.int64, device=device)
         self.seed = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -90,10 +89,19 @@ class Rollout:
         return self.actions[:, -1]
 
     @torch.no_grad()
-    def reset(self, latents: Tensor, actions: Tensor, seed: Tensor, states: Tensor | None = None) -> None:
+    def reset(
+        self,
+        latents: Tensor,
+        actions: Tensor,
+        seed: Tensor,
+        states: Tensor | None = None,
+        ladder: Tensor | None = None,
+    ) -> None:
         """Starts from finished frames (b, t, c, y, x), the actions that caused them (b, t, k), and their
-        states (b, t, s), NaN or None where nothing is known; seed (b,) int64.
+        states (b, t, s), NaN or None where nothing is known; seed (b,) int64; ladder (b, w): the levels of
+        this game, where not the config's.
         """
+        self.ladder.copy_(self.denoiser.ladder if ladder is None else ladder)
         missing = max(0, self.start_frames - latents.shape[1])
         self._begin_states(states, actions, missing)
         latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)

@@ -4,99 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Module
 
-from ..config import UserError, WorldConfig
+from ..config import UserError
 from ..data.floor import BODY
 from ..data.starts import Start
-from ..device import AUTOCAST, autocast, pick_device, pick_precision
-from ..model.checkpoint import Checkpoint
-from ..model.networks import load_autoencoder, load_denoiser, load_reader, load_states
-from ..model.state_reader import completed
+from ..device import autocast
 from ..worlds.base import ActionSpace, short_seed
 from .cuda_graph import StepGraph
-from .inference_weights import cast_weights, pack_weights
-from .rollout import Rollout
-
-
-class Player:
-    """The networks of a checkpoint, ready to play: autoencoder, denoiser, the state's predictor and its
-    reader.
-    """
-
-    def __init__(
-        self,
-        checkpoint: str | Path,
-        device: str = "auto",
-        precision: str = "auto",
-        rollout: type[Rollout] = Rollout,
-        state: bool = True,
-    ):
-        """`rollout`: how they play; ablations play otherwise. `state`: whether games may have one; without,
-        they are played as in a world that tells none.
-        """
-        self.rollout = rollout
-        self.checkpoint = Checkpoint(checkpoint)
-        self.world: WorldConfig = self.checkpoint.world
-        self.device = pick_device(device)
-        self.precision = pick_precision(precision, self.device)
-        self.dtype = AUTOCAST[self.precision]
-        self.autoencoder = self.ready(load_autoencoder(self.checkpoint))
-        self.denoiser = self.ready(load_denoiser(self.checkpoint))
-        self.states = load_states(self.checkpoint) if state else None
-        self.reader = load_reader(self.checkpoint) if state else None
-        for tiny in (self.states, self.reader):  # they stay in float32
-            if tiny is not None:
-                tiny.to(self.device).eval().requires_grad_(False)
-
-    def ready(self, module: Module) -> Module:
-        """A network with its weights, brought to the device and laid out for play there."""
-        module.to(self.device).eval().requires_grad_(False)
-        cast_weights(module, self.precision)
-        if self.device.type == "cpu":
-            pack_weights(module, self.precision)
-        return module
-
-    def make_rollout(self, batch: int, folded: bool = True, correction: float | None = None) -> Rollout:
-        """Games side by side in these networks."""
-        dtype = self.dtype or torch.float32
-        how = {"folded": folded, "correction": correction, "reader": self.reader}
-        return self.rollout(self.denoiser, self.states, batch, dtype, **how)
-
-    def laid_states(self, states: list[dict[str, float] | None] | None, frames: int) -> Tensor | None:
-        """What was recorded of a world at some frames → (1, frames, s), NaN where it is not known."""
-        if self.states is None:
-            return None
-        names = self.states.spec.names
-        rows = [[(state or {}).get(name, np.nan) for name in names] for state in states or [None] * frames]
-        return torch.tensor(rows, dtype=torch.float32, device=self.device)[None]
-
-    @torch.inference_mode()
-    def known_states(self, latents: Tensor, actions: Tensor, states: Tensor | None) -> Tensor | None:
-        """A start's latents (b, t, c, y, x), actions (b, t, k) and states (b, t, s), NaN where nothing is
-        known → the states without gaps, where the checkpoint can read them off latents.
-        """
-        if states is None or self.reader is None:
-            return states
-        return completed(self.states, self.reader, latents.float(), actions, states)
-
-    @torch.inference_mode()
-    def encode(self, frames: np.ndarray) -> Tensor:
-        """uint8 frames (t, h, w, 3) → latents (1, t, c, y, x)."""
-        pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).to(self.device)
-        with autocast(self.device, self.dtype):
-            return self.autoencoder.encode(pixels)[None]
-
-    @torch.inference_mode()
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents (t, c, y, x) → uint8 frames (t, h, w, 3)."""
-        with autocast(self.device, self.dtype):
-            return self.autoencoder.decode(latents).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+from .player import Player
 
 
 class Session:
@@ -191,7 +110,7 @@ class Session:
     def _draw(self, held: Tensor, stale: bool) -> Tensor:
         """Keys (1, k) → the frame that they cause, uint8 (h, w, 3), on the device."""
         latents = self.rollout.step(held, stale)
-        return self.player.autoencoder.decode(latents)[0].permute(1, 2, 0).contiguous()
+        return self.player.model.autoencoder.decode(latents)[0].permute(1, 2, 0).contiguous()
 
     def state(self) -> dict[str, float]:
         """What the network believes of its world at the last frame; empty where it knows nothing."""

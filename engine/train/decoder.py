@@ -21,6 +21,7 @@ from ..data.segments import Batches
 from ..device import autocast
 from ..model.autoencoder import Autoencoder, to_bytes, to_float
 from ..model.discriminator import PatchDiscriminator
+from ..model.world_model import WorldModel
 from .denoiser import DenoiserStage
 
 NOISE = 0.2  # most noise on the latents of true frames, as those of games are never perfect
@@ -69,8 +70,7 @@ class DecoderStage(DenoiserStage):
     """
 
     def loss(self) -> DecoderLoss:
-        self.generator = super().loss()
-        self.frozen(self.generator)
+        self.games = self.frozen(super().loss())
         pace = self.config.pace()
         self.frames = load_frames(
             true_recordings(self.config.data, self.config.world)[0], pace.frames, self.config.seed
@@ -120,17 +120,13 @@ class DecoderStage(DenoiserStage):
         autoencoder.decoder.load_state_dict(module.decoder.state_dict())
         return autoencoder
 
-    def networks(self, module: DecoderLoss) -> dict[str, nn.Module | None]:
-        return self.networks_before() | {"autoencoder": self.drawn(module)}
-
-    def networks_before(self) -> dict[str, nn.Module | None]:
-        """Those of the stage before."""
-        return super().networks(self.generator)
+    def made(self, module: DecoderLoss) -> WorldModel:
+        return WorldModel(self.drawn(module), self.games.generator)
 
     @torch.no_grad()
     def held_out(self, module: DecoderLoss) -> dict[str, Tensor]:
         """Held-out pictures (n, 3, h, w) float: true, decoded from their latents, and from own games'."""
-        made = self.play(self.generator, self.shown)[1]
+        made = self.play(self.games, self.shown)[1]
         true = torch.stack(self._true_pictures(self.shown, 0, made.shape[1])).to(self.device)
         autoencoder = self.frozen(self.drawn(module))
         with autocast(self.device, self.dtype):

@@ -19,6 +19,7 @@ from ..model.networks import load_reader, load_states, make_denoiser
 from ..model.noise import add_noise, training_sigma
 from ..model.state import StateModel
 from ..model.state_spec import state_features
+from ..model.world_model import Generator, WorldModel
 from ..rollout.rollout import Rollout
 from .stage import LatentsStage
 
@@ -41,14 +42,18 @@ class PlainLoss(nn.Module):
     what they look like under other keys is not known.
     """
 
-    def __init__(self, denoiser: Denoiser, states: StateModel | None, stage: StageConfig):
+    def __init__(self, generator: Generator, stage: StageConfig):
+        """What of the generator is to be trained has gradients; the rest is used."""
         super().__init__()
-        self.denoiser, self.stage = denoiser, stage
-        self._states = (states,)  # in a tuple, as it is not trained here
+        self.generator, self.stage = generator, stage
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return self.generator.denoiser
 
     @property
     def states(self) -> StateModel | None:
-        return self._states[0]
+        return self.generator.states
 
     def forward(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
         if float(torch.rand(())) < self.stage.memoryless:
@@ -181,11 +186,6 @@ class DenoiserStage(LatentsStage):
 
     def __init__(self, *given):
         super().__init__(*given)
-        self.states = load_states(self.before)
-        self.reader = load_reader(self.before)
-        for made in (self.states, self.reader):
-            if made is not None:
-                self.frozen(made)
         start = self.model.denoiser.sink_frames + self.model.denoiser.context_frames
         # of games that are over when they begin there is nothing to be seen
         shown = next(cache for cache in reversed(self.caches) if cache.longest() > start)
@@ -194,27 +194,27 @@ class DenoiserStage(LatentsStage):
 
     def loss(self) -> PlainLoss:
         """The networks and what they minimise."""
-        return PlainLoss(self._denoiser(), self.states, self.config.pace())
+        return PlainLoss(self.generator(), self.config.pace())
 
-    def _denoiser(self) -> Denoiser:
-        """With the weights of the checkpoint before where it has some, as stage `distill` goes on from these;
-        else with those of its scene.
+    def generator(self) -> Generator:
+        """Its denoiser is to be trained, with the weights of the checkpoint before where it has some, as
+        stage `distill` goes on from these; else with those of its scene.
         """
         denoiser = make_denoiser(self.model, self.config.world)
         if "denoiser" in self.before.modules or "denoiser" not in TRAINED[self.config.stage].makes:
             self.before.load_into("denoiser", denoiser)
         elif "scene" in self.before.modules:
             self.before.load_into("scene", denoiser.condition.scene)
-        return denoiser
+        known = (load_states(self.before), load_reader(self.before))
+        return Generator(denoiser, *(part and self.frozen(part) for part in known))
 
     def segment(self) -> tuple[int, int]:
         sizes = self.model.denoiser
         length = least_frames(sizes, self.config.pace())
         return length, length - sizes.sink_frames - sizes.context_frames
 
-    def networks(self, module: PlainLoss) -> dict[str, nn.Module | None]:
-        known = {"autoencoder": self.autoencoder, "states": self.states, "reader": self.reader}
-        return known | {"denoiser": module.denoiser}
+    def made(self, module: PlainLoss) -> WorldModel:
+        return WorldModel(self.autoencoder, module.generator)
 
     @torch.no_grad()
     def play(self, module: PlainLoss, batches: Batches, position: int = 0) -> tuple[Tensor, Tensor]:
@@ -225,9 +225,9 @@ class DenoiserStage(LatentsStage):
         b = len(clip.latents)
         with autocast(self.device, self.dtype):
             dtype = compute_dtype(self.device)
-            rollout = Rollout(module.denoiser, self.states, b, dtype, reader=self.reader)
+            rollout = Rollout(module.generator, b, dtype)
             start = rollout.start_frames
-            states = clip.states[:, :start] if self.states else None
+            states = clip.states[:, :start] if module.states else None
             seed = torch.arange(b, device=self.device)
             rollout.reset(clip.latents[:, :start], actions[:, :start], seed, states)
             made = torch.stack([rollout.step(action) for action in actions[:, start:].unbind(1)], 1)

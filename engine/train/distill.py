@@ -16,8 +16,7 @@ from ..model.denoiser import Denoiser
 from ..model.kv_cache import KVRecorder
 from ..model.networks import load_autoencoder, load_denoiser
 from ..model.noise import add_noise, training_sigma
-from ..model.state import StateModel
-from ..model.state_reader import StateReader
+from ..model.world_model import Generator
 from ..rollout.rollout import Rollout
 from .denoiser import DenoiserStage
 from .rollout import RolloutLoss, Windows
@@ -38,16 +37,9 @@ class DistillLoss(RolloutLoss):
     student's has lost is then nothing to hold on to.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        states: StateModel | None,
-        stage: StageConfig,
-        reader: StateReader | None,
-        teacher: Denoiser,
-    ):
-        super().__init__(denoiser, states, stage, reader)
-        self._teacher = (teacher.requires_grad_(False),)  # in a tuple, as it is not trained here
+    def __init__(self, generator: Generator, stage: StageConfig, teacher: Denoiser):
+        super().__init__(generator, stage)
+        self.teacher = teacher.requires_grad_(False)
         self.critic = copy.deepcopy(teacher).requires_grad_(True)
 
     def forward(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
@@ -86,7 +78,7 @@ class DistillLoss(RolloutLoss):
             return network(noisy, sigma, before, network.condition(*inputs), 0, KVRecorder())
 
         with torch.no_grad():
-            real = guess(self._teacher[0])
+            real = guess(self.teacher)
         fake = guess(self.critic)
         scale = (shown - real).abs().mean((2, 3, 4), keepdim=True).clamp_min(0.05)
         target = shown - (fake.detach() - real) / scale
@@ -117,4 +109,4 @@ class DistillStage(DenoiserStage):
             said = f"{path}, the teacher, speaks of other latents than {self.before.path}"
             raise UserError(f"{said}; give weights= of the same encoder, or another out=DIR.")
         teacher = self.frozen(load_denoiser(teacher))
-        return DistillLoss(self._denoiser(), self.states, self.config.pace(), self.reader, teacher)
+        return DistillLoss(self.generator(), self.config.pace(), teacher)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import PRECISIONS, TrainConfig, UserError
 from ..data.cache import stable_hash
@@ -112,7 +112,8 @@ class Training:
         if self.ranks.first:
             state |= {"seconds": self.seconds, "precision": self.precision, "origin": self.origin}
             state |= {"scores": self.scores, "trains": self.stage.trains}
-            state |= {part: getattr(self, part).state_dict() for part in ("module", "average", "optimiser")}
+            state |= {"module": _learnt(self.module), "average": _learnt(self.average)}
+            state |= {"optimiser": self.optimiser.state_dict()}
         else:
             state["buffers"] = self._buffers()
         write_state(state_file(self.config, self.ranks.rank), state)
@@ -134,8 +135,10 @@ class Training:
             module = state["module"]
             if own and own["step"] == self.step:
                 module = module | own.get("buffers", {})
-            self.module.load_state_dict(module)
-            self.average.load_state_dict(state["average"])
+            for part, learnt in ((self.module, module), (self.average, state["average"])):
+                if learnt.keys() != _learnt(part).keys():
+                    raise KeyError("other networks")
+                part.load_state_dict(part.state_dict() | learnt)
             self.optimiser.load_state_dict(state["optimiser"])
             if not own or own["step"] != self.step:
                 self._seed(self.step)  # it was not there before
@@ -152,6 +155,12 @@ class Training:
         metrics.measured(self.scores, self.step, self.seconds)
         name = Path(self.config.out) / f"{self.config.stage}.png"
         save_picture(name, self.stage.picture(self.average.module))
+
+
+def _learnt(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state without the weights that it uses and does not train: they lie in other checkpoints."""
+    used = {name for name, weight in module.named_parameters() if not weight.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in used}
 
 
 def train_stage(

@@ -11,10 +11,8 @@ from torch import Tensor
 from ..config import StageConfig
 from ..data.segments import Clip
 from ..device import compute_dtype
-from ..model.denoiser import Denoiser
 from ..model.noise import jittered
-from ..model.state import StateModel
-from ..model.state_reader import StateReader
+from ..model.world_model import Generator
 from ..rollout.rollout import Rollout
 from .denoiser import PlainLoss, least_frames
 
@@ -51,15 +49,8 @@ class RolloutLoss(PlainLoss):
     frames that are sent back are, under their true keys.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        states: StateModel | None,
-        stage: StageConfig,
-        reader: StateReader | None = None,
-    ):
-        super().__init__(denoiser, states, stage)
-        self._reader = (reader,)  # in a tuple, as it is not trained here
+    def __init__(self, generator: Generator, stage: StageConfig):
+        super().__init__(generator, stage)
         self.games: list[Game] = []
         self.register_buffer("turns", torch.zeros((), dtype=torch.int64))  # iterations so far
 
@@ -136,14 +127,14 @@ class RolloutLoss(PlainLoss):
         b, config = len(clip.latents), self.denoiser.config
         if rollout is None:
             dtype = compute_dtype(clip.latents.device)
-            rollout = Rollout(self.denoiser, self.states, b, dtype, reader=self._reader[0])
+            rollout = Rollout(self.generator, b, dtype)
         start, history = rollout.start_frames, config.action_history - 1
         has_state, states = self.known_states(clip)
         states = torch.where(has_state[:, None, None] > 0, states, torch.nan)[:, :start]
         seed = torch.randint(2**31, (b,)).to(clip.latents.device)
         actions = clip.actions[:, history : history + start]
-        rollout.reset(clip.latents[:, :start], actions, seed, states if self.states else None)
-        rollout.ladder = jittered(self.denoiser.ladder.expand(b, -1), self.stage.jitter)
+        ladder = jittered(self.denoiser.ladder.expand(b, -1), self.stage.jitter)
+        rollout.reset(clip.latents[:, :start], actions, seed, states if self.states else None, ladder)
         return Game(rollout, clip, start, end)
 
 

@@ -21,6 +21,7 @@ from ..device import autocast
 from ..model.autoencoder import Autoencoder
 from ..model.checkpoint import Checkpoint, kept, save_checkpoint, weights_digest
 from ..model.networks import load_autoencoder
+from ..model.world_model import WorldModel
 from .stop import hold
 
 FREE = ("ladder", "correction")  # how weights are used, which may be chosen anew in any later stage
@@ -141,15 +142,14 @@ class LatentsStage(ABC):
         return next(self.batches).to(self.device)
 
     def save(self, path: Path, module: nn.Module, about: dict[str, Any]) -> None:
-        """Writes all networks that play needs as far as they are made."""
-        modules = {name: part for name, part in self.networks(module).items() if part is not None}
-        save_checkpoint(path, modules, self.model, self.config.world, licence=LICENCE, **about)
+        """Writes all networks that play."""
+        save_checkpoint(
+            path, self.made(module).parts(), self.model, self.config.world, licence=LICENCE, **about
+        )
 
     def saved(self) -> None:  # noqa: B027 (most stages have nothing to do)
         """Told on every process after a save."""
 
     @abstractmethod
-    def networks(self, module: nn.Module) -> dict[str, nn.Module | None]:
-        """All networks by the names under which checkpoints know them, those of `module` in training among
-        them.
-        """
+    def made(self, module: nn.Module) -> WorldModel:
+        """All networks that play, those of `module` in training among them."""

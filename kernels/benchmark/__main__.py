@@ -146,7 +146,8 @@ def shipped_step(device: torch.device, budget: Budget) -> dict:
     """The shipped model's step in the ways above, in turns: median and 99th of 100 in ms."""
     import numpy as np
 
-    from engine.rollout.session import Player, Session  # here alone, as kernels/ is to work without engine
+    from engine.rollout.player import Player
+    from engine.rollout.session import Session  # here alone, as kernels/ is to work without engine
 
     gpu = device.type == "cuda"
     player = Player(ROOT / "assets" / "doom_gathering.safetensors", str(device))
