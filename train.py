@@ -34,8 +34,9 @@ from typing import Any
 
 import torch
 
-from engine.config import TRAINED, TrainConfig, UserError, load_config
+from engine.config import TrainConfig, UserError, load_config
 from engine.model.layers import choose_kernels
+from engine.stage_config import TRAINED
 from engine.train.parallel import open_ranks
 from engine.train.stop import Stop, Stopped
 

@@ -6,31 +6,15 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .errors import UserError
+from .stage_config import TRAINED, StageConfig, StagesConfig
+
 POLICIES = ("keyboard", "explore", "scripted", "random", "taps", "idle", "spin", "walls")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
 KERNELS = ("auto", "reference", "triton")
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a stage of training starts from and what it makes."""
-
-    reads: tuple[str, ...] = ()  # the stages whose checkpoints it reads, as far as they are there
-    makes: tuple[str, ...] = ()  # parts of ModelConfig; it takes the others as they were made
-
-
-TRAINED = {  # in their order
-    "autoencoder": Trained(makes=("autoencoder",)),
-    "state": Trained(reads=("autoencoder",), makes=("state",)),
-    "denoiser": Trained(reads=("state",), makes=("denoiser",)),
-    "distill": Trained(reads=("denoiser",)),
-    "decoder": Trained(reads=("distill",)),
-}
 STAGES = ("all", "collect", *TRAINED, "pack", "evaluate", "ablate", "precision")
-
-
-class UserError(Exception):
-    """Bad input: one sentence that says what is wrong and what to do; programs print it and exit 2."""
 
 
 @dataclass
@@ -131,47 +115,6 @@ class ModelConfig:
 
 
 @dataclass
-class StageConfig:
-    """One training stage's pace."""
-
-    steps: int = 100_000
-    max_minutes: float = 30.0
-    batch: int = 32  # per process
-    accumulate: int = 1  # batches whose gradients are summed up before each step of the optimiser
-    learning_rate: float = 1e-3
-    warmup: int = 200  # steps
-    decay_share: float = 0.3  # of the run, at its end, over which the learning rate falls to zero
-    weight_decay: float = 0.01
-    muon: bool = True  # for the matrices of the transformer's layers
-    grad_clip: float = 1.0
-    ema: float = 0.999
-    frames: int = 40_000  # stages autoencoder, state, decoder: pictures kept in memory
-    crop: float = 1.0  # stages autoencoder, decoder: share of a frame's sides that is looked at
-    clip: int = 24  # frames in a training segment, at least
-    memoryless: float = 0.0  # stage denoiser: share of iterations whose windows see no frames before the last
-    memory_games: int = 1_000_000  # games of a batch, at most, in the others, which cost more
-    windows: int = 4  # stage denoiser: windows laid over a segment
-    context_noise: float = 0.4  # stage denoiser: most noise on the frames that windows are made from,
-    context_noise_share: float = 0.6  # in this share of the games
-    stateless: float = 0.1  # share of games whose state is kept from the network
-    jitter: float = 0.1  # share by which levels of the ladder fall, at most
-    unroll: int = 1  # frames by which own games go on in an iteration; stage state: that are foretold
-    game_frames: int = 64  # stage distill: own frames of a game before it begins anew
-    game_groups: int = 4  # stage distill: groups of games of different ages
-    teacher_forcing: float = 0.2  # stage distill: share of iterations on true frames
-    distribution: float = 1.0  # stage distill: weight of the difference between teacher and critic
-    still: float = 0.005  # stage distill: mean square change of latents under which a frame stands still
-    coarse: int = 2  # stage distill: latents a side whose averages are held against the true ones
-    discriminator: int = 32  # stage decoder: channels of the discriminator
-    adversarial: float = 1.0  # stage decoder: weight of what the discriminator says
-    adversarial_warmup: int = 300  # stage decoder: steps over which that weight rises
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch, self.accumulate) < 1 or not 0 <= self.max_minutes < float("inf"):
-            raise UserError("A stage's steps, batch and accumulate are at least 1, max_minutes not negative.")
-
-
-@dataclass
 class TrainConfig:
     """`train.py`'s options."""
 
@@ -179,7 +122,7 @@ class TrainConfig:
     preset: str = "laptop"
     world: WorldConfig = field(default_factory=WorldConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    stages: dict[str, StageConfig] = field(default_factory=dict)
+    stages: StagesConfig = field(default_factory=StagesConfig)
     data: str = "runs/data"  # directory of recordings
     out: str = "runs/model"  # checkpoints, metrics and pictures
     checkpoint: str = ""  # evaluate: which one; empty takes out's newest
@@ -219,13 +162,13 @@ class TrainConfig:
         if self.precision in ("fp16", "fp8") and self.stage in ("all", "collect", *TRAINED):
             raise UserError(f"precision={self.precision} is for play and evaluation; train in bf16.")
 
-    def pace(self) -> StageConfig:
-        """The stage's own pace with the options given on the command line laid over it."""
-        pace = self.stages.get(self.stage, StageConfig())
-        minutes = self.max_minutes or pace.max_minutes
+    def stage_config(self) -> StageConfig:
+        """The stage's own config with the options given on the command line laid over it."""
+        own: StageConfig = getattr(self.stages, self.stage)
+        minutes = self.max_minutes or own.max_minutes
         if not minutes:
             raise UserError(f"preset={self.preset} has no stage {self.stage}; give it max_minutes=M.")
-        return replace(pace, max_minutes=minutes, steps=self.steps or pace.steps)
+        return replace(own, max_minutes=minutes, steps=self.steps or own.steps)
 
 
 @dataclass

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from engine.config import AutoencoderConfig, ModelConfig, TrainConfig, WorldConfig
 from engine.data.recording import Recorder
-from engine.model.autoencoder import Autoencoder, decode_clip, random_crops, to_float, zoom
-from engine.train.autoencoder import AutoencoderStage
+from engine.model.autoencoder import Autoencoder, decode_clip, to_float
+from engine.stage_config import AutoencoderStageConfig
+from engine.train.autoencoder import AutoencoderLoss, AutoencoderStage, random_crops, zoom
 
 TINY = AutoencoderConfig(channels=6, widths=[8, 12, 16], depth=2)  # a factor of 8
 
@@ -41,11 +42,17 @@ def make(config: AutoencoderConfig = TINY) -> Autoencoder:
     return Autoencoder(config)
 
 
+def learned(autoencoder: Autoencoder, **changes) -> AutoencoderLoss:
+    """The loss by which it is trained."""
+    return AutoencoderLoss(autoencoder, AutoencoderStageConfig(**changes)).train()
+
+
 def train(autoencoder: Autoencoder, batch: Callable[[], Tensor], steps: int) -> list[float]:
-    optimiser = torch.optim.AdamW(autoencoder.train().parameters(), lr=4e-3)
+    learning = learned(autoencoder)
+    optimiser = torch.optim.AdamW(learning.parameters(), lr=4e-3)
     losses = []
     for _ in range(steps):
-        loss, _ = autoencoder(batch())
+        loss, _ = learning(batch())
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -68,7 +75,7 @@ def test_shapes_and_types(widths, factor):
     assert latents.shape == (3, 6, 64 // factor, 96 // factor) and latents.dtype == torch.float32
     assert latents.shape[1:] == config.latent_shape(WorldConfig(height=64, width=96))
     assert frames.shape == pixels.shape and frames.dtype == torch.uint8
-    loss, logs = autoencoder(pixels)
+    loss, logs = learned(autoencoder)(pixels)
     assert loss.ndim == 0 and loss.requires_grad and not logs["psnr"].requires_grad
 
 
@@ -131,15 +138,14 @@ def test_clips_keep_their_order(frames):
 
 def test_latents_are_trained_with_noise_on_them(frames, monkeypatch):
     still = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
-    monkeypatch.setattr("engine.model.autoencoder.random_crops", lambda count: still.expand(count, -1, -1))
-    autoencoder = make().train()
-    assert autoencoder(frames[:2])[0].item() != autoencoder(frames[:2])[0].item()
-    autoencoder.latent_noise = 0.0
-    assert autoencoder(frames[:2])[0].item() == autoencoder(frames[:2])[0].item()
+    monkeypatch.setattr("engine.train.autoencoder.random_crops", lambda count: still.expand(count, -1, -1))
+    rough, exact = (learned(make(), latent_noise=noise) for noise in (0.2, 0.0))
+    assert rough(frames[:2])[0].item() != rough(frames[:2])[0].item()
+    assert exact(frames[:2])[0].item() == exact(frames[:2])[0].item()
 
 
 def test_a_batch_of_one_frame_can_be_trained(frames):
-    loss, logs = make().train()(frames[:1])
+    loss, logs = learned(make())(frames[:1])
     assert loss.isfinite() and logs["psnr"].isfinite()
 
 
@@ -169,17 +175,17 @@ def test_half_of_the_frames_are_moved_with_their_latents(frames, monkeypatch):
         seen.append((x.shape, crops))
         return zoom(x, crops)
 
-    monkeypatch.setattr("engine.model.autoencoder.zoom", watched)
+    monkeypatch.setattr("engine.train.autoencoder.zoom", watched)
     monkeypatch.setattr(autoencoder, "encode", to_float)
     autoencoder.encoder, autoencoder.decoder = torch.nn.Identity(), torch.nn.Identity()
-    autoencoder.latent_noise = 0.0
-    loss, _ = autoencoder(frames[:5])
+    learning = learned(autoencoder, latent_noise=0.0)
+    loss, _ = learning(frames[:5])
     assert loss.item() < 1e-6
     assert [shape for shape, _ in seen[:2]] == [(3, 3, 96, 128)] * 2 and seen[0][1] is seen[1][1]
     for wrong in (0, 4):
         off = 0.5 * (torch.arange(5) == wrong)[:, None, None, None]
         monkeypatch.setattr(autoencoder.decoder, "forward", lambda latents, off=off: latents + off)
-        _, logs = autoencoder(frames[:5])
+        _, logs = learning(frames[:5])
         assert abs(logs["psnr"].item() - 10 * math.log10(4 / (0.5**2 / 5))) < 1e-3, f"frame {wrong}"
 
 

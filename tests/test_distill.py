@@ -10,18 +10,18 @@ import torch
 from games import KEYS, SHAPE, SMALL, make_denoiser, make_states
 from torch import Tensor, nn
 
-from engine.config import StageConfig
 from engine.data.segments import Clip
 from engine.model.denoiser import Denoiser
 from engine.model.world_model import Generator
 from engine.rollout.rollout import Rollout
+from engine.stage_config import DistillStageConfig
 from engine.train.denoiser import PlainLoss
 from engine.train.distill import DistillLoss
 from engine.train.rollout import RolloutLoss
 
 START, HISTORY = SMALL.sink_frames + SMALL.context_frames, SMALL.action_history
 STRIPES = torch.tensor([1.0, -1.0]).repeat(SHAPE[2] // 2)
-OWN = StageConfig(game_frames=6, game_groups=1, teacher_forcing=0.0)
+OWN = DistillStageConfig(game_frames=6, game_groups=1, teacher_forcing=0.0)
 
 
 def random_clip(batch: int = 2, frames: int = START + 8) -> Clip:
@@ -36,7 +36,7 @@ def gradients(seed: int = 1, shake: float = 0.0, **changes) -> tuple[dict[str, T
     """Of one iteration, the critic moved by `shake` beforehand."""
     loss = DistillLoss(
         Generator(make_denoiser(True), make_states()),
-        StageConfig(**{**vars(OWN), **changes}),
+        DistillStageConfig(**{**vars(OWN), **changes}),
         make_denoiser(True),
     )
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_where_the_true_game_stands_still_neither_teacher_nor_critic_has_a_say()
     def moved(distribution: float, clip: Clip) -> dict[str, Tensor]:
         loss = DistillLoss(
             Generator(make_denoiser(True), make_states()),
-            StageConfig(**{**vars(OWN), "distribution": distribution}),
+            DistillStageConfig(**{**vars(OWN), "distribution": distribution}),
             make_denoiser(True),
         )
         with torch.no_grad():
@@ -166,7 +166,7 @@ def test_games_regain_what_regression_has_taken_from_them():
     """The best guess of a sign that nothing foretells is 0, which no true frame is."""
     torch.manual_seed(0)
     teacher = Denoiser(SMALL, KEYS, 0, *SHAPE)
-    descend(PlainLoss(Generator(teacher), StageConfig(memoryless=0.8, windows=2)), 200, 3e-3)
+    descend(PlainLoss(Generator(teacher), DistillStageConfig(memoryless=0.8, windows=2)), 200, 3e-3)
     student = copy.deepcopy(teacher)
     descend(RolloutLoss(Generator(student), OWN), 100, 3e-3)
     before = boldness(student)

@@ -28,7 +28,7 @@ ARROWS = {
     "benchmark": "rollout model kernels config",
     "programs": "play train evaluation rollout model data worlds config",
 }
-FLAT = ("__init__", "config", "device")  # in engine/ itself: they count as config
+FLAT = ("__init__", "config", "device", "errors", "stage_config")  # in engine/ itself: they count as config
 
 FOLDERS = ("engine", "kernels")
 SOURCES = sorted(

@@ -525,5 +525,5 @@ def test_a_killed_training_goes_on(options, tmp_path):
 
 def test_config_of_a_stage_is_its_own(options):
     config = config_of(options())
-    assert replace(config, stage="denoiser").pace().batch == config.stages["denoiser"].batch
-    assert config.given[:2] == ["preset", "device"] and config.pace().steps == 8
+    assert replace(config, stage="denoiser").stage_config().batch == config.stages.denoiser.batch
+    assert config.given[:2] == ["preset", "device"] and config.stage_config().steps == 8

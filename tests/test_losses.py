@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from games import KEYS, SHAPE, SMALL, SPEC, Game, close, make_denoiser, make_game, make_states
 from torch import Tensor, nn
 
-from engine.config import AutoencoderConfig, DenoiserConfig, StageConfig
+from engine.config import AutoencoderConfig, DenoiserConfig
 from engine.data.segments import Clip
 from engine.model.autoencoder import Autoencoder, to_float
 from engine.model.denoiser import Denoiser
 from engine.model.state import StateModel
 from engine.model.world_model import Generator
 from engine.rollout.rollout import Rollout
+from engine.stage_config import DecoderStageConfig, DenoiserStageConfig, DistillStageConfig
 from engine.train.decoder import DecoderLoss, finest_octave, sharpness
 from engine.train.denoiser import PlainLoss
 from engine.train.optim import Optimiser
@@ -24,7 +25,7 @@ from engine.train.rollout import RolloutLoss
 
 HISTORY = SMALL.action_history
 START = SMALL.sink_frames + SMALL.context_frames
-EXACT = StageConfig(windows=24, context_noise=0.0, stateless=0.0, jitter=0.0)
+EXACT = DenoiserStageConfig(windows=24, context_noise=0.0, stateless=0.0, jitter=0.0)
 
 
 def played(denoiser: Denoiser, states: StateModel | None, game: Game) -> Clip:
@@ -140,7 +141,7 @@ def test_windows_are_held_against_the_frames_that_follow():
 
 
 def test_history_is_rough_in_a_share_of_games_and_the_network_is_told():
-    stage = StageConfig(windows=1, context_noise=0.4, context_noise_share=0.6, stateless=0.3)
+    stage = DenoiserStageConfig(windows=1, context_noise=0.4, context_noise_share=0.6, stateless=0.3)
     denoiser, states, told, given = make_denoiser(True), make_states(), [], []
     denoiser.condition.register_forward_hook(lambda module, inputs, made: told.append(inputs))
     denoiser.register_forward_hook(lambda module, inputs, made: given.append(inputs))
@@ -161,7 +162,9 @@ def test_history_is_rough_in_a_share_of_games_and_the_network_is_told():
 
 # the model's own frames ---------------------------------------------------------------------------
 
-OWN = StageConfig(unroll=4, game_frames=12, game_groups=1, teacher_forcing=0.0, jitter=0.0, stateless=0.0)
+OWN = DistillStageConfig(
+    unroll=4, game_frames=12, game_groups=1, teacher_forcing=0.0, jitter=0.0, stateless=0.0
+)
 
 
 def by_definition(numbers: list[float], actions: Tensor, begin: int, correction: float) -> Tensor:
@@ -208,7 +211,7 @@ def test_own_windows_are_learnt_from_where_their_keys_came_true(correction):
 
 
 def test_groups_of_games_are_of_different_ages_and_none_is_longer_than_asked():
-    stage = StageConfig(game_frames=8, game_groups=4, teacher_forcing=0.0)
+    stage = DistillStageConfig(game_frames=8, game_groups=4, teacher_forcing=0.0)
     loss, ages = RolloutLoss(Generator(make_denoiser(True), make_states()), stage), []
     clip = random_clip(frames=START + stage.game_frames + 2)
     clip = Clip(*(torch.cat([part, part]) for part in clip))  # four games
@@ -222,7 +225,7 @@ def test_groups_of_games_are_of_different_ages_and_none_is_longer_than_asked():
 
 @pytest.mark.parametrize("games, groups, sizes", [(6, 4, [2, 2, 1, 1]), (5, 3, [2, 2, 1]), (2, 4, [1, 1])])
 def test_any_number_of_games_is_shared_out(games, groups, sizes):
-    stage = StageConfig(game_frames=4, game_groups=groups, teacher_forcing=0.0)
+    stage = DistillStageConfig(game_frames=4, game_groups=groups, teacher_forcing=0.0)
     loss = RolloutLoss(Generator(make_denoiser()), stage)
     for _ in range(6):  # also where they begin anew
         assert loss(random_clip(games, START + stage.game_frames + 2))[0].isfinite()
@@ -231,7 +234,7 @@ def test_any_number_of_games_is_shared_out(games, groups, sizes):
 
 def test_true_frames_are_as_many_as_windows_need():
     """Also where `clip` is shorter than what a window of this model looks at."""
-    stage = StageConfig(teacher_forcing=1.0, windows=4, clip=6, context_noise=0.0)
+    stage = DistillStageConfig(teacher_forcing=1.0, windows=4, clip=6, context_noise=0.0)
     denoiser, committed = make_denoiser(context_frames=9), []
     commit = denoiser.commit
     denoiser.commit = lambda clean, *given: committed.append(clean.shape[1]) or commit(clean, *given)
@@ -254,7 +257,7 @@ def test_own_history_has_no_gradient_and_targets_are_the_true_frames():
 
 
 def test_true_frames_are_mixed_in_and_states_are_kept_back():
-    stage = StageConfig(teacher_forcing=0.5, stateless=1.0, windows=2, game_frames=4, clip=12)
+    stage = DistillStageConfig(teacher_forcing=0.5, stateless=1.0, windows=2, game_frames=4, clip=12)
     clip, kinds = random_clip(), []
     loss = RolloutLoss(Generator(make_denoiser(True), make_states()), stage)
     for _ in range(16):
@@ -331,7 +334,7 @@ def test_it_learns_what_keys_do_and_then_on_its_own_frames():
     }
     denoiser = Denoiser(DenoiserConfig(**sizes | {"conv_width": 16}), TWO, 0, *SHAPE)
     assert missed(denoiser)[1] < 0.7
-    stage = StageConfig(windows=2, game_frames=8, teacher_forcing=0.2)
+    stage = DistillStageConfig(windows=2, game_frames=8, teacher_forcing=0.2)
     fell = descend(PlainLoss(Generator(denoiser), stage), 80, START + 5)
     first, last = sum(fell[:5]) / 5, sum(fell[-10:]) / 10
     plain_error, obeyed = missed(denoiser)
@@ -343,7 +346,7 @@ def test_it_learns_what_keys_do_and_then_on_its_own_frames():
 
 # the decoder --------------------------------------------------------------------------------------
 
-SHARP = StageConfig(discriminator=8, adversarial=1.0, adversarial_warmup=4)
+SHARP = DecoderStageConfig(discriminator=8, adversarial=1.0, adversarial_warmup=4)
 
 
 def pictures(count: int = 4) -> tuple[Autoencoder, Tensor, Tensor]:

@@ -13,15 +13,15 @@ from engine.config import TrainConfig, load_config
 from engine.train.optim import Optimiser, learning_rate, moving_average
 
 
-def pace():
-    return load_config("train", TrainConfig, ["preset=toy", "stage=denoiser"]).pace()
+def stage_config(name: str = "denoiser"):
+    return load_config("train", TrainConfig, ["preset=toy", f"stage={name}"]).stage_config()
 
 
 def test_learning_rate_warms_up_and_decays():
-    rate = pace().learning_rate
-    rates = [learning_rate(pace(), *place) for place in [(0, 0), (4, 0.1), (30, 0.7), (39, 1)]]
+    rate = stage_config().learning_rate
+    rates = [learning_rate(stage_config(), *place) for place in [(0, 0), (4, 0.1), (30, 0.7), (39, 1)]]
     assert rates == pytest.approx([rate / 5, rate, rate, 0])
-    assert 0 < learning_rate(pace(), 35, 0.85) == pytest.approx(rate / 2)
+    assert 0 < learning_rate(stage_config(), 35, 0.85) == pytest.approx(rate / 2)
 
 
 def test_moving_average_forgets_its_start_and_follows():
@@ -44,7 +44,7 @@ def test_moving_average_forgets_its_start_and_follows():
 
 def test_muon_takes_the_matrices_of_layers_and_both_parts_follow_the_rate():
     denoiser = make_denoiser()
-    optimiser = Optimiser(denoiser, pace())
+    optimiser = Optimiser(denoiser, stage_config())
     adam, muon = ([p for group in part.param_groups for p in group["params"]] for part in optimiser.parts)
     matrices = {id(m.weight) for m in denoiser.transformer.layers.modules() if isinstance(m, torch.nn.Linear)}
     assert {id(p) for p in muon} == matrices
@@ -56,15 +56,16 @@ def test_muon_takes_the_matrices_of_layers_and_both_parts_follow_the_rate():
             p.grad = torch.randn_like(p)
         optimiser.step(rate)
         assert all(bool((p != before[id(p)]).any()) == moved for p in (*adam, *muon))
-    assert len(Optimiser(denoiser, replace(pace(), muon=False)).parts) == 1
+    assert len(Optimiser(denoiser, replace(stage_config(), muon=False)).parts) == 1
 
 
 def test_what_judges_learns_twice_as_fast_and_both_forget_fast():
     module = torch.nn.ModuleDict({"discriminator": torch.nn.Linear(2, 2), "decoder": torch.nn.Linear(2, 2)})
-    for one, first in ((module, 0.5), (module["decoder"], 0.9)):
-        betas = [group["betas"] for part in Optimiser(one, pace()).parts for group in part.param_groups]
+    stages = stage_config("decoder"), stage_config()
+    for one, stage, first in ((module, stages[0], 0.5), (module["decoder"], stages[1], 0.9)):
+        betas = [group["betas"] for part in Optimiser(one, stage).parts for group in part.param_groups]
         assert {beta[0] for beta in betas} == {first}
-    optimiser, before = Optimiser(module, replace(pace(), weight_decay=0.0)), copy.deepcopy(module)
+    optimiser, before = Optimiser(module, replace(stages[0], weight_decay=0.0)), copy.deepcopy(module)
     for p in module.parameters():
         p.grad = torch.ones_like(p)
     optimiser.step(0.01)
@@ -77,7 +78,10 @@ def test_weight_decay_is_that_of_the_stage_and_on_matrices_alone():
     module = torch.nn.ModuleDict(
         {"discriminator": torch.nn.Conv2d(2, 3, 3), "decoder": torch.nn.Linear(2, 2)}
     )
-    before, optimiser = copy.deepcopy(module), Optimiser(module, replace(pace(), weight_decay=0.5))
+    before, optimiser = (
+        copy.deepcopy(module),
+        Optimiser(module, replace(stage_config("decoder"), weight_decay=0.5)),
+    )
     for p in module.parameters():
         p.grad = torch.zeros_like(p)
     optimiser.step(0.1)

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import train
-from engine.config import TRAINED, WorldConfig
+from engine.config import WorldConfig
 from engine.data.recording import Recorder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
+from engine.stage_config import TRAINED
 from engine.train import loop, pipeline
 
 PLAIN = ("stage=all", "preset=toy", "device=cpu", "precision=fp32", "frames=5", "log_every=1")

@@ -17,7 +17,6 @@ from engine.config import (
     AutoencoderConfig,
     DenoiserConfig,
     ModelConfig,
-    StageConfig,
     StateConfig,
     TrainConfig,
     UserError,
@@ -39,6 +38,7 @@ from engine.model.world_model import Generator
 from engine.rollout.player import Player
 from engine.rollout.rollout import Rollout
 from engine.rollout.session import Session
+from engine.stage_config import StagesConfig, StateStageConfig
 from engine.train.optim import moving_average
 from engine.train.state import Given, StateLoss, StateStage
 
@@ -104,10 +104,11 @@ def trained(logs: StateLogs) -> StateModel:
     torch.manual_seed(0)
     model = StateModel(SPEC, len(KEYS))
     model.fit(logs.states, logs.actions, logs.resets)
-    loss, pace = StateLoss(model, make_reader(logs), make_scene()), StageConfig(batch=32, unroll=8)
+    stage = StateStageConfig(batch=32, unroll=8)
+    loss = StateLoss(model, make_reader(logs), make_scene(), stage)
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(50):
-        loss.predict(logs.batch(step, pace))[0].backward()
+        loss.predict(logs.batch(step, stage))[0].backward()
         optimiser.step()
         optimiser.zero_grad()
     return model.requires_grad_(False)
@@ -244,7 +245,7 @@ def test_a_step_is_cheap(model: StateModel) -> None:
 
 
 def test_gradients_reach_every_weight(model: StateModel, logs: StateLogs) -> None:
-    loss = StateLoss(model, make_reader(logs), make_scene())
+    loss = StateLoss(model, make_reader(logs), make_scene(), StateStageConfig())
     with torch.no_grad():
         for value in model.parameters():
             value += 0.02 * torch.randn_like(value)
@@ -258,7 +259,10 @@ def test_gradients_reach_every_weight(model: StateModel, logs: StateLogs) -> Non
 
 def test_a_perfect_prediction_costs_nothing(model: StateModel, logs: StateLogs) -> None:
     """Against what the network itself makes, loss and slope vanish; one angle beside the border does not."""
-    loss, batch = StateLoss(model, make_reader(logs), make_scene()), logs.cut(torch.tensor([2, 333]), 16, 16)
+    loss, batch = (
+        StateLoss(model, make_reader(logs), make_scene(), StateStageConfig()),
+        logs.cut(torch.tensor([2, 333]), 16, 16),
+    )
     carry = model.begin(batch.states[:, :4], batch.actions[:, :4])
     own = torch.cat([batch.states[:, :4], model.unroll(carry, batch.actions[:, 4:])], 1).detach()
     torch.manual_seed(1)  # draws no noise on these two games
@@ -272,7 +276,7 @@ def test_a_perfect_prediction_costs_nothing(model: StateModel, logs: StateLogs) 
 def test_a_scene_is_learned_from_pictures_and_does_not_mind_the_pace(model: StateModel, logs: StateLogs):
     """Each place has a picture of its own; velocities and the step to a frame change nothing."""
     torch.manual_seed(0)
-    loss = StateLoss(model, make_reader(logs), make_scene())
+    loss = StateLoss(model, make_reader(logs), make_scene(), StateStageConfig())
     states = logs.states[::7][:64].clone()
     known = model.scales.normalise(states)
     pictures = StatePictures(known[:, :4, None, None].expand(-1, -1, 6, 8).contiguous(), states)
@@ -291,7 +295,7 @@ def test_a_scene_is_learned_from_pictures_and_does_not_mind_the_pace(model: Stat
 
 def test_the_moving_average_stays_finite(model: StateModel, logs: StateLogs) -> None:
     """Buffers are averaged as weights are: an infinite bound would become no number."""
-    loss = StateLoss(model, make_reader(logs), make_scene())
+    loss = StateLoss(model, make_reader(logs), make_scene(), StateStageConfig())
     average = moving_average(loss, 0.9)
     for _ in range(3):
         average.update_parameters(loss)
@@ -303,14 +307,14 @@ def test_the_moving_average_stays_finite(model: StateModel, logs: StateLogs) -> 
 
 def test_games_lie_inside_an_episode(logs: StateLogs) -> None:
     assert (logs.left[:3] == torch.tensor([300, 299, 298])).all() and logs.left[-1] == 1
-    pace, lengths, begun = StageConfig(batch=64, unroll=32), set(), 0
+    stage, lengths, begun = StateStageConfig(batch=64, unroll=32), set(), 0
     for seed in range(24):
-        batch = logs.batch(seed, pace)
+        batch = logs.batch(seed, stage)
         lengths.add(batch.states.shape[1] - batch.warm if batch.warm else 0)
         ages = batch.states[..., 6]  # health says how old an episode is, modulo 50
         assert (((ages[:, :-1] - ages[:, 1:]) % 50) == 1).all()
         begun += int((batch.actions[:, 0] == 0).all(1).sum())
-        again = logs.batch(seed, pace)
+        again = logs.batch(seed, stage)
         assert torch.equal(batch.states, again.states) and torch.equal(batch.actions, again.actions)
     assert lengths == {0, 8, 16, 32}, "frames apart, and every length up to `unroll`"
     assert begun > 24
@@ -320,7 +324,7 @@ def test_episodes_that_are_too_short_are_told() -> None:
     short = play(60, seed=0, episode=10)
     with pytest.raises(UserError, match="frames"):
         for seed in range(8):
-            short.batch(seed, StageConfig(batch=4, unroll=8))
+            short.batch(seed, StateStageConfig(batch=4, unroll=8))
 
 
 def recording(states: list, resets=None, names=("turn_left", "forward")) -> SimpleNamespace:
@@ -500,8 +504,8 @@ def stage_of(folder, weights: str = "") -> StateStage:
     save_checkpoint(
         folder / "autoencoder.safetensors", {"autoencoder": Autoencoder(autoencoder)}, model, WORLD
     )
-    pace = StageConfig(batch=8, unroll=8, frames=50)
-    config = TrainConfig("state", world=WORLD, model=model, stages={"state": pace}, weights=weights)
+    stage = StateStageConfig(batch=8, unroll=8, frames=50)
+    config = TrainConfig("state", world=WORLD, model=model, stages=StagesConfig(state=stage), weights=weights)
     config.data = config.out = str(folder)
     return StateStage(config, torch.device("cpu"), None, 0, 1)
 

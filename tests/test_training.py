@@ -16,7 +16,7 @@ import torch
 from conftest import TOY, TOY_STAGES, run_training
 
 import train
-from engine.config import TRAINED, StageConfig, TrainConfig, load_config
+from engine.config import TrainConfig, load_config
 from engine.data.dataset import split
 from engine.data.picture import load_picture
 from engine.data.recording import Recorder
@@ -24,6 +24,7 @@ from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.model.networks import load_autoencoder, load_denoiser, load_reader, load_states
 from engine.rollout.player import Player
 from engine.rollout.session import Session
+from engine.stage_config import TRAINED, DenoiserStageConfig
 from engine.train.denoiser import DenoiserStage
 from engine.train.loop import Training
 
@@ -54,7 +55,7 @@ def lines(out: Path, stage: str) -> list[dict]:
 @pytest.mark.parametrize("stage", TOY_STAGES)
 def test_every_stage_writes_what_the_next_one_reads(toy, stage):
     out, figures = toy
-    steps = load_config("train", TrainConfig, ["preset=toy", f"stage={stage}"]).pace().steps
+    steps = load_config("train", TrainConfig, ["preset=toy", f"stage={stage}"]).stage_config().steps
     assert figures[stage]["stage"] == stage and figures[stage]["steps"] == steps
     assert figures[stage]["checkpoint"] == str(out / f"{stage}.safetensors")
     checkpoint = Checkpoint(out / f"{stage}.safetensors")
@@ -188,7 +189,7 @@ def test_where_no_held_out_game_goes_on_one_is_shown_that_was_trained_on(
                 recorder.add(np.zeros((96, 128, 3), np.uint8), [0, 0, 0], reset=i % frames == 0, t_ns=i)
     config = TrainConfig("denoiser", world=before.world, model=before.model, data=str(tmp_path / "data"))
     config.out, config.weights = str(tmp_path), str(tiny_checkpoint)
-    config.stages["denoiser"] = StageConfig(batch=2, clip=8)
+    config.stages.denoiser = DenoiserStageConfig(batch=2, clip=8)
     stage = DenoiserStage(config, torch.device("cpu"), None, 0, 1)
     true, own = stage.play(stage.module, stage.shown)
     assert true.shape == own.shape and own.shape[1] == made

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import StageConfig, UserError
+from ..config import UserError
+from ..stage_config import StateStageConfig
 from .latents import LatentsCache
 from .recording import Recording
 
@@ -72,7 +73,7 @@ class StateLogs:
         rows = starts[:, None] + torch.arange(length)
         return StateBatch(self.states[rows], self.actions[rows], warm)
 
-    def batch(self, seed: int, stage: StageConfig) -> StateBatch:
+    def batch(self, seed: int, stage: StateStageConfig) -> StateBatch:
         """Games drawn by the seed: with nothing to unroll, or unrolled for as many frames as one of the
         lengths that double from SHORTEST up to `stage.unroll`, the fewer games the longer these are.
         """

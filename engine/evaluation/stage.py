@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import TRAINED, TrainConfig, UserError
+from ..config import TrainConfig, UserError
 from ..data.dataset import split
 from ..data.recording import Recording, find_recordings
 from ..data.sight import wall_views
 from ..rollout.player import Player
+from ..stage_config import TRAINED
 from .behaviour import behaviour
 from .branches import Truth
 from .build_routes import KINDS, Builder

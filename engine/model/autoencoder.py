@@ -41,8 +41,6 @@ class Autoencoder(nn.Module):
     latents.
     """
 
-    latent_noise = 0.2
-
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         w = list(config.widths)
@@ -82,43 +80,6 @@ class Autoencoder(nn.Module):
     def paint(self, latents: Tensor) -> Tensor:
         """Latents (n, c, y, x) → float pixels, about in [-1, 1], (n, 3, 8 y, 8 x), float32."""
         return self.decoder(latents.contiguous(memory_format=torch.channels_last)).float()
-
-    def loss(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction loss of uint8 frames (n, 3, h, w): absolute and squared error, and that of the
-        gradients.
-
-        The gradient term keeps texture and small things (enemies, medkits) that squared error alone averages
-        away.
-        """
-        latents, pixels = self.encode(frames), to_float(frames)
-        moved = (len(frames) + 1) // 2
-        latents = torch.cat([zoom(latents[:moved], grid := random_crops(moved)), latents[moved:]])
-        pixels = torch.cat([zoom(pixels[:moved], grid), pixels[moved:]])
-        level = self.latent_noise * torch.rand(len(latents), 1, 1, 1, device=latents.device)
-        made = self.paint(latents + level * torch.randn_like(latents))
-        error = made - pixels  # (n, 3, h, w)
-        squared = error.square().mean()
-        edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (
-            error[..., 1:, :] - error[..., :-1, :]
-        ).abs().mean()
-        loss = error.abs().mean() + 4 * squared + 0.1 * edges
-        return loss, {"psnr": 10 * torch.log10(4 / squared.detach())}
-
-    def forward(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(frames)
-
-
-def random_crops(count: int) -> Tensor:
-    """Affine maps (n, 2, 3) of random windows that are three quarters of the picture or more on each side."""
-    size = 0.75 + 0.25 * torch.rand(count)
-    middle = (2 * torch.rand(count, 2) - 1) * (1 - size)[:, None]
-    return torch.cat([torch.diag_embed(size[:, None].expand(-1, 2)), middle[..., None]], -1)
-
-
-def zoom(x: Tensor, crops: Tensor) -> Tensor:
-    """The crops (n, 2, 3) of x (n, c, h, w), bilinearly enlarged to its size."""
-    grid = F.affine_grid(crops.to(x.device), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def to_float(frames: Tensor) -> Tensor:

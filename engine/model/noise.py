@@ -10,8 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-LOWEST = 0.2  # share of the ladder's levels down to which a denoiser is trained
-
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """(b, t, c, y, x) clean and noise, sigma (b, t) → noisy latents of the same shape."""
@@ -69,15 +67,16 @@ def jittered(ladder: Tensor, most: float) -> Tensor:
     return ladder * (1 - share)
 
 
-def training_sigma(ladder: Tensor, batch: int, jitter: float) -> Tensor:
+def training_sigma(ladder: Tensor, batch: int, jitter: float, lowest: float) -> Tensor:
     """Noise levels (batch, w) that a denoiser is trained at: the ladder's, each a share of at most `jitter`
     lower. A third of the rows is raised from some position on, as while a window fills up and when frames
-    are sent back; another third is lowered as a whole, for who asks it about details (stage `distill`).
+    are sent back; another third is lowered as a whole, down to a share of `lowest`, for who asks it about
+    details (stage `distill`).
     """
     window, device = len(ladder), ladder.device
     rungs = torch.arange(window, device=device).expand(batch, window)
     raised = torch.randint(window, (batch, 1), device=device)
     kind = torch.rand(batch, 1, device=device)
     raised = torch.where(kind < 0.33, raised, 0)
-    share = torch.where(kind > 0.67, LOWEST + (1 - LOWEST) * torch.rand(batch, 1, device=device), 1)
+    share = torch.where(kind > 0.67, lowest + (1 - lowest) * torch.rand(batch, 1, device=device), 1)
     return share * jittered(ladder[torch.maximum(rungs, raised)], jitter)

@@ -7,15 +7,55 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import TrainConfig
 from ..data.dataset import load_frames, true_recordings
 from ..data.picture import grid
 from ..device import autocast
-from ..model.autoencoder import Autoencoder
+from ..model.autoencoder import Autoencoder, to_float
 from ..model.checkpoint import Checkpoint, save_checkpoint
+from ..stage_config import AutoencoderStageConfig
 from .stage import LICENCE
+
+
+class AutoencoderLoss(nn.Module):
+    """An autoencoder and its reconstruction loss: absolute and squared error, and that of the gradients,
+    which keeps texture and small things (enemies, medkits) that squared error alone averages away.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, stage: AutoencoderStageConfig):
+        super().__init__()
+        self.autoencoder, self.stage = autoencoder, stage
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """uint8 frames (n, 3, h, w) → the loss, and PSNR."""
+        latents, pixels = self.autoencoder.encode(frames), to_float(frames)
+        moved = (len(frames) + 1) // 2
+        latents = torch.cat([zoom(latents[:moved], grid := random_crops(moved)), latents[moved:]])
+        pixels = torch.cat([zoom(pixels[:moved], grid), pixels[moved:]])
+        level = self.stage.latent_noise * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+        made = self.autoencoder.paint(latents + level * torch.randn_like(latents))
+        error = made - pixels  # (n, 3, h, w)
+        squared = error.square().mean()
+        across = (error[..., 1:] - error[..., :-1]).abs().mean()
+        edges = across + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+        loss = error.abs().mean() + self.stage.squared_weight * squared + self.stage.edge_weight * edges
+        return loss, {"psnr": 10 * torch.log10(4 / squared.detach())}
+
+
+def random_crops(count: int) -> Tensor:
+    """Affine maps (n, 2, 3) of random windows that are three quarters of the picture or more on each side."""
+    size = 0.75 + 0.25 * torch.rand(count)
+    middle = (2 * torch.rand(count, 2) - 1) * (1 - size)[:, None]
+    return torch.cat([torch.diag_embed(size[:, None].expand(-1, 2)), middle[..., None]], -1)
+
+
+def zoom(x: Tensor, crops: Tensor) -> Tensor:
+    """The crops (n, 2, 3) of x (n, c, h, w), bilinearly enlarged to its size."""
+    grid = F.affine_grid(crops.to(x.device), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 class AutoencoderStage:
@@ -27,14 +67,15 @@ class AutoencoderStage:
         self, config: TrainConfig, device: torch.device, dtype: torch.dtype | None, rank: int, ranks: int
     ):
         self.config, self.device, self.dtype = config, device, dtype
-        pace = config.pace()
+        stage = config.stage_config()
         train, held_out = true_recordings(config.data, config.world)
-        self.frames = load_frames(train, pace.frames, config.seed)  # (n, 3, h, w) uint8
+        self.frames = load_frames(train, stage.frames, config.seed)  # (n, 3, h, w) uint8
         self.shown = load_frames(held_out or train, 256, config.seed)
-        self.size, self.seed = pace.batch, (config.seed * 1009 + rank) * 1_000_003
-        self.module = Autoencoder(config.model.autoencoder)
+        self.size, self.seed = stage.batch, (config.seed * 1009 + rank) * 1_000_003
+        autoencoder = Autoencoder(config.model.autoencoder)
         if config.weights:
-            Checkpoint(config.weights).load_into("autoencoder", self.module)
+            Checkpoint(config.weights).load_into("autoencoder", autoencoder)
+        self.module = AutoencoderLoss(autoencoder, stage)
 
     def batch(self, step: int) -> Tensor:
         """The frames of iteration `step`: a pure function of seed and step, so that a resumed run goes on
@@ -48,7 +89,7 @@ class AutoencoderStage:
         """Parts of frames (n, 3, h, w), a `crop` of each side, somewhere in each frame: small things are all
         that convolutions see, and many small parts teach more than a few whole frames.
         """
-        share, (rows, columns) = self.config.pace().crop, frames.shape[2:]
+        share, (rows, columns) = self.config.stage_config().crop, frames.shape[2:]
         height, width = (max(16, round(side * share / 16) * 16) for side in (rows, columns))
         if (height, width) == (rows, columns):
             return frames
@@ -58,26 +99,27 @@ class AutoencoderStage:
         return torch.stack([x[:, y : y + height, z : z + width] for x, y, z in places])
 
     @torch.no_grad()
-    def reconstruct(self, module: Autoencoder) -> tuple[Tensor, Tensor]:
+    def reconstruct(self, module: AutoencoderLoss) -> tuple[Tensor, Tensor]:
         """Held-out frames and their reconstructions, both uint8 (n, 3, h, w)."""
         module.eval()
         with autocast(self.device, self.dtype):
-            parts = [module.decode(module.encode(part)) for part in self.shown.to(self.device).split(64)]
+            network = module.autoencoder
+            parts = [network.decode(network.encode(part)) for part in self.shown.to(self.device).split(64)]
         return self.shown, torch.cat(parts).cpu()
 
-    def picture(self, module: Autoencoder) -> np.ndarray:
+    def picture(self, module: AutoencoderLoss) -> np.ndarray:
         """Held-out frames above their reconstructions."""
         both = (x[:32].permute(0, 2, 3, 1).split(8) for x in self.reconstruct(module))
         return grid([row.numpy() for pair in zip(*both, strict=True) for row in pair])
 
-    def validate(self, module: Autoencoder) -> dict[str, float]:
+    def validate(self, module: AutoencoderLoss) -> dict[str, float]:
         """PSNR of held-out frames."""
         true, made = self.reconstruct(module)
         error = (true.float() - made.float()).square().mean((1, 2, 3))
         return {"psnr_held_out": float((10 * torch.log10(255**2 / error)).mean())}
 
-    def save(self, path: Path, module: nn.Module, about: dict[str, Any]) -> None:
-        modules = {"autoencoder": module}
+    def save(self, path: Path, module: AutoencoderLoss, about: dict[str, Any]) -> None:
+        modules = {"autoencoder": module.autoencoder}
         config = self.config
         save_checkpoint(path, modules, config.model, config.world, licence=LICENCE, **about)
 

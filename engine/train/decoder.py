@@ -13,7 +13,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..config import StageConfig
 from ..data.dataset import load_frames, true_recordings
 from ..data.picture import grid
 from ..data.recording import Recording
@@ -22,9 +21,8 @@ from ..device import autocast
 from ..model.autoencoder import Autoencoder, to_bytes, to_float
 from ..model.discriminator import PatchDiscriminator
 from ..model.world_model import WorldModel
+from ..stage_config import DecoderStageConfig
 from .denoiser import DenoiserStage
-
-NOISE = 0.2  # most noise on the latents of true frames, as those of games are never perfect
 
 
 class DecoderLoss(nn.Module):
@@ -32,7 +30,7 @@ class DecoderLoss(nn.Module):
     beside it; both learn in one step, neither moves the other's weights.
     """
 
-    def __init__(self, decoder: nn.Module, stage: StageConfig):
+    def __init__(self, decoder: nn.Module, stage: DecoderStageConfig):
         super().__init__()
         self.decoder, self.stage = decoder, stage
         self.blurred = copy.deepcopy(decoder).requires_grad_(False)
@@ -55,11 +53,12 @@ class DecoderLoss(nn.Module):
             (f - both.chunk(2)[0].detach()).abs().mean() for f, both in zip(felt, features, strict=True)
         )
         error = made - true
-        pixels = error.abs().mean() + 2 * error.square().mean()
+        pixels = error.abs().mean() + self.stage.squared_weight * error.square().mean()
         self.turns += 1
         share = (self.turns / self.stage.adversarial_warmup).clamp_max(1)
         weight = self.stage.adversarial * share
-        loss = pixels + weight * (0.1 * matched - 0.06 * judged.mean()) + judge
+        told = self.stage.feature_weight * matched - self.stage.judge_weight * judged.mean()
+        loss = pixels + weight * told + judge
         psnr = 10 * torch.log10(4 / error.detach().square().mean())
         return loss, {"judge": judge.detach(), "psnr": psnr, "matched": matched.detach()}
 
@@ -71,23 +70,23 @@ class DecoderStage(DenoiserStage):
 
     def loss(self) -> DecoderLoss:
         self.games = self.frozen(super().loss())
-        pace = self.config.pace()
+        stage = self.config.stage_config()
         self.frames = load_frames(
-            true_recordings(self.config.data, self.config.world)[0], pace.frames, self.config.seed
+            true_recordings(self.config.data, self.config.world)[0], stage.frames, self.config.seed
         )
         self.recordings: dict[str, Recording] = {}  # opened once
         decoder = copy.deepcopy(self.autoencoder.decoder).requires_grad_(True)
-        return DecoderLoss(decoder, pace)
+        return DecoderLoss(decoder, stage)
 
     @torch.no_grad()
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         random = torch.Generator().manual_seed(self.config.seed + 7919 * step + self.rank)
-        count = self.config.pace().batch
+        count = self.config.stage_config().batch
         picked = torch.randint(len(self.frames), (count,), generator=random)
         frames = self.frames[picked].to(self.device)
         with autocast(self.device, self.dtype):
             latents = self.autoencoder.encode(frames).float()
-        level = NOISE * torch.rand(count, 1, 1, 1, generator=random)
+        level = self.config.stage_config().noise * torch.rand(count, 1, 1, 1, generator=random)
         noise = level * torch.randn(latents.shape, generator=random)
         return self._cropped(latents + noise.to(self.device), frames, random)
 
@@ -106,7 +105,7 @@ class DecoderStage(DenoiserStage):
 
     def _cropped(self, latents: Tensor, frames: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """A part of the frames, the same in all: many small parts teach more than a few whole frames."""
-        (rows, columns), share = latents.shape[2:], self.config.pace().crop
+        (rows, columns), share = latents.shape[2:], self.config.stage_config().crop
         height, width = max(2, round(rows * share)), max(2, round(columns * share))
         y = int(torch.randint(rows - height + 1, (), generator=random))
         x = int(torch.randint(columns - width + 1, (), generator=random))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import TRAINED, DenoiserConfig, StageConfig
+from ..config import DenoiserConfig
 from ..data.picture import grid
 from ..data.segments import Batches, Clip
 from ..device import autocast, compute_dtype
@@ -21,6 +21,7 @@ from ..model.state import StateModel
 from ..model.state_spec import state_features
 from ..model.world_model import Generator, WorldModel
 from ..rollout.rollout import Rollout
+from ..stage_config import TRAINED, DenoiserStageConfig
 from .stage import LatentsStage
 
 MADE = 64  # frames of the games that are shown and measured, at most
@@ -28,7 +29,7 @@ HORIZONS = (1, 8, 16, 64)
 MEASURED = 16  # held-out games
 
 
-def least_frames(sizes: DenoiserConfig, stage: StageConfig) -> int:
+def least_frames(sizes: DenoiserConfig, stage: DenoiserStageConfig) -> int:
     """Frames of a segment of true ones: what windows look at, room for one, and more where `clip` says so."""
     return max(stage.clip, sizes.sink_frames + sizes.context_frames + sizes.window_frames)
 
@@ -42,7 +43,7 @@ class PlainLoss(nn.Module):
     what they look like under other keys is not known.
     """
 
-    def __init__(self, generator: Generator, stage: StageConfig):
+    def __init__(self, generator: Generator, stage: DenoiserStageConfig):
         """What of the generator is to be trained has gradients; the rest is used."""
         super().__init__()
         self.generator, self.stage = generator, stage
@@ -71,7 +72,7 @@ class PlainLoss(nn.Module):
         errors, logs = [], {}
         for _ in range(self.stage.windows):
             start = int(torch.randint(first, last + 1, ()))
-            single = config.correction > 0 and float(torch.rand(())) < 0.2
+            single = config.correction > 0 and float(torch.rand(())) < self.stage.single_share
             size = 1 if single else config.window_frames
             error = self._window_error(
                 clip, states, has_state, history, sigma, start, size, self._context(recorder, start)
@@ -170,7 +171,7 @@ class PlainLoss(nn.Module):
             level = torch.full((b, 1), config.correction, device=clean.device)
             sigma = level * (1 - self.stage.jitter * torch.rand_like(level))
         else:
-            sigma = training_sigma(self.denoiser.ladder, b, self.stage.jitter)
+            sigma = training_sigma(self.denoiser.ladder, b, self.stage.jitter, self.stage.lowest)
         noisy = add_noise(clean, torch.randn_like(clean), sigma)
         actions = clip.actions[:, start : start + size + config.action_history - 1]
         before_sigma = history_sigma[:, start - 1 : start].expand(b, size)
@@ -194,7 +195,7 @@ class DenoiserStage(LatentsStage):
 
     def loss(self) -> PlainLoss:
         """The networks and what they minimise."""
-        return PlainLoss(self.generator(), self.config.pace())
+        return PlainLoss(self.generator(), self.config.stage_config())
 
     def generator(self) -> Generator:
         """Its denoiser is to be trained, with the weights of the checkpoint before where it has some, as
@@ -210,7 +211,7 @@ class DenoiserStage(LatentsStage):
 
     def segment(self) -> tuple[int, int]:
         sizes = self.model.denoiser
-        length = least_frames(sizes, self.config.pace())
+        length = least_frames(sizes, self.config.stage_config())
         return length, length - sizes.sink_frames - sizes.context_frames
 
     def made(self, module: PlainLoss) -> WorldModel:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import TRAINED, StageConfig, UserError
+from ..config import UserError
 from ..data.segments import Clip
 from ..model.checkpoint import Checkpoint, weights_digest
 from ..model.denoiser import Denoiser
@@ -18,6 +18,7 @@ from ..model.networks import load_autoencoder, load_denoiser
 from ..model.noise import add_noise, training_sigma
 from ..model.world_model import Generator
 from ..rollout.rollout import Rollout
+from ..stage_config import TRAINED, DistillStageConfig
 from .denoiser import DenoiserStage
 from .rollout import RolloutLoss, Windows
 from .stage import DECODER
@@ -37,7 +38,7 @@ class DistillLoss(RolloutLoss):
     student's has lost is then nothing to hold on to.
     """
 
-    def __init__(self, generator: Generator, stage: StageConfig, teacher: Denoiser):
+    def __init__(self, generator: Generator, stage: DistillStageConfig, teacher: Denoiser):
         super().__init__(generator, stage)
         self.teacher = teacher.requires_grad_(False)
         self.critic = copy.deepcopy(teacher).requires_grad_(True)
@@ -71,7 +72,7 @@ class DistillLoss(RolloutLoss):
         (actions, features, has_state, ahead, _), _ = rollout.window_inputs(rollout.window.bind(action))
         before, level = self._roughened(rollout.last[:, 1:])
         inputs = actions, features, has_state, ahead, level.expand(b, w)
-        sigma = training_sigma(self.denoiser.ladder, b, self.stage.jitter)
+        sigma = training_sigma(self.denoiser.ladder, b, self.stage.jitter, self.stage.lowest)
         noisy = add_noise(shown, torch.randn_like(shown), sigma)
 
         def guess(network: Denoiser) -> Tensor:
@@ -90,7 +91,7 @@ class DistillStage(DenoiserStage):
     """Goes on from what stage `denoiser` made on its own history; the teacher stays what that is."""
 
     def segment(self) -> tuple[int, int]:
-        sizes, stage = self.model.denoiser, self.config.pace()
+        sizes, stage = self.model.denoiser, self.config.stage_config()
         start = sizes.sink_frames + sizes.context_frames
         length = start + stage.game_frames + sizes.window_frames - 1
         return max(length, stage.clip), length - start
@@ -109,4 +110,4 @@ class DistillStage(DenoiserStage):
             said = f"{path}, the teacher, speaks of other latents than {self.before.path}"
             raise UserError(f"{said}; give weights= of the same encoder, or another out=DIR.")
         teacher = self.frozen(load_denoiser(teacher))
-        return DistillLoss(self.generator(), self.config.pace(), teacher)
+        return DistillLoss(self.generator(), self.config.stage_config(), teacher)

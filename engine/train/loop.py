@@ -31,7 +31,7 @@ class Training:
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks | None = None, standing: Standing | None = None):
-        self.config, self.ranks, self.pace = config, ranks or Ranks(), config.pace()
+        self.config, self.ranks, self.stage_config = config, ranks or Ranks(), config.stage_config()
         standing = standing or Standing(config)
         state, self.origin = standing.state, standing.origin
         self.device = self.ranks.device(pick_device(config.device))
@@ -40,8 +40,8 @@ class Training:
         self._seed(0)
         self.stage = make_stage(config, self.device, self.dtype, self.ranks.rank, self.ranks.count)
         self.module = self.stage.module.to(self.device)
-        self.optimiser = optim.Optimiser(self.module, self.pace)
-        self.average = optim.moving_average(self.module, self.pace.ema)
+        self.optimiser = optim.Optimiser(self.module, self.stage_config)
+        self.average = optim.moving_average(self.module, self.stage_config.ema)
         self.step, self.seconds, self.skipped = 0, 0.0, 0
         self.scores: dict[str, float] = {}  # what was measured last on held-out data
         if state:
@@ -63,7 +63,9 @@ class Training:
         """Share of the run that is done, by steps or by minutes, whichever is further; this process's."""
         if not self.stage.trains:
             return 1.0
-        return min(1.0, max(self.step / self.pace.steps, self.seconds / 60 / self.pace.max_minutes))
+        return min(
+            1.0, max(self.step / self.stage_config.steps, self.seconds / 60 / self.stage_config.max_minutes)
+        )
 
     def iterate(self, progress: float) -> dict[str, Tensor]:
         """One step of the optimiser, after `accumulate` batches → means of their figures, still on the
@@ -72,16 +74,16 @@ class Training:
         Where a gradient is not finite nothing moves, and there are no figures.
         """
         parts: dict[str, list[Tensor]] = {}
-        for part in range(count := self.pace.accumulate):
+        for part in range(count := self.stage_config.accumulate):
             with self.ranks.apart(self.runner, last=part == count - 1):
                 with autocast(self.device, self.dtype):
                     loss, logs = self.runner(self.stage.batch(self.step * count + part))
                 (loss / count).backward()
             for name, value in {"loss": loss.detach(), **logs}.items():
                 parts.setdefault(name, []).append(value)
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.pace.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.stage_config.grad_clip)
         if finite := bool(torch.isfinite(norm)):
-            self.optimiser.step(optim.learning_rate(self.pace, self.step, progress))
+            self.optimiser.step(optim.learning_rate(self.stage_config, self.step, progress))
             self.average.update_parameters(self.module)
         self.optimiser.zero_grad()
         self.step += 1
@@ -169,7 +171,7 @@ def train_stage(
     """Trains one stage until its steps or minutes are spent → figures. Raises Stopped after having saved."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
     standing = standing or Standing(config)
-    if standing.finished(config.pace()):
+    if standing.finished(config.stage_config()):
         return figures_of(config)
     begun = (
         f"what was saved at step {standing.state['step']} is there"
@@ -181,7 +183,10 @@ def train_stage(
     except Stopped as error:
         raise Stopped(error.code - 128, f"stopped before the first step; {begun}.") from None
     metrics = Metrics(
-        config, ranks.first, training.pace.batch * training.pace.accumulate * ranks.count, training.step
+        config,
+        ranks.first,
+        training.stage_config.batch * training.stage_config.accumulate * ranks.count,
+        training.step,
     )
     try:
         with stop.gently():

@@ -8,11 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..config import StageConfig
-
-ALONE = (0.9, 0.98)  # AdamW's memories of gradients and of their squares
-RIVALS = (0.5, 0.95)  # against a discriminator, where long ones remember another opponent: both learn less
-JUDGE = 2.0  # learning rate of a discriminator, in those of what it judges
+from ..stage_config import StageConfig
 
 
 class Optimiser:
@@ -22,19 +18,21 @@ class Optimiser:
     is only on matrices, never on gains, biases and tables.
     """
 
-    def __init__(self, module: nn.Module, pace: StageConfig):
+    def __init__(self, module: nn.Module, stage: StageConfig):
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        inner = [p for name, p in trained.items() if pace.muon and ".layers." in name and p.ndim == 2]
+        inner = [p for name, p in trained.items() if stage.muon and ".layers." in name and p.ndim == 2]
         judge = [p for name, p in trained.items() if name.startswith("discriminator.")]
         other = [p for p in trained.values() if not any(p is q for q in inner + judge)]
-        groups = _decayed(other, pace.weight_decay)
-        how = {"lr": pace.learning_rate, "betas": RIVALS if judge else ALONE, "fused": True}
+        groups = _decayed(other, stage.weight_decay)
+        how = {"lr": stage.learning_rate, "betas": tuple(stage.betas), "fused": True}
         if judge:
-            groups += [group | {"times": JUDGE} for group in _decayed(judge, pace.weight_decay)]
+            groups += [
+                group | {"times": stage.discriminator_rate} for group in _decayed(judge, stage.weight_decay)
+            ]
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **how)]
         if inner:
-            how = {"weight_decay": pace.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-            self.parts.append(torch.optim.Muon(inner, lr=pace.learning_rate, **how))
+            how = {"weight_decay": stage.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            self.parts.append(torch.optim.Muon(inner, lr=stage.learning_rate, **how))
 
     def step(self, rate: float) -> None:
         """One step with the learning rate `rate`."""
@@ -63,11 +61,11 @@ def _decayed(weights: list[Tensor], decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def learning_rate(pace: StageConfig, step: int, progress: float) -> float:
+def learning_rate(stage: StageConfig, step: int, progress: float) -> float:
     """Linear warm-up over steps, flat, then linear decay over the run's last share; progress in [0, 1]."""
-    warm = min(1.0, (step + 1) / max(1, pace.warmup))
-    decay = min(1.0, (1 - progress) / max(1e-6, pace.decay_share))
-    return pace.learning_rate * warm * max(0.0, decay)
+    warm = min(1.0, (step + 1) / max(1, stage.warmup))
+    decay = min(1.0, (1 - progress) / max(1e-6, stage.decay_share))
+    return stage.learning_rate * warm * max(0.0, decay)
 
 
 def moving_average(module: nn.Module, decay: float) -> AveragedModel:

@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import TRAINED, TrainConfig, UserError
+from ..config import TrainConfig, UserError
 from ..data.collection import collect
+from ..stage_config import TRAINED
 from .loop import train_stage
 from .parallel import Ranks
 from .resume import Standing
@@ -31,7 +32,7 @@ def train_all(config: TrainConfig, ranks: Ranks, stop: Stop) -> dict[str, Any]:
     With `max_minutes` that is for the whole of it, collecting and encoding included: what is left is shared
     out, as the preset's minutes say, whenever a stage begins. Finished stages stay finished.
     """
-    names = [name for name in TRAINED if name in config.stages and config.stages[name].max_minutes]
+    names = [name for name in TRAINED if getattr(config.stages, name).max_minutes]
     if not names:
         raise UserError(f"preset={config.preset} gives no stage any minutes, so there is nothing to train.")
     if config.weights:
@@ -73,7 +74,7 @@ class Plan:
 
     def told(self) -> str:
         """The plan as a table."""
-        preset = {name: self.config.stages[name].max_minutes for name in self.names}
+        preset = {name: getattr(self.config.stages, name).max_minutes for name in self.names}
         scale = self.config.max_minutes / sum(preset.values()) if self.config.max_minutes else 1.0
         rows = [("collect", f"{self.config.frames:,} frames")]
         rows += [
@@ -87,17 +88,17 @@ class Plan:
         """Of training for the stage that comes next; one that goes on or is finished has at least what it was
         given.
         """
-        own = self.config.stages[name].max_minutes
+        own = getattr(self.config.stages, name).max_minutes
         if standing.state is None:
             self.spent.pop(name, None)
             self.given.pop(name, None)
         if not self.config.max_minutes:
             return self.given.setdefault(name, own)
         before = self.given.get(name, 0.0)
-        if not (before and standing.finished(replace(self.config.stages[name], max_minutes=before))):
+        if not (before and standing.finished(replace(getattr(self.config.stages, name), max_minutes=before))):
             later = self.names[self.names.index(name) :]
             left = self.config.max_minutes - sum(v for k, v in self.spent.items() if k not in later)
-            shares = sum(self.config.stages[stage].max_minutes for stage in later)
+            shares = sum(getattr(self.config.stages, stage).max_minutes for stage in later)
             self.given[name] = max(LEAST, before, left * own / shares)
         return self.given[name]
 

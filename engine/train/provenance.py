@@ -8,9 +8,10 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from ..config import TRAINED, TrainConfig, UserError
+from ..config import TrainConfig, UserError
 from ..data.recording import ACTIONS, FRAMES, HEADER, find_recordings
 from ..model.checkpoint import file_digest, read_about
+from ..stage_config import TRAINED
 
 FREE = ("steps", "max_minutes")  # of a stage's config may be changed while it lasts
 ELSEWHERE = "start anew with again=true, or in another out=DIR"
@@ -22,7 +23,7 @@ def checkpoint_of(config: TrainConfig, stage: str) -> Path:
 
 def origin_of(config: TrainConfig) -> dict[str, Any]:
     """What `config.stage` is made from (digests of checkpoints and data) and how (configs, seed)."""
-    stage = {name: value for name, value in asdict(config.pace()).items() if name not in FREE}
+    stage = {name: value for name, value in asdict(config.stage_config()).items() if name not in FREE}
     made_from = {
         name: file_digest(path)
         for name in TRAINED[config.stage].reads

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..config import StageConfig, TrainConfig, UserError
+from ..config import TrainConfig, UserError
+from ..stage_config import StageConfig
 from .provenance import ELSEWHERE, check_upstream, checkpoint_of, differences, origin_of
 
 VERSION = 2  # of a state file's content
@@ -81,12 +82,12 @@ class Standing:
         wanted, was = self.config.precision, self.state["precision"]
         return told + ([f"precision was {was} and is {wanted}"] if wanted not in ("auto", was) else [])
 
-    def finished(self, pace: StageConfig) -> bool:
-        """Whether the steps or minutes of this pace are spent, or there was nothing to train, and the stage's
+    def finished(self, stage: StageConfig) -> bool:
+        """Whether this stage's steps or minutes are spent, or there was nothing to train, and its
         checkpoint is there.
         """
         if not self.state or not checkpoint_of(self.config, self.config.stage).is_file():
             return False
         if not self.state.get("trains", True):
             return True
-        return self.state["step"] >= pace.steps or self.state["seconds"] >= 60 * pace.max_minutes
+        return self.state["step"] >= stage.steps or self.state["seconds"] >= 60 * stage.max_minutes

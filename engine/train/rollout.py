@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import StageConfig
 from ..data.segments import Clip
 from ..device import compute_dtype
 from ..model.noise import jittered
 from ..model.world_model import Generator
 from ..rollout.rollout import Rollout
+from ..stage_config import DistillStageConfig
 from .denoiser import PlainLoss, least_frames
 
 
@@ -49,7 +49,7 @@ class RolloutLoss(PlainLoss):
     frames that are sent back are, under their true keys.
     """
 
-    def __init__(self, generator: Generator, stage: StageConfig):
+    def __init__(self, generator: Generator, stage: DistillStageConfig):
         super().__init__(generator, stage)
         self.games: list[Game] = []
         self.register_buffer("turns", torch.zeros((), dtype=torch.int64))  # iterations so far

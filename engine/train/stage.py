@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import TRAINED, ModelConfig, TrainConfig, UserError, WorldConfig
+from ..config import ModelConfig, TrainConfig, UserError, WorldConfig
 from ..data.cache import cache_place, drop_old
 from ..data.dataset import true_recordings
 from ..data.latents import LatentsCache
@@ -22,6 +22,7 @@ from ..model.autoencoder import Autoencoder
 from ..model.checkpoint import Checkpoint, kept, save_checkpoint, weights_digest
 from ..model.networks import load_autoencoder
 from ..model.world_model import WorldModel
+from ..stage_config import TRAINED
 from .stop import hold
 
 FREE = ("ladder", "correction")  # how weights are used, which may be chosen anew in any later stage
@@ -105,7 +106,7 @@ class LatentsStage(ABC):
         length, tail = self.segment()
         near = device if device.type == "cuda" else None
         segments = self.segments(self.caches[0], length, near)
-        self.batches = Batches(segments, config.pace().batch, config.seed, rank, ranks, tail=tail)
+        self.batches = Batches(segments, config.stage_config().batch, config.seed, rank, ranks, tail=tail)
 
     def _model(self) -> ModelConfig:
         """The parts that this stage makes as they are wanted; the others as they were made, but for what of

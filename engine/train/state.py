@@ -33,13 +33,9 @@ from ..model.scene import SceneModel
 from ..model.state import StateModel
 from ..model.state_reader import StateReader
 from ..model.state_spec import StateSpec, difference, heading, pick, state_features, turned
+from ..stage_config import StateStageConfig
 from .stage import LICENCE, check_world, open_caches
 
-NOISE_SHARE = 0.2  # of games that begin a little beside the truth, so that it learns to return
-NOISE = 0.3  # standard deviation of that, in large steps
-HUBER = 0.2  # errors beyond so many large steps count linearly
-READ_WEIGHT = 0.1  # of what is learnt from pictures: its gradients shall not decide where others are clipped
-READ_SHARE = 2  # of so many pictures one is read: reading costs more than drawing
 MEASURED = 1000  # held-out pictures that are read
 
 
@@ -55,16 +51,18 @@ class StateLoss(nn.Module):
     → picture) and their losses on single pictures.
     """
 
-    def __init__(self, model: StateModel, reader: StateReader, scene: SceneModel) -> None:
+    def __init__(
+        self, model: StateModel, reader: StateReader, scene: SceneModel, stage: StateStageConfig
+    ) -> None:
         super().__init__()
-        self.model, self.reader, self.scene = model, reader, scene
+        self.model, self.reader, self.scene, self.stage = model, reader, scene, stage
 
     def forward(self, given: Given) -> tuple[Tensor, dict[str, Tensor]]:
         """→ the sum of the losses, and their parts."""
         games, parts = self.predict(given.games)
-        few = StatePictures(*(part[: len(part) // READ_SHARE] for part in given.pictures))
+        few = StatePictures(*(part[: len(part) // self.stage.read_share] for part in given.pictures))
         read, seen = self.reader.loss(*few), self.missed(given.pictures)
-        loss = games + READ_WEIGHT * (read + seen)
+        loss = games + self.stage.read_weight * (read + seen)
         return loss, parts | {"read": read.detach(), "scene": seen.detach()}
 
     def missed(self, pictures: StatePictures) -> Tensor:
@@ -81,7 +79,7 @@ class StateLoss(nn.Module):
         if not warm:
             made = model.next_states(batch.states, batch.actions)
             error = self._error(made, batch.states[:, 1:], batch.states[:, 1:])
-            pace = _huber(error, HUBER / 4)
+            pace = _huber(error, self.stage.huber / 4)
             return pace, {"pace": pace.detach()}
         true = batch.states[:, warm:]
         carry = model.begin(batch.states[:, :warm], batch.actions[:, :warm])
@@ -89,8 +87,8 @@ class StateLoss(nn.Module):
         made = model.unroll(carry, batch.actions[:, warm:])
         made_change = difference(model.spec, made, torch.cat([carry.state[:, None], made[:, :-1]], 1))
         true_change = difference(model.spec, true, batch.states[:, warm - 1 : -1])
-        place = _huber(self._error(made, true, true), HUBER)
-        pace = _huber(self._error(made_change, true_change, true), HUBER / 4)
+        place = _huber(self._error(made, true, true), self.stage.huber)
+        pace = _huber(self._error(made_change, true_change, true), self.stage.huber / 4)
         return place + pace, {"place": place.detach(), "pace": pace.detach()}
 
     def _error(self, made: Tensor, true: Tensor, seen_from: Tensor) -> Tensor:
@@ -109,8 +107,8 @@ class StateLoss(nn.Module):
     def _beside(self, state: Tensor) -> Tensor:
         """Some of the games begin a little beside the truth."""
         spec, scales = self.model.spec, self.model.scales
-        some = (torch.rand(len(state), 1, device=state.device) < NOISE_SHARE).float()
-        moved = NOISE * some * torch.randn_like(state) * scales.step
+        some = (torch.rand(len(state), 1, device=state.device) < self.stage.noise_share).float()
+        moved = self.stage.noise * some * torch.randn_like(state) * scales.step
         columns = [i in spec.indices("position") for i in range(len(spec))]
         return state + moved * torch.tensor(columns, device=state.device)
 
@@ -145,12 +143,12 @@ class StateStage:
         self.held_out = StateLogs.read(parts[1], spec.names, keys) or self.logs
         caches = open_caches(config, self.autoencoder, device, dtype, (rank, ranks))
         known, new = (_only(cache, part) for cache, part in zip(caches, parts, strict=True))
-        limit = max(1, config.pace().frames // ranks)
+        limit = max(1, config.stage_config().frames // ranks)
         self.pictures = StatePictures.read(known, spec.names, limit, config.seed + rank)
         unseen = StatePictures.read(new, spec.names, MEASURED, config.seed) if new else None
         self.unseen = unseen or self.pictures.batch(0, MEASURED)
         states, reader, scene = self._networks(before)
-        self.module = StateLoss(states, reader, scene)
+        self.module = StateLoss(states, reader, scene, config.stage_config())
 
     def _networks(self, before: Checkpoint) -> tuple[StateModel, StateReader, SceneModel]:
         """With the weights of `before` where it knows the same of its world; else fresh ones."""
@@ -164,9 +162,9 @@ class StateStage:
 
     def batch(self, step: int) -> Given:
         """What iteration `step` learns from: a pure function of seed and step."""
-        seed, pace = self.seed + step, self.config.pace()
-        pictures = self.pictures.batch(seed, max(READ_SHARE, pace.batch // 2))
-        return Given(self.logs.batch(seed, pace).to(self.device), pictures.to(self.device))
+        seed, stage = self.seed + step, self.config.stage_config()
+        pictures = self.pictures.batch(seed, max(stage.read_share, stage.batch // 2))
+        return Given(self.logs.batch(seed, stage).to(self.device), pictures.to(self.device))
 
     @torch.no_grad()
     def unrolled(self, module: StateLoss, frames: int) -> tuple[Tensor, Tensor]:
