@@ -46,7 +46,7 @@ def gate_residual_norm_modulate(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """As in reference.py; in Triton in one pass."""
-    if _takes_triton(x):
+    if takes_triton(x):
         # imported where it is needed, as importing Triton takes a while
         from .norm import gate_residual_norm_modulate as fused
 
@@ -58,7 +58,7 @@ def qknorm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, rms: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As in reference.py; in Triton in one pass."""
-    if _takes_triton(qkv, 2 * cos.shape[-1]):
+    if takes_triton(qkv, 2 * cos.shape[-1]):
         from .rope import qknorm_rope as fused
 
         return fused(qkv, q_weight, k_weight, cos, sin, rms)
@@ -77,7 +77,7 @@ def qknorm_rope_write(
     rms: bool = False,
 ) -> Tensor:
     """As in reference.py; in Triton in one pass, straight into the slots."""
-    if _takes_triton(qkv, 2 * cos.shape[-1]):
+    if takes_triton(qkv, 2 * cos.shape[-1]):
         from .rope import qknorm_rope_write as fused
 
         return fused(qkv, q_weight, k_weight, cos, sin, keys, values, slots, rms)
@@ -96,7 +96,7 @@ def window_attention(
     where the GPU's table prefers one.
     """
     q = q.to(keys.dtype)  # a cache may be kept in another type than autocast's
-    if _takes_triton(q, q.shape[-1]):
+    if takes_triton(q, q.shape[-1]):
         from .attention import window_attention as fused
         from .libraries import over_pages, preferred
 
@@ -106,7 +106,7 @@ def window_attention(
     return defined_attention(q, keys, values, pages, rows, lengths)
 
 
-def _takes_triton(x: Tensor, head_dim: int = 64) -> bool:
+def takes_triton(x: Tensor, head_dim: int = 64) -> bool:
     """Where Triton was asked for it is taken, and says what it cannot do; otherwise for what it can."""
     fits = x.dtype in (torch.float16, torch.bfloat16, torch.float32) and head_dim in (16, 32, 64, 128)
     return _chosen == "triton" or (_chosen == "auto" and x.is_cuda and HAS_TRITON and fits)

@@ -216,15 +216,15 @@ def test_a_recording_that_cannot_begin_while_playing(refused, tmp_path, monkeypa
     from engine.play.ui.loop import Loop
 
     told, keys = [], {3: pygame.KSCAN_F12, 6: pygame.KSCAN_F9, 12: pygame.KSCAN_F10}
-    look = Loop._look
+    look = Loop.look
 
     def press(loop: Loop) -> None:
         look(loop)
-        told.append(loop._message)
+        told.append(loop.message)
         if len(told) in keys:
             pygame.event.post(pygame.event.Event(pygame.KEYDOWN, scancode=keys[len(told)], mod=0))
 
-    monkeypatch.setattr(Loop, "_look", press)
+    monkeypatch.setattr(Loop, "look", press)
     (tmp_path / "file").write_text("")
     assert "Cannot record into" in refused("out=file", "frames=0", "policy=keyboard", display="window")
     assert any("picture" in words for words in told[3:7]) and "Cannot record" in told[-1] and len(told) >= 12

@@ -104,10 +104,11 @@ def test_a_process_that_breaks_is_a_failed_check(tmp_path):
     file.write_text("\n".join(map(json.dumps, lines)) + '\n{"name": "b", "sta')
     file.with_suffix(".log").write_text("Segmentation fault\n\n")
     states = [
-        [x["state"] for x in processes._read(file, ["a", "b", "c"], broken)] for broken in (True, False)
+        [x["state"] for x in processes.read_outcomes(file, ["a", "b", "c"], broken)]
+        for broken in (True, False)
     ]
     assert states == [["right", "wrong", "wrong"], ["right", "left", "left"]]
-    assert "Segmentation fault" in processes._read(file, ["b"], True)[0]["why"]
+    assert "Segmentation fault" in processes.read_outcomes(file, ["b"], True)[0]["why"]
 
 
 @pytest.mark.parametrize("attention", ["triton", "sdpa"])
@@ -174,7 +175,7 @@ def test_a_provider_that_cannot_is_a_row_that_says_why():
 def test_a_tuned_table_is_one_that_attention_reads(monkeypatch):
     attention = pytest.importorskip("engine.kernels.attention")
     small, large = attention.Config(64, 64, 4, 3), attention.Config(128, 128, 8, 2, 0, True)
-    rules = [tuning._rule((64, 52, 169, 13), small), tuning._rule((64, 2048, 4352, 256), large)]
+    rules = [tuning.rule((64, 52, 169, 13), small), tuning.rule((64, 2048, 4352, 256), large)]
     table = json.loads(tuning.render({"measured": True, "window_attention": rules}))
     monkeypatch.setattr(attention, "read_table", {"made": table}.__getitem__)
     attention.pick.cache_clear()

@@ -469,7 +469,7 @@ def test_flicker_is_what_stands_still_changes_by(scope):
     flicker = [np.full((96, 128, 3), 100 + 2 * (n % 2), np.uint8) for n in range(36)]
     games = [game(flicker, scope, "idle"), game(flicker, scope, "random")]
     section = Section("")
-    drift._steps(section, games)
+    drift.steps(section, games)
     assert section.figures["flicker_idle"] == section.figures["flicker_idle_last"] == 2
     assert section.figures["random_growth"] == pytest.approx(1, abs=0.1)
 

@@ -164,6 +164,19 @@ def test_importing_does_no_work(file: str) -> None:
         assert fine or docstring or guarded_import, f"{file}:{node.lineno} does work when it is imported"
 
 
+def test_tests_call_nothing_private() -> None:
+    """Where they need to, the seam is wrong. Named tuples and libraries have theirs."""
+    allowed = {"_replace", "_asdict", "_python_dispatch", "_pytree", "_is_mkldnn_bf16_supported"}
+    found = []
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            name = node.attr if isinstance(node, ast.Attribute) else ""
+            own = isinstance(getattr(node, "value", None), ast.Name) and node.value.id == "self"
+            if re.match(r"_[a-z]", name) and name not in allowed and not own:
+                found.append(f"{path.name}:{node.lineno} {name}")
+    assert not found, ", ".join(found)
+
+
 def test_worlds_and_recordings_need_no_torch() -> None:
     """Collecting and reading data run in processes that must start quickly."""
     code = "import sys, engine.worlds, engine.data.recording; sys.exit('torch' in sys.modules)"

@@ -99,11 +99,11 @@ def test_what_runs_can_be_chosen(monkeypatch):
 )
 def test_what_kernels_cannot_do_is_left_to_the_definitions(dtype, head_dim, taken):
     x = SimpleNamespace(is_cuda=True, dtype=getattr(torch, dtype))
-    assert dispatch._takes_triton(x, head_dim) == taken
+    assert dispatch.takes_triton(x, head_dim) == taken
     with dispatch.use("triton"):
-        assert dispatch._takes_triton(x, head_dim), "who asks for it is told why it cannot be"
+        assert dispatch.takes_triton(x, head_dim), "who asks for it is told why it cannot be"
     with dispatch.use("reference"):
-        assert not dispatch._takes_triton(x, head_dim)
+        assert not dispatch.takes_triton(x, head_dim)
 
 
 def test_one_result_alone_has_gradients_too():

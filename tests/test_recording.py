@@ -380,13 +380,13 @@ def test_a_full_disk_is_told_once_and_the_rest_is_readable(tmp_path, whole):
 
 
 def test_a_slow_disk_holds_up_the_caller_and_drops_nothing(tmp_path, monkeypatch):
-    real = Recorder._write
+    real = Recorder.write
 
     def slow(self, frame, line):
         time.sleep(0.01)
         real(self, frame, line)
 
-    monkeypatch.setattr(Recorder, "_write", slow)
+    monkeypatch.setattr(Recorder, "write", slow)
     with Recorder(tmp_path / "r", WORLD, "true", 0) as recorder:
         assert not recorder.slow
         for i in range(60):

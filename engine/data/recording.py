@@ -175,7 +175,7 @@ class Recorder:
         while (item := self._queue.get()) is not None:
             if self._error is None:
                 try:
-                    self._write(*item)
+                    self.write(*item)
                 except Exception as error:
                     self._error = error
         try:
@@ -189,7 +189,7 @@ class Recorder:
             except Exception as error:
                 self._error = self._error or error
 
-    def _write(self, frame: np.ndarray, line: bytes) -> None:
+    def write(self, frame: np.ndarray, line: bytes) -> None:
         checksum = self._video.write(self.frames_written, frame)
         line = line[:-1] + b',"crc":%d}\n' % checksum
         # Unbuffered write may be short on a full disk; the second attempt then raises the reason.

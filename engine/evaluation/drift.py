@@ -62,7 +62,7 @@ def drift(scope: Scope) -> Section:
             break
     section = _told(scope, "Drift", both, size.minutes)
     _walls(section, *both)
-    _steps(section, both.games)
+    steps(section, both.games)
     section.round(3)
     _pictures(scope, section, both, "drift")
     _film(scope, [some[0].beginning for some in (both.true, both.games) if some])
@@ -217,7 +217,7 @@ def _walls(section: Section, games: list[Watch], true: list[Watch]) -> None:
     )
 
 
-def _steps(section: Section, games: list[Watch]) -> None:
+def steps(section: Section, games: list[Watch]) -> None:
     """The first 2,000 frames: flicker and wandering of what stands still, distance under random keys."""
     count = max(1, min(STEPS // games[0].length, len(games[0].rows)))
     idle, random, f = of("idle", games), of("random", games), section.figures

@@ -84,8 +84,12 @@ def load_denoiser(checkpoint: Checkpoint) -> Denoiser:
 
 def load_generator(checkpoint: Checkpoint, state: bool = True) -> Generator:
     """All that plays in a checkpoint's latents; without `state` as in a world that tells none."""
-    states, reader = (load_states(checkpoint), load_reader(checkpoint)) if state else (None, None)
-    return Generator(load_denoiser(checkpoint), states, reader)
+    denoiser = load_denoiser(checkpoint)
+    return (
+        Generator(denoiser, load_states(checkpoint), load_reader(checkpoint))
+        if state
+        else Generator(denoiser)
+    )
 
 
 def load_world_model(checkpoint: Checkpoint, state: bool = True) -> WorldModel:

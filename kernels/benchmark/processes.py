@@ -97,7 +97,7 @@ def side_by_side(
             process.wait()
         found = []
         for part in range(workers):
-            found += _read(files[part], [check.name for check in todo[part::workers]], broken[part])
+            found += read_outcomes(files[part], [check.name for check in todo[part::workers]], broken[part])
     return found
 
 
@@ -109,7 +109,7 @@ def _start(kind: str, device: torch.device, part: str, seconds: float, file: Pat
         return subprocess.Popen(command, stdout=log, stderr=log, env=env)
 
 
-def _read(file: Path, names: list[str], broken: bool) -> list[Outcome]:
+def read_outcomes(file: Path, names: list[str], broken: bool) -> list[Outcome]:
     """A process's findings; one that broke did so on the check that it had begun, and left the others."""
     found = {name: {"name": name, "state": "left"} for name in names}
     log = file.with_suffix(".log")

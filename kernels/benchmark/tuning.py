@@ -90,7 +90,7 @@ def tune(
         for config, ms in times.items():
             sums[config] = sums.get(config, 0.0) + ms
     rules = [
-        _rule(asked, min(sums, key=sums.get)) for asked, sums in sorted(best.items(), key=_narrow) if sums
+        rule(asked, min(sums, key=sums.get)) for asked, sums in sorted(best.items(), key=_narrow) if sums
     ]
     name = ops.attention.names(device)[0].replace(" ", "_")
     text = render({"measured": True, "window_attention": rules})
@@ -136,7 +136,7 @@ def _narrow(item: tuple[Key, dict]) -> tuple[int, ...]:
     return dim, rows, keys, -page
 
 
-def _rule(asked: Key, config) -> dict:
+def rule(asked: Key, config) -> dict:
     dim, rows, keys, page = asked
     plain = {name: value for name, value in asdict(config).items() if value}
     kinds = ["float16", "bfloat16"]

@@ -36,7 +36,7 @@ class Loop:
         self.latency = Latency()
         self._answered: View | None = None  # whose key has been counted
         self._began = time.perf_counter()
-        self._message, self._message_until = "", 0.0
+        self.message, self._message_until = "", 0.0
         self._recording, self._recording_since, self._trouble = "", 0.0, ""
         self._functions = functions_of(None)
         self._frame_event = pygame.event.custom_type()
@@ -98,7 +98,7 @@ class Loop:
         elif event.type == pygame.WINDOWFOCUSLOST:
             self.keys.release_all()
         elif event.type == self._frame_event:
-            self._look()
+            self.look()
             return True
         return event.type in (pygame.WINDOWEXPOSED, pygame.WINDOWSIZECHANGED)
 
@@ -117,7 +117,7 @@ class Loop:
             getattr(self, f"_{function}")()
         return True
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Takes note of what the newest frame brought."""
         view, playthrough = self.stepper.view, self.stepper.playthrough
         if view is None:
@@ -176,10 +176,10 @@ class Loop:
         return Path(self.config.out) / f"{world}-{what}-{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
 
     def _say(self, words: str) -> None:
-        self._message, self._message_until = words, time.perf_counter() + MESSAGE_SECONDS
+        self.message, self._message_until = words, time.perf_counter() + MESSAGE_SECONDS
 
     def _message_ended(self) -> bool:
-        return bool(self._message) and time.perf_counter() > self._message_until
+        return bool(self.message) and time.perf_counter() > self._message_until
 
     def _drawn_is_old(self) -> bool:
         """While loading no frames wake the loop; drawing more often would only slow the loading."""
@@ -189,7 +189,7 @@ class Loop:
         now = self._drawn = time.perf_counter()
         view = self.stepper.view if hasattr(self, "stepper") else None
         if self._message_ended():
-            self._message = ""
+            self.message = ""
         if view is None:
             draw_loading(self.screen, "the world is loading", now - self._began)
             return self.screen.flip()
@@ -200,8 +200,8 @@ class Loop:
             draw_hud(self.screen, view, game.action_space, recorded, self.latency.recent())
         if self.stepper.paused:
             draw_banner(self.screen, "paused — Escape goes on, F10 leaves")
-        if self._message:
-            draw_banner(self.screen, self._message, at_top=False)
+        if self.message:
+            draw_banner(self.screen, self.message, at_top=False)
         if self.help:
             draw_help(self.screen, game.world.name.replace("_", " "), game.action_space)
         self.screen.flip()
