@@ -43,7 +43,7 @@ def gradients(seed: int = 1, shake: float = 0.0, **changes) -> tuple[dict[str, T
         for weight in loss.critic.parameters():
             weight.add_(shake * torch.ones_like(weight))
     torch.manual_seed(seed)
-    value, _ = loss(random_clip())
+    value, _ = loss(random_clip(), 0)
     value.backward()
     return {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}, loss
 
@@ -83,13 +83,14 @@ def test_only_averages_are_held_against_the_truth():
         loss.games.clear()
         moved = clip.latents.clone()
         moved[:, START:] += by * STRIPES
-        loss.forward(Clip(moved, clip.actions, clip.states))
+        loss.forward(Clip(moved, clip.actions, clip.states), 0)
         value.append(loss.told["coarse"].item())
     assert value[0] == pytest.approx(value[1], rel=1e-4)
     torch.manual_seed(2)
     loss.games.clear()
     loss.forward(
-        Clip(clip.latents + 3.0 * (torch.arange(START + 8) >= START)[:, None, None, None], *clip[1:])
+        Clip(clip.latents + 3.0 * (torch.arange(START + 8) >= START)[:, None, None, None], *clip[1:]),
+        0,
     )
     assert loss.told["coarse"].item() > 2 * value[0]
 
@@ -112,7 +113,7 @@ def test_where_the_true_game_stands_still_neither_teacher_nor_critic_has_a_say()
             for weight in loss.critic.parameters():
                 weight.add_(0.1)
         torch.manual_seed(1)
-        loss(clip)[0].backward()
+        loss(clip, 0)[0].backward()
         return {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
 
     still, walk = still_clip(), random_clip()
@@ -143,8 +144,8 @@ def test_own_games_learn_to_stand_still():
 def descend(loss: nn.Module, steps: int, rate: float, clip: Callable[[int], Clip] = random_clip) -> None:
     trained = [p for p in loss.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(trained, rate, betas=(0.9, 0.98))
-    for _ in range(steps):
-        loss(clip(16))[0].backward()
+    for turn in range(steps):
+        loss(clip(16), turn)[0].backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         optimiser.zero_grad()

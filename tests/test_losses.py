@@ -60,7 +60,7 @@ def test_training_sees_what_play_sees(told, changes):
     game.played[3:] = game.played[3]  # from here on windows are under one set of keys
     clip = played(denoiser, states, game)
     hook = denoiser.register_forward_hook(lambda module, given, made: windows.append((given, made.detach())))
-    PlainLoss(Generator(denoiser, states), replace(EXACT, windows=60))(clip)
+    PlainLoss(Generator(denoiser, states), replace(EXACT, windows=60))(clip, 0)
     hook.remove()
     rollout, seen = Rollout(Generator(denoiser, states), 2), set()
     for (noisy, sigma, before, condition, frame, _), expected in windows:
@@ -102,7 +102,7 @@ def test_nothing_comes_from_the_future_or_from_other_games(told):
         leaf.requires_grad_()
     denoiser.register_forward_pre_hook(lambda module, given: (given[0].detach(), *given[1:]))
     denoiser.register_forward_hook(lambda module, given, out: made.append((given[4], out)))
-    PlainLoss(Generator(denoiser, states), EXACT)(clip)
+    PlainLoss(Generator(denoiser, states), EXACT)(clip, 0)
     assert len({frame for frame, _ in made}) > 3
     for frame, out in made:
         grads = torch.autograd.grad(out[0].sum(), leaves, retain_graph=True)
@@ -134,7 +134,7 @@ def fresh(**changes) -> Denoiser:
 def test_windows_are_held_against_the_frames_that_follow():
     """Frame t is the number t; whoever repeats the last frame is off by 1, 2 and 3."""
     clip = numbered([float(t) for t in range(12)], torch.zeros(2, HISTORY - 1 + 12, KEYS))
-    loss, logs = PlainLoss(Generator(fresh()), EXACT)(clip)
+    loss, logs = PlainLoss(Generator(fresh()), EXACT)(clip, 0)
     assert logs["head"] == 1 and logs["far"] == 9 and logs["single"] == 1
     singles = (14 / 3 - loss.item()) / (14 / 3 - 1) * EXACT.windows
     assert singles == pytest.approx(round(singles), abs=1e-3) and 0 < round(singles) < EXACT.windows / 2
@@ -147,7 +147,7 @@ def test_history_is_rough_in_a_share_of_games_and_the_network_is_told():
     denoiser.register_forward_hook(lambda module, inputs, made: given.append(inputs))
     clip = random_clip(batch=200)
     clip.states[:50] = torch.nan
-    PlainLoss(Generator(denoiser, states), stage)(clip)
+    PlainLoss(Generator(denoiser, states), stage)(clip, 0)
     (_, _, before, _, frame, _) = given[0]
     (_, features, has_state, ahead, sigma) = told[1]
     assert ahead.tolist() == list(range(len(ahead))) and torch.equal(sigma, sigma[:, :1].expand_as(sigma))
@@ -203,7 +203,7 @@ def test_own_windows_are_learnt_from_where_their_keys_came_true(correction):
         given = (change.cumsum(1) % 2).float().expand(-1, -1, KEYS)
         begin = START + OWN.unroll * (turn % 3)
         keys = given if begin == START else keys  # noqa: F821 (of the turn before)
-        value, logs = loss(numbered(numbers, F.pad(given, (0, 0, HISTORY - 1, 0))))
+        value, logs = loss(numbered(numbers, F.pad(given, (0, 0, HISTORY - 1, 0))), turn)
         assert value.item() == pytest.approx(by_definition(numbers, keys, begin, correction).item(), rel=1e-4)
         frame = begin + OWN.unroll - 1
         name = "own_old" if turn % 3 > 0 else "own_young"
@@ -215,8 +215,8 @@ def test_groups_of_games_are_of_different_ages_and_none_is_longer_than_asked():
     loss, ages = RolloutLoss(Generator(make_denoiser(True), make_states()), stage), []
     clip = random_clip(frames=START + stage.game_frames + 2)
     clip = Clip(*(torch.cat([part, part]) for part in clip))  # four games
-    for _ in range(20):
-        loss(clip)
+    for turn in range(20):
+        loss(clip, turn)
         ages.append([game.frame - START for game in loss.games])
         assert [len(game.clip.latents) for game in loss.games] == [1, 1, 1, 1]
     assert all(len(set(row)) == 4 for row in ages[8:]), "no two begin together"
@@ -227,8 +227,8 @@ def test_groups_of_games_are_of_different_ages_and_none_is_longer_than_asked():
 def test_any_number_of_games_is_shared_out(games, groups, sizes):
     stage = DistillStageConfig(game_frames=4, game_groups=groups, teacher_forcing=0.0)
     loss = RolloutLoss(Generator(make_denoiser()), stage)
-    for _ in range(6):  # also where they begin anew
-        assert loss(random_clip(games, START + stage.game_frames + 2))[0].isfinite()
+    for turn in range(6):  # also where they begin anew
+        assert loss(random_clip(games, START + stage.game_frames + 2), turn)[0].isfinite()
         assert [len(game.clip.latents) for game in loss.games] == sizes
 
 
@@ -239,13 +239,13 @@ def test_true_frames_are_as_many_as_windows_need():
     commit = denoiser.commit
     denoiser.commit = lambda clean, *given: committed.append(clean.shape[1]) or commit(clean, *given)
     loss = RolloutLoss(Generator(denoiser), stage)
-    assert loss(random_clip(frames=30))[0].isfinite() and committed == [1 + 9 + 3]
+    assert loss(random_clip(frames=30), 0)[0].isfinite() and committed == [1 + 9 + 3]
 
 
 def test_own_history_has_no_gradient_and_targets_are_the_true_frames():
     denoiser, states, clip = make_denoiser(True), make_states(), random_clip(frames=START + 11)
     clip.latents.requires_grad_()
-    value, _ = RolloutLoss(Generator(denoiser, states), OWN)(clip)
+    value, _ = RolloutLoss(Generator(denoiser, states), OWN)(clip, 0)
     value.backward()
     grad = clip.latents.grad.abs().flatten(2).amax(2)
     assert not grad[:, :START].any() and (grad.sum(1) > 0).all(), (
@@ -260,14 +260,13 @@ def test_true_frames_are_mixed_in_and_states_are_kept_back():
     stage = DistillStageConfig(teacher_forcing=0.5, stateless=1.0, windows=2, game_frames=4, clip=12)
     clip, kinds = random_clip(), []
     loss = RolloutLoss(Generator(make_denoiser(True), make_states()), stage)
-    for _ in range(16):
-        _, logs = loss(clip)
+    for turn in range(16):
+        _, logs = loss(clip, turn)
         kinds.append("own_young" in logs or "own_old" in logs)
     assert all(game.rollout.has_state.tolist() == [0] for game in loss.games)
     assert 3 < sum(kinds) < 13
     again = RolloutLoss(Generator(make_denoiser(True), make_states()), stage)
-    again.turns.copy_(torch.tensor(8))
-    again = [again(clip)[1] for _ in range(8)]
+    again = [again(clip, turn)[1] for turn in range(8, 16)]
     assert ["own_young" in x or "own_old" in x for x in again] == kinds[8:], (
         "by what is saved with the weights"
     )
@@ -298,8 +297,8 @@ def descend(loss: PlainLoss, steps: int, frames: int, rate: float = 4e-3) -> lis
     """→ the loss of every step."""
     random, losses = torch.Generator().manual_seed(1), []
     optimiser = torch.optim.AdamW(loss.parameters(), lr=rate, betas=(0.9, 0.98))
-    for _ in range(steps):
-        value, _ = loss(wave_clip(16, frames, random)[0])
+    for turn in range(steps):
+        value, _ = loss(wave_clip(16, frames, random)[0], turn)
         value.backward()
         nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
         optimiser.step()
@@ -366,8 +365,7 @@ def test_decoder_and_judge_move_only_themselves(turns, share):
     with torch.no_grad():
         for p in loss.decoder.parameters():
             p.add_(0.03 * torch.randn_like(p))
-    loss.turns.fill_(turns)
-    value, logs = loss((latents, frames))
+    value, logs = loss((latents, frames), turns)
     value.backward()
     assert all(p.grad is None for p in loss.blurred.parameters())
     found = {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
@@ -396,14 +394,14 @@ def test_the_decoder_learns_and_the_blurred_picture_stays():
     loss = DecoderLoss(autoencoder.decoder, replace(SHARP, adversarial=0.3))
     blurred, seen = loss.blurred(latents), []
     optimiser = Optimiser(loss, SHARP)
-    for _ in range(60):
-        value, logs = loss((latents, frames))
+    for turn in range(60):
+        value, logs = loss((latents, frames), turn)
         value.backward()
-        optimiser.step(5e-3)
+        optimiser.step(5e-3, torch.tensor(True))
         optimiser.zero_grad()
         seen.append(logs["psnr"].item())
     assert seen[-1] > seen[0] + 4, f"PSNR {seen[0]:.1f} → {seen[-1]:.1f}"
-    assert torch.equal(loss.blurred(latents), blurred) and int(loss.turns) == 60
+    assert torch.equal(loss.blurred(latents), blurred)
 
 
 def test_sharpness_and_the_finest_octave_know_blur():

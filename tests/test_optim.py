@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from games import make_denoiser
 
 from engine.config import TrainConfig, load_config
-from engine.train.optim import Optimiser, learning_rate, moving_average
+from engine.train.optim import MovingAverage, Optimiser, learning_rate
+
+FINITE = torch.tensor(True)
 
 
 def stage_config(name: str = "denoiser"):
@@ -26,18 +29,18 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_moving_average_forgets_its_start_and_follows():
     module = torch.nn.Linear(1, 1)
-    average = moving_average(module, 0.99)
+    average, count = MovingAverage(module, 0.99), itertools.count()
     with torch.no_grad():
         module.weight.fill_(1000.0)
-        average.update_parameters(module)
+        average.update(module, next(count))
         module.weight.fill_(1.0)
         for _ in range(100):
-            average.update_parameters(module)
+            average.update(module, next(count))
         assert average.module.weight.item() == pytest.approx(1, abs=0.1)
         for _ in range(2000):
-            average.update_parameters(module)
+            average.update(module, next(count))
         module.weight.fill_(2.0)
-        average.update_parameters(module)
+        average.update(module, next(count))
     assert 1.004 < average.module.weight.item() < 1.02, "a hundredth of the way, later on"
     assert module.weight.item() == 2
 
@@ -54,7 +57,7 @@ def test_muon_takes_the_matrices_of_layers_and_both_parts_follow_the_rate():
     for rate, moved in ((0.0, False), (0.01, True)):
         for p in denoiser.parameters():
             p.grad = torch.randn_like(p)
-        optimiser.step(rate)
+        optimiser.step(rate, FINITE)
         assert all(bool((p != before[id(p)]).any()) == moved for p in (*adam, *muon))
     assert len(Optimiser(denoiser, replace(stage_config(), muon=False)).parts) == 1
 
@@ -68,7 +71,7 @@ def test_what_judges_learns_twice_as_fast_and_both_forget_fast():
     optimiser, before = Optimiser(module, replace(stages[0], weight_decay=0.0)), copy.deepcopy(module)
     for p in module.parameters():
         p.grad = torch.ones_like(p)
-    optimiser.step(0.01)
+    optimiser.step(0.01, FINITE)
     moved = {name: (module[name].weight - before[name].weight).abs().mean().item() for name in module}
     assert moved["discriminator"] == pytest.approx(2 * moved["decoder"], rel=0.01)
 
@@ -84,7 +87,21 @@ def test_weight_decay_is_that_of_the_stage_and_on_matrices_alone():
     )
     for p in module.parameters():
         p.grad = torch.zeros_like(p)
-    optimiser.step(0.1)
+    optimiser.step(0.1, FINITE)
     for name, times in (("discriminator", 2), ("decoder", 1)):
         assert torch.allclose(module[name].weight, before[name].weight * (1 - times * 0.1 * 0.5))
         assert torch.equal(module[name].bias, before[name].bias)
+
+
+def test_a_step_that_is_left_out_moves_nothing_and_spoils_nothing():
+    """Whatever the gradients are; and the next one is a step as ever."""
+    denoiser = make_denoiser()
+    optimiser = Optimiser(denoiser, stage_config())
+    for finite in (True, False, True):
+        before = [p.detach().clone() for p in denoiser.parameters()]
+        for p in denoiser.parameters():
+            p.grad = torch.randn_like(p) if finite else torch.full_like(p, torch.nan)
+        optimiser.step(0.01, torch.tensor(finite))
+        pairs = list(zip(denoiser.parameters(), before, strict=True))
+        assert all(bool((p != old).any()) == finite for p, old in pairs)
+        assert all(p.isfinite().all() for p, _ in pairs)

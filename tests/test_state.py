@@ -39,7 +39,7 @@ from engine.rollout.player import Player
 from engine.rollout.rollout import Rollout
 from engine.rollout.session import Session
 from engine.stage_config import StagesConfig, StateStageConfig
-from engine.train.optim import moving_average
+from engine.train.optim import MovingAverage
 from engine.train.state import Given, StateLoss, StateStage
 
 KINDS = {"x": "position", "y": "position", "angle": "angle", "eye": "scalar"}
@@ -296,9 +296,9 @@ def test_a_scene_is_learned_from_pictures_and_does_not_mind_the_pace(model: Stat
 def test_the_moving_average_stays_finite(model: StateModel, logs: StateLogs) -> None:
     """Buffers are averaged as weights are: an infinite bound would become no number."""
     loss = StateLoss(model, make_reader(logs), make_scene(), StateStageConfig())
-    average = moving_average(loss, 0.9)
-    for _ in range(3):
-        average.update_parameters(loss)
+    average = MovingAverage(loss, 0.9)
+    for count in range(3):
+        average.update(loss, count)
     kept, own = average.module.state_dict(), loss.state_dict()
     assert all(torch.isfinite(value).all() for value in kept.values())
     for name in own:

@@ -29,7 +29,7 @@ class AutoencoderLoss(nn.Module):
         super().__init__()
         self.autoencoder, self.stage = autoencoder, stage
 
-    def forward(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, frames: Tensor, turn: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         """uint8 frames (n, 3, h, w) → the loss, and PSNR."""
         latents, pixels = self.autoencoder.encode(frames), to_float(frames)
         moved = (len(frames) + 1) // 2

@@ -35,10 +35,9 @@ class DecoderLoss(nn.Module):
         self.decoder, self.stage = decoder, stage
         self.blurred = copy.deepcopy(decoder).requires_grad_(False)
         self.discriminator = PatchDiscriminator(stage.discriminator)
-        self.register_buffer("turns", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents (n, c, y, x) and the true frames (n, 3, 8 y, 8 x), uint8."""
+    def forward(self, batch: tuple[Tensor, Tensor], turn: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents (n, c, y, x) and the true frames (n, 3, 8 y, 8 x), uint8; the iteration's number."""
         latents, true = batch[0].contiguous(memory_format=torch.channels_last), to_float(batch[1])
         with torch.no_grad():
             blurred = self.blurred(latents).float()
@@ -54,9 +53,7 @@ class DecoderLoss(nn.Module):
         )
         error = made - true
         pixels = error.abs().mean() + self.stage.squared_weight * error.square().mean()
-        self.turns += 1
-        share = (self.turns / self.stage.adversarial_warmup).clamp_max(1)
-        weight = self.stage.adversarial * share
+        weight = self.stage.adversarial * min(1.0, (turn + 1) / self.stage.adversarial_warmup)
         told = self.stage.feature_weight * matched - self.stage.judge_weight * judged.mean()
         loss = pixels + weight * told + judge
         psnr = 10 * torch.log10(4 / error.detach().square().mean())
@@ -68,8 +65,13 @@ class DecoderStage(DenoiserStage):
     is measured and shown.
     """
 
+    def segment(self) -> tuple[int, int]:
+        sizes = self.model.denoiser
+        start = sizes.sink_frames + sizes.context_frames
+        return start + sizes.window_frames, sizes.window_frames
+
     def loss(self) -> DecoderLoss:
-        self.games = self.frozen(super().loss())
+        self.drawing = self.frozen(self.generator())
         stage = self.config.stage_config()
         self.frames = load_frames(
             true_recordings(self.config.data, self.config.world)[0], stage.frames, self.config.seed
@@ -120,12 +122,12 @@ class DecoderStage(DenoiserStage):
         return autoencoder
 
     def made(self, module: DecoderLoss) -> WorldModel:
-        return WorldModel(self.drawn(module), self.games.generator)
+        return WorldModel(self.drawn(module), self.drawing)
 
     @torch.no_grad()
     def held_out(self, module: DecoderLoss) -> dict[str, Tensor]:
         """Held-out pictures (n, 3, h, w) float: true, decoded from their latents, and from own games'."""
-        made = self.play(self.games, self.shown)[1]
+        made = self.play(self.drawing, self.shown)[1]
         true = torch.stack(self._true_pictures(self.shown, 0, made.shape[1])).to(self.device)
         autoencoder = self.frozen(self.drawn(module))
         with autocast(self.device, self.dtype):

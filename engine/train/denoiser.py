@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -56,8 +58,12 @@ class PlainLoss(nn.Module):
     def states(self) -> StateModel | None:
         return self.generator.states
 
-    def forward(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
-        if float(torch.rand(())) < self.stage.memoryless:
+    def forward(self, clip: Clip, turn: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """`turn`: the iteration's number. It decides on the host what kind of iteration that is, so that all
+        processes, which wait for one another, do alike, and none waits for its device.
+        """
+        choice = random.Random(turn)
+        if choice.random() < self.stage.memoryless:
             return self._without_memory(clip)
         clip = Clip(*(part[: self.stage.memory_games] for part in clip))
         config, total = self.denoiser.config, clip.latents.shape[1]
@@ -71,8 +77,8 @@ class PlainLoss(nn.Module):
         first, last = config.context_frames + config.sink_frames, total - config.window_frames
         errors, logs = [], {}
         for _ in range(self.stage.windows):
-            start = int(torch.randint(first, last + 1, ()))
-            single = config.correction > 0 and float(torch.rand(())) < self.stage.single_share
+            start = choice.randint(first, last)
+            single = config.correction > 0 and choice.random() < self.stage.single_share
             size = 1 if single else config.window_frames
             error = self._window_error(
                 clip, states, has_state, history, sigma, start, size, self._context(recorder, start)
@@ -141,8 +147,9 @@ class PlainLoss(nn.Module):
         """
         c, transformer = self.denoiser.config, self.denoiser.transformer
         n, layers = transformer.tokens, []
-        order = torch.arange(len(recorder.layers[0][0]))
-        order[: len(order) // 2] = order[: len(order) // 2].roll(1)
+        order = torch.arange(len(recorder.layers[0][0]), device=recorder.layers[0][0].device)
+        half = len(order) // 2
+        order = torch.cat([order[:half].roll(1), order[half:]])
         ring = slice((start - c.context_frames) * n, start * n)
         for k, v in recorder.layers:
             sink = transformer.positions.shift(
@@ -218,21 +225,19 @@ class DenoiserStage(LatentsStage):
         return WorldModel(self.autoencoder, module.generator)
 
     @torch.no_grad()
-    def play(self, module: PlainLoss, batches: Batches, position: int = 0) -> tuple[Tensor, Tensor]:
+    def play(self, generator: Generator, batches: Batches, position: int = 0) -> tuple[Tensor, Tensor]:
         """Held-out games of the model's own from true starts → true and made latents (b, t, c, y, x)."""
-        module.eval()
         clip = batches.segments.batch(batches.indices(position)).to(self.device)
         actions = clip.actions[:, batches.segments.before :]
         b = len(clip.latents)
         with autocast(self.device, self.dtype):
             dtype = compute_dtype(self.device)
-            rollout = Rollout(module.generator, b, dtype)
+            rollout = Rollout(generator, b, dtype)
             start = rollout.start_frames
-            states = clip.states[:, :start] if module.states else None
+            states = clip.states[:, :start] if generator.states else None
             seed = torch.arange(b, device=self.device)
             rollout.reset(clip.latents[:, :start], actions[:, :start], seed, states)
             made = torch.stack([rollout.step(action) for action in actions[:, start:].unbind(1)], 1)
-        module.train()
         return clip.latents[:, start:], made
 
     @torch.no_grad()
@@ -240,7 +245,7 @@ class DenoiserStage(LatentsStage):
         """Held-out games: every fifth true frame above the one that the model makes of the same start and
         keys.
         """
-        both = self.play(module, self.shown)
+        both = self.play(module.generator, self.shown)
         with autocast(self.device, self.dtype):
             both = [decode_clip(self.autoencoder, x[:, ::5].float()) for x in both]
         rows = [rearrange(x, "b t c h w -> b t h w c").cpu().numpy() for x in both]
@@ -252,7 +257,7 @@ class DenoiserStage(LatentsStage):
         against the decoded true latents.
         """
         batches = Batches(self.shown.segments, MEASURED, 1)
-        true, made = self.play(module, batches)
+        true, made = self.play(module.generator, batches)
         scores = {}
         for t in (t for t in HORIZONS if t <= made.shape[1]):
             pair = torch.stack([true[:, t - 1], made[:, t - 1]], 1).float()

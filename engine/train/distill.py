@@ -43,9 +43,9 @@ class DistillLoss(RolloutLoss):
         self.teacher = teacher.requires_grad_(False)
         self.critic = copy.deepcopy(teacher).requires_grad_(True)
 
-    def forward(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, clip: Clip, turn: int) -> tuple[Tensor, dict[str, Tensor]]:
         self.told: dict[str, Tensor] = {}
-        loss, logs = super().forward(clip)
+        loss, logs = super().forward(clip, turn)
         return loss, logs | self.told
 
     def _judged(self, rollout: Rollout, windows: Windows) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,8 @@ class Training:
         self.stage = make_stage(config, self.device, self.dtype, self.ranks.rank, self.ranks.count)
         self.module = self.stage.module.to(self.device)
         self.optimiser = optim.Optimiser(self.module, self.stage_config)
-        self.average = optim.moving_average(self.module, self.stage_config.ema)
-        self.step, self.seconds, self.skipped = 0, 0.0, 0
+        self.average = optim.MovingAverage(self.module, self.stage_config.ema)
+        self.step, self.seconds = 0, 0.0
         self.scores: dict[str, float] = {}  # what was measured last on held-out data
         if state:
             self._restore(state)
@@ -69,32 +69,27 @@ class Training:
 
     def iterate(self, progress: float) -> dict[str, Tensor]:
         """One step of the optimiser, after `accumulate` batches → means of their figures, still on the
-        device.
+        device. Nothing here waits for that.
 
-        Where a gradient is not finite nothing moves, and there are no figures.
+        Where a gradient is not finite no weight moves; `finite` says so.
         """
         parts: dict[str, list[Tensor]] = {}
         for part in range(count := self.stage_config.accumulate):
             with self.ranks.apart(self.runner, last=part == count - 1):
+                turn = self.step * count + part
                 with autocast(self.device, self.dtype):
-                    loss, logs = self.runner(self.stage.batch(self.step * count + part))
+                    loss, logs = self.runner(self.stage.batch(turn), turn)
                 (loss / count).backward()
             for name, value in {"loss": loss.detach(), **logs}.items():
                 parts.setdefault(name, []).append(value)
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.stage_config.grad_clip)
-        if finite := bool(torch.isfinite(norm)):
-            self.optimiser.step(optim.learning_rate(self.stage_config, self.step, progress))
-            self.average.update_parameters(self.module)
+        finite = torch.isfinite(norm)
+        self.optimiser.step(optim.learning_rate(self.stage_config, self.step, progress), finite)
+        self.average.update(self.module, self.step)
         self.optimiser.zero_grad()
         self.step += 1
-        self.skipped = 0 if finite else self.skipped + 1
-        if self.skipped >= PATIENCE:
-            said = f"The gradients of stage {self.config.stage} were not finite for {PATIENCE} steps in a row"
-            raise UserError(
-                f"{said}; try a lower stages.{self.config.stage}.learning_rate, or precision=fp32."
-            )
         means = {name: torch.stack(values).mean() for name, values in parts.items()}
-        return {"grad": norm, **means} if finite else {}
+        return {"grad": norm, **means, "finite": finite}
 
     def save(self) -> None:
         """The stage's checkpoint and then what an exact continuation needs, which so never tells of a step
@@ -114,7 +109,7 @@ class Training:
         if self.ranks.first:
             state |= {"seconds": self.seconds, "precision": self.precision, "origin": self.origin}
             state |= {"scores": self.scores, "trains": self.stage.trains}
-            state |= {"module": _learnt(self.module), "average": _learnt(self.average)}
+            state |= {"module": _learnt(self.module), "average": _learnt(self.average.module)}
             state |= {"optimiser": self.optimiser.state_dict()}
         else:
             state["buffers"] = self._buffers()
@@ -137,7 +132,7 @@ class Training:
             module = state["module"]
             if own and own["step"] == self.step:
                 module = module | own.get("buffers", {})
-            for part, learnt in ((self.module, module), (self.average, state["average"])):
+            for part, learnt in ((self.module, module), (self.average.module, state["average"])):
                 if learnt.keys() != _learnt(part).keys():
                     raise KeyError("other networks")
                 part.load_state_dict(part.state_dict() | learnt)
@@ -184,7 +179,7 @@ def train_stage(
         raise Stopped(error.code - 128, f"stopped before the first step; {begun}.") from None
     metrics = Metrics(
         config,
-        ranks.first,
+        ranks,
         training.stage_config.batch * training.stage_config.accumulate * ranks.count,
         training.step,
     )
@@ -234,7 +229,9 @@ def _run(training: Training, metrics: Metrics, stop: Stop) -> None:
         start = time.perf_counter()
         logs = training.iterate(progress)
         training.seconds += time.perf_counter() - start
-        metrics.add(logs, training.step, training.seconds, progress)
+        if metrics.add(logs, training.step, training.seconds, progress) >= PATIENCE:
+            said = f"The gradients of stage {config.stage} were not finite for {PATIENCE} steps in a row"
+            raise UserError(f"{said}; try a lower stages.{config.stage}.learning_rate, or precision=fp32.")
 
 
 def _wait(ranks: Ranks, folder: Path, stop: Stop) -> float:

@@ -11,50 +11,61 @@ import torch
 from tqdm import tqdm
 
 from ..config import TrainConfig, UserError
+from .parallel import Ranks
 
 
 class Metrics:
-    """Means of figures over some steps; silent unless `loud`, as all processes are but the first.
+    """Means of figures over some steps and all processes; told by the first one alone.
 
-    `per_step`: samples that a step of all processes takes. Lines of steps behind `step`, at which training
+    `per_step`: samples that a step of all processes takes. Lines of steps after `step`, at which training
     goes on, are cut off: these steps come again.
     """
 
-    def __init__(self, config: TrainConfig, loud: bool, per_step: int, step: int):
-        self.every, self.per_step, self.loud = config.log_every, per_step, loud
+    def __init__(self, config: TrainConfig, ranks: Ranks, per_step: int, step: int):
+        self.every, self.per_step, self.ranks, self.loud = config.log_every, per_step, ranks, ranks.first
         self.last: dict[str, float] = {}
         self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, int] = {}  # not every step has every figure
-        self._steps, self._skipped, self._since = 0, 0, time.perf_counter()
+        self._counts: dict[str, torch.Tensor] = {}  # not every step has every figure
+        self._steps, self._since = 0, time.perf_counter()
+        self._skipped_before = 0  # steps whose gradients were not finite, up to the last figures
         self._file = self._board = None
-        if loud:
+        if self.loud:
             path = Path(config.out) / f"{config.stage}.jsonl"
             _cut(path, step)
             self._file = open(path, "a")  # noqa: SIM115
             self._board = _tensorboard(config) if config.tensorboard else None
         self.bar = tqdm(
             bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}",
-            **{"desc": config.stage, "unit": "%", "total": 100, "disable": not loud},
+            **{"desc": config.stage, "unit": "%", "total": 100, "disable": not self.loud},
         )
 
-    def add(self, logs: dict[str, torch.Tensor], step: int, seconds: float, progress: float) -> None:
-        """The figures of the step that made `step` of them; none: it was skipped, as its gradients were not
-        finite.
+    def add(self, logs: dict[str, torch.Tensor], step: int, seconds: float, progress: float) -> int:
+        """The figures of the step that made `step` of them; those of a step whose gradients were not finite
+        do not count → how many such steps came in a row, as far as it is known: every `log_every` steps,
+        which are the only ones that wait for the device.
         """
-        for name, value in logs.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
-            self._counts[name] = self._counts.get(name, 0) + 1
+        finite = logs.pop("finite")
+        for name, value in (logs | {"finite": finite}).items():
+            value = torch.where(finite, value.detach().float(), 0)
+            self._sums[name] = self._sums.get(name, 0) + value
+            self._counts[name] = self._counts.get(name, 0) + finite.float()
         self._steps += 1
-        self._skipped += not logs
         if self._steps < self.every:
-            return
+            return 0
         now = time.perf_counter()
-        means = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
+        names = sorted(self._sums)
+        table = torch.stack([torch.stack([self._sums[name], self._counts[name]]) for name in names]).tolist()
+        sums = self.ranks.summed(dict(zip(names, table, strict=True)))
+        skipped = self._steps - int(sums["finite"][0] / self.ranks.count)
+        means = {n: total / count for n, (total, count) in sums.items() if count and n != "finite"}
         means["rate"] = self._steps * self.per_step / (now - self._since)
-        self.last = rounded(means | {"skipped": self._skipped})
-        self._sums, self._counts, self._steps, self._skipped, self._since = {}, {}, 0, 0, now
+        self.last = rounded(means | {"skipped": skipped})
+        in_a_row = self._skipped_before + skipped
+        self._skipped_before = in_a_row if skipped == self._steps else 0
+        self._sums, self._counts, self._steps, self._since = {}, {}, 0, now
         if self.loud:
             self._tell(step, seconds, progress)
+        return in_a_row
 
     def _tell(self, step: int, seconds: float, progress: float) -> None:
         line = {"step": step, "minutes": round(seconds / 60, 2)} | self.last

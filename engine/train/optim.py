@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from ..stage_config import StageConfig
 
@@ -34,12 +34,16 @@ class Optimiser:
             how = {"weight_decay": stage.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
             self.parts.append(torch.optim.Muon(inner, lr=stage.learning_rate, **how))
 
-    def step(self, rate: float) -> None:
-        """One step with the learning rate `rate`."""
+    def step(self, rate: float, finite: Tensor) -> None:
+        """One step with the learning rate `rate`; none where `finite` () is 0: the host need not know."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate * group.get("times", 1.0)
-            part.step()
+            if isinstance(part, torch.optim.AdamW):
+                part.found_inf = 1 - finite.float()  # as a gradient scaler tells it
+                part.step()
+            else:
+                _step_where(finite, part)
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -68,14 +72,33 @@ def learning_rate(stage: StageConfig, step: int, progress: float) -> float:
     return stage.learning_rate * warm * max(0.0, decay)
 
 
-def moving_average(module: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of weights and buffers; short at first, to forget the start soon."""
+def _step_where(finite: Tensor, part: torch.optim.Optimizer) -> None:
+    """The step of an optimiser that cannot be told to leave it out."""
+    weights = [p for group in part.param_groups for p in group["params"] if p.grad is not None]
+    before = [p.detach().clone() for p in weights]
+    for p in weights:
+        p.grad = torch.where(finite, p.grad, 0)
+    part.step()
+    with torch.no_grad():
+        for p, old in zip(weights, before, strict=True):
+            p.copy_(torch.where(finite, p, old))
 
-    def average(kept: list[Tensor], new: list[Tensor], count: int | Tensor) -> None:
-        share = max(1 - decay, 9 / (10 + float(count)))
-        if kept[0].is_floating_point():  # what comes together is of one kind
-            torch._foreach_lerp_(kept, new, share)
-        else:
-            torch._foreach_copy_(kept, new)
 
-    return AveragedModel(module, multi_avg_fn=torch.no_grad()(average), use_buffers=True)
+class MovingAverage:
+    """Exponential moving average of weights and buffers, short at first, to forget the start soon. (torch's
+    AveragedModel reads its count from the device at each update.)
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.module, self.decay = copy.deepcopy(module), decay
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, count: int) -> None:
+        """Takes the weights as they are after `count` updates before this one."""
+        share = max(1 - self.decay, 9 / (10 + count)) if count else 1.0
+        pairs = list(zip(self.module.state_dict().values(), module.state_dict().values(), strict=True))
+        moving = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([kept for kept, _ in moving], [new for _, new in moving], share)
+        for kept, new in pairs:
+            if not kept.is_floating_point():
+                kept.copy_(new)

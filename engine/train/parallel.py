@@ -39,6 +39,19 @@ class Ranks:
             dist.broadcast(told, 0, group=self._control)
         return told.tolist()
 
+    def summed(self, figures: dict[str, list[float]]) -> dict[str, list[float]]:
+        """The figures of all processes, of which each may have others, added up."""
+        if self._control is None:
+            return figures
+        told: list = [None] * self.count
+        dist.all_gather_object(told, figures, group=self._control)
+        total: dict[str, list[float]] = {}
+        for one in told:
+            for name, values in one.items():
+                old = total.get(name, [0.0] * len(values))
+                total[name] = [a + b for a, b in zip(old, values, strict=True)]
+        return total
+
     def same(self, weights: list[Tensor]) -> bool:
         """Whether these are the same on all processes, bit for bit."""
         if self.count == 1:

@@ -52,15 +52,13 @@ class RolloutLoss(PlainLoss):
     def __init__(self, generator: Generator, stage: DistillStageConfig):
         super().__init__(generator, stage)
         self.games: list[Game] = []
-        self.register_buffer("turns", torch.zeros((), dtype=torch.int64))  # iterations so far
 
-    def forward(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
-        # processes choose alike, as they wait for one another; by what is saved with the weights
-        choice = random.Random(int(self.turns))
-        self.turns += 1
+    def forward(self, clip: Clip, turn: int) -> tuple[Tensor, dict[str, Tensor]]:
+        choice = random.Random(f"kind {turn}")
         if choice.random() < self.stage.teacher_forcing:
             length = min(least_frames(self.denoiser.config, self.stage), clip.latents.shape[1])
-            return super().forward(_cut(clip, choice.randint(0, clip.latents.shape[1] - length), length))
+            first = choice.randint(0, clip.latents.shape[1] - length)
+            return super().forward(_cut(clip, first, length), turn)
         self._renew(clip)
         errors, weights, logs = [], [], {}
         for number, game in enumerate(self.games):
@@ -107,10 +105,10 @@ class RolloutLoss(PlainLoss):
         made = rollout.predict(assumed)
         right = (actions == assumed[:, None]).all(-1).to(made.dtype).cumprod(1)
         back, corrected = rollout.needs_renoise(action), None
-        if rollout.correction and back.any():
+        if rollout.correction:  # whether a game needs it is known to the device alone
             corrected = rollout.correct(made[:, :1].detach(), action)
         error, weight = self._judged(rollout, Windows(made, right, corrected, back, true, still, action))
-        head = rollout.advance(made.detach(), action, corrected=corrected)
+        head = rollout.advance(made.detach(), action, corrected is not None, corrected)
         return error, weight, (head - true[:, 0]).square().mean()
 
     def _judged(self, rollout: Rollout, windows: Windows) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ class StateLoss(nn.Module):
         super().__init__()
         self.model, self.reader, self.scene, self.stage = model, reader, scene, stage
 
-    def forward(self, given: Given) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, given: Given, turn: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         """→ the sum of the losses, and their parts."""
         games, parts = self.predict(given.games)
         few = StatePictures(*(part[: len(part) // self.stage.read_share] for part in given.pictures))
