@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.config import PlayConfig, UserError, load_config
-from engine.play.pace import seconds_since_start
+from engine.play.timings import seconds_since_start
 
 HEADLESS_FRAMES = 300
 HEADLESS_VIDEO = "rollplay.mp4"

@@ -81,9 +81,9 @@ def test_a_packed_autoencoder_is_the_same_one():
     kinds = [type(part) for part in packed.modules()]
     assert nn.PixelUnshuffle not in kinds and nn.Conv2d not in kinds and PackedConv in kinds
     pictures = 2 * torch.rand(2, 3, 64, 96) - 1
-    latents = autoencoder.read(pictures)
-    assert torch.allclose(packed.read(pictures), latents, atol=1e-4)
-    assert torch.allclose(packed.paint(latents), autoencoder.paint(latents), atol=1e-5)
+    latents = autoencoder.encode_pixels(pictures)
+    assert torch.allclose(packed.encode_pixels(pictures), latents, atol=1e-4)
+    assert torch.allclose(packed.decode_pixels(latents), autoencoder.decode_pixels(latents), atol=1e-5)
 
 
 def test_what_is_not_for_the_library_stays():

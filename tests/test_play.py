@@ -26,10 +26,10 @@ from engine.data.recording import Recording
 from engine.data.starts import cut_start, packed_starts
 from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.model.networks import load_autoencoder, make_denoiser
-from engine.play import pace
 from engine.play.game import open_game
-from engine.play.pace import Schedule, Timings
 from engine.play.playthrough import Playthrough, check_policy
+from engine.play.schedule import Schedule
+from engine.play.timings import Timings
 from engine.rollout.player import Player
 from engine.rollout.session import Session
 
@@ -256,7 +256,7 @@ def test_recording_can_begin_and_end_while_playing(tiny_checkpoint, tmp_path):
 
 def test_schedule_neither_drifts_nor_makes_up(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
     schedule = Schedule(10)
     for frame in range(1, 51):
         schedule.begin()
@@ -272,7 +272,7 @@ def test_schedule_neither_drifts_nor_makes_up(monkeypatch):
 
 def test_timings_leave_pauses_out(monkeypatch):
     now = [50.0]
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
     timings = Timings()
     for frame in range(20):
         if frame == 10:
@@ -324,7 +324,7 @@ def test_a_window_keeps_the_worlds_pace(tiny_checkpoint, capsys):
 
 
 def test_the_time_from_key_to_picture_is_measured():
-    from engine.play.pace import Latency
+    from engine.play.timings import Latency
 
     latency = Latency()
     assert latency.recent() == 0 and latency.figures() == {}

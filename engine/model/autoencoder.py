@@ -63,9 +63,9 @@ class Autoencoder(nn.Module):
 
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 frames (n, 3, h, w) → latents (n, c, h/8, w/8)."""
-        return self.read(to_float(frames))
+        return self.encode_pixels(to_float(frames))
 
-    def read(self, pixels: Tensor) -> Tensor:
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Float pixels in [-1, 1] (n, 3, h, w) → latents (n, c, h/8, w/8), float32."""
         latents = self._raw(pixels)
         return self.standard(latents.flatten(1)[:, None, None]).view_as(latents)
@@ -75,9 +75,9 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (n, c, y, x) → uint8 frames (n, 3, 8 y, 8 x)."""
-        return to_bytes(self.paint(latents))
+        return to_bytes(self.decode_pixels(latents))
 
-    def paint(self, latents: Tensor) -> Tensor:
+    def decode_pixels(self, latents: Tensor) -> Tensor:
         """Latents (n, c, y, x) → float pixels, about in [-1, 1], (n, 3, 8 y, 8 x), float32."""
         return self.decoder(latents.contiguous(memory_format=torch.channels_last)).float()
 

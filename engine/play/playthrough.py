@@ -14,8 +14,8 @@ from ..data.film import Film
 from ..data.policies import Policy, make_policy
 from ..data.recording import Recorder
 from .game import Game
-from .pace import Timings
 from .replay import Replay
+from .timings import Timings
 
 
 def check_policy(name: str) -> Replay | None:

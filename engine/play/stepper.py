@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .pace import Schedule
 from .playthrough import Playthrough
+from .schedule import Schedule
 
 Read = Callable[[Playthrough], tuple[np.ndarray | None, list]]
 

@@ -36,7 +36,7 @@ class AutoencoderLoss(nn.Module):
         latents = torch.cat([zoom(latents[:moved], grid := random_crops(moved)), latents[moved:]])
         pixels = torch.cat([zoom(pixels[:moved], grid), pixels[moved:]])
         level = self.stage.latent_noise * torch.rand(len(latents), 1, 1, 1, device=latents.device)
-        made = self.autoencoder.paint(latents + level * torch.randn_like(latents))
+        made = self.autoencoder.decode_pixels(latents + level * torch.randn_like(latents))
         error = made - pixels  # (n, 3, h, w)
         squared = error.square().mean()
         across = (error[..., 1:] - error[..., :-1]).abs().mean()

@@ -133,7 +133,7 @@ class DecoderStage(DenoiserStage):
         with autocast(self.device, self.dtype):
             read = [autoencoder.encode(x) for x in true]
             pictures = {
-                name: [autoencoder.paint(z) for z in x] for name, x in (("read", read), ("own", made))
+                name: [autoencoder.decode_pixels(z) for z in x] for name, x in (("read", read), ("own", made))
             }
         return {"true": to_float(true), **{name: torch.stack(x) for name, x in pictures.items()}}
 

@@ -12,9 +12,9 @@ import pygame
 
 from ...config import PlayConfig, UserError
 from ...data.picture import save_picture
-from ..pace import Latency, seconds_since_start
 from ..playthrough import Playthrough
 from ..stepper import Stepper, View
+from ..timings import Latency, seconds_since_start
 from .hud import draw_banner, draw_help, draw_hud, draw_loading, functions_of
 from .keys import HeldKeys, actions_of, check_bindings, scancode_name
 from .screen import Screen
