@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import UserError
+from .shipped import shipped
 from .stage_config import TRAINED, StageConfig, StagesConfig
 
 POLICIES = ("keyboard", "explore", "scripted", "random", "taps", "idle", "spin", "walls")
@@ -219,15 +220,13 @@ def load_config(program: str, schema: type, overrides: list[str]) -> Any:
     Hydra's compose call is used instead of its main decorator, so that a mistake is one sentence (UserError)
     and no output folder appears. Unknown keys and wrong types are refused.
     """
-    from pathlib import Path
-
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    folder = Path(__file__).resolve().parent.parent / "configs"
+    folder = shipped("configs")
     ConfigStore.instance().store(name=f"{program}_schema", node=schema)
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):

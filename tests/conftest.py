@@ -109,7 +109,7 @@ TOY_STAGES = ("autoencoder", "state", "denoiser", "distill", "decoder")
 
 def run_training(*options: str) -> dict:
     """train.py's main() with these options and those of TOY → the figures on the last line of its output."""
-    import train
+    from engine.programs import train
 
     said = io.StringIO()
     with contextlib.redirect_stdout(said):

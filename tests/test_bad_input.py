@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import play
 from engine.config import WorldConfig
 from engine.data.picture import save_picture
 from engine.data.recording import Recorder, Recording
+from engine.programs import play
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -194,9 +194,8 @@ def test_places_that_cannot_be_written(refused, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
 def test_full_disk(tiny_checkpoint, tmp_path):
     """The recording ends with a sentence and what it holds is readable; no figures, as if all were well."""
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000)); import play; "
-    )
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000)); "
+    code += "from engine.programs import play; "
     options = (
         f"checkpoint={tiny_checkpoint} display=headless policy=random frames=2000 record={tmp_path / 'r'}"
     )

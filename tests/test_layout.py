@@ -28,7 +28,14 @@ ARROWS = {
     "benchmark": "rollout model kernels config",
     "programs": "play train evaluation rollout model data worlds config",
 }
-FLAT = ("__init__", "config", "device", "errors", "stage_config")  # in engine/ itself: they count as config
+FLAT = (
+    "__init__",
+    "config",
+    "device",
+    "errors",
+    "shipped",
+    "stage_config",
+)  # in engine/ itself: they count as config
 
 FOLDERS = ("engine", "kernels")
 SOURCES = sorted(
@@ -193,7 +200,8 @@ def test_setup_lists_the_packages() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", "utf-8")
     folders = {module_of(f"{Path(file).parent.as_posix()}/__init__.py") for file in SOURCES if "/" in file}
-    assert set(setup["options"]["packages"].split()) == folders
+    data = {"engine.configs", "engine.assets"}  # folders of files that come along
+    assert set(setup["options"]["packages"].split()) == folders | data
 
 
 def test_files_stay_short() -> None:

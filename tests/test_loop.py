@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import nn
 
-import train
 from engine.config import TrainConfig, UserError, WorldConfig, load_config
 from engine.data.recording import Recorder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
+from engine.programs import train
 from engine.train import loop
 from engine.train.loop import Training, train_stage
 from engine.train.parallel import Ranks
@@ -433,7 +433,8 @@ def test_any_seed_will_do(seed, begin):
 RANKED = """
 import os, sys, signal
 sys.path.insert(0, {tests!r})
-import torch, train, test_loop
+import torch, test_loop
+from engine.programs import train
 from engine.train import loop
 rank = int(os.environ["RANK"])
 class Stage(test_loop.LineStage):

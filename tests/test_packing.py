@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-import train
 from engine.config import ModelConfig, TrainConfig, UserError, WorldConfig
 from engine.data.recording import Recorder, Recording
 from engine.data.starts import STEPS, packed_starts
 from engine.model import packing
 from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.model.networks import load_autoencoder
+from engine.programs import train
 
 
 class Net(nn.Module):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-import train
 from engine.config import WorldConfig
 from engine.data.recording import Recorder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
+from engine.programs import train
 from engine.stage_config import TRAINED
 from engine.train import loop, pipeline
 
@@ -29,7 +29,7 @@ class Line(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(2))
 
-    def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(self, batch: torch.Tensor, turn: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return (self.weight * batch).square().mean(), {}
 
 

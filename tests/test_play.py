@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 
-import play
 from engine.config import PlayConfig, StateConfig
 from engine.data.floor import BODY
 from engine.data.picture import load_picture, save_picture
@@ -30,6 +29,7 @@ from engine.play.game import open_game
 from engine.play.playthrough import Playthrough, check_policy
 from engine.play.schedule import Schedule
 from engine.play.timings import Timings
+from engine.programs import play
 from engine.rollout.player import Player
 from engine.rollout.session import Session
 

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-import train
 from engine.config import TrainConfig, UserError, load_config
 from engine.device import pick_precision
+from engine.programs import train
 
 
 def test_precisions_are_named():

@@ -18,13 +18,13 @@ import torch
 from conftest import TOY, TOY_STAGES, run_training
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train
 from engine.config import TrainConfig, load_config
 from engine.data.dataset import split
 from engine.data.picture import load_picture
 from engine.data.recording import Recorder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.model.networks import load_autoencoder, load_denoiser, load_reader, load_states
+from engine.programs import train
 from engine.rollout.player import Player
 from engine.rollout.session import Session
 from engine.stage_config import TRAINED, DenoiserStageConfig

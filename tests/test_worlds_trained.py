@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import TOY_STAGES, run_training
 
-import play
 from engine.data.recording import Recording
 from engine.model.checkpoint import Checkpoint
+from engine.programs import play
 
 WORLD = ("world=gym", "world.id=CartPole-v1")
 

@@ -9,10 +9,9 @@ import numpy as np
 
 from ..config import PlayConfig, UserError, WorldConfig
 from ..data.starts import Start, described, load_start, packed_starts, true_start
+from ..shipped import shipped
 from ..worlds import make_world
 from ..worlds.base import ActionSpace
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class TrueGame:
@@ -73,8 +72,8 @@ class Dream:
         from ..rollout.session import Session
 
         path = Path(config.checkpoint)
-        if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
-            path = ROOT / path  # the shipped one, when play.py is called from another folder
+        if not path.is_absolute() and not path.exists():
+            path = shipped(path)  # when the program is called from another folder
         choose_kernels(config.kernels)
         player = Player(path, config.device, config.precision)
         self._session = Session(player, config.graph)

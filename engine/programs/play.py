@@ -1,0 +1,126 @@
+"""Plays a world: python play.py [name=value ...]
+
+Without options a window opens and you walk through the world that the network in assets/ draws; F1 shows the
+keys. Where there is no display, a policy plays 300 frames into a video. Often used options:
+  checkpoint=FILE   which network           game=true world=NAME   the real game instead, with the same keys
+  start=WHERE       where a dream starts: a shipped start's name, a recording DIR or DIR:FRAME, a picture
+  record=DIR        records frames and keys, to train on or to replay
+  video=FILE.mp4    films what is seen
+  policy=NAME       who plays: keyboard explore scripted random taps idle spin walls, or a recording to replay
+  display=headless  no window, as fast as it can      frames=N   stop after so many      seed=N      threads=N
+All options with their defaults: engine/config.py, PlayConfig. The last line of output is JSON with figures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from typing import Any
+
+from ..config import PlayConfig, UserError, load_config
+from ..play.timings import seconds_since_start
+
+HEADLESS_FRAMES = 300
+HEADLESS_VIDEO = "rollplay.mp4"
+
+
+def choose_display(config: PlayConfig) -> PlayConfig:
+    """Decides on window or headless and fills in what a game without a player needs.
+
+    Raises UserError where a window is insisted on and there is no display.
+    """
+    if config.display != "headless":
+        from ..play.ui.screen import display_trouble, seen_by_somebody
+
+        trouble = display_trouble()
+        if config.display == "window" and trouble:
+            said = f"No window can be opened here ({trouble})"
+            raise UserError(f"{said}; start play.py on a desktop, or with display=headless video=FILE.mp4.")
+        if not trouble and (config.display == "window" or seen_by_somebody()):
+            return replace(config, display="window")
+        why = trouble or "SDL draws into nothing"
+        print(f"There is no display here ({why}), so a policy plays into a video.")
+        print("For a window start play.py on a desktop, or through one that is forwarded (ssh -X).")
+        config = replace(config, video=config.video or HEADLESS_VIDEO)
+    policy = "explore" if config.policy == "keyboard" else config.policy
+    return replace(config, display="headless", policy=policy)
+
+
+def open_playthrough(config: PlayConfig) -> Any:
+    """The game with its policy, recording and film; what is quick to check comes before torch."""
+    from ..play.game import open_game
+    from ..play.playthrough import Playthrough, check_policy
+
+    replay = check_policy(config.policy)
+    game = open_game(config)
+    try:
+        return Playthrough(config, game, replay)
+    except BaseException:
+        game.close()
+        raise
+
+
+def play_headless(config: PlayConfig) -> dict[str, Any]:
+    """As fast as it can, without a window → figures."""
+    from tqdm import tqdm
+
+    playthrough = open_playthrough(config)
+    first_frame_s = seconds_since_start()
+    wanted = config.frames or (playthrough.replay.left if playthrough.replay else HEADLESS_FRAMES)
+    try:
+        with tqdm(total=wanted, unit="frame", desc="play", mininterval=0.5) as bar:
+            while playthrough.timings.steps < wanted and not (playthrough.over or playthrough.trouble):
+                playthrough.advance()
+                bar.update(playthrough.timings.steps - bar.n)
+    finally:
+        playthrough.close()
+    return {**playthrough.figures(), "first_frame_s": round(first_frame_s, 2)}
+
+
+def play_window(config: PlayConfig) -> dict[str, Any]:
+    """In a window, at the world's rate → figures."""
+    from ..play.ui.loop import Loop
+
+    loop = Loop(config, lambda: open_playthrough(config))
+    figures = loop.run().figures()
+    schedule = loop.stepper.schedule
+    figures |= {"first_frame_s": round(loop.first_frame_s, 2)}
+    return figures | {"late": schedule.late, "dropped": schedule.dropped} | loop.latency.figures()
+
+
+def main(arguments: list[str]) -> int:
+    """The program → its exit code."""
+    # libgomp's threads wait for one another many times a step. Sleeping each time (PASSIVE) makes a step of
+    # two threads slower than one thread's; spinning for milliseconds, as by default, takes the cores from
+    # window and recorder. So they spin for some tenths of a millisecond (docs/log.md). Read when torch is
+    # loaded, which happens after the window is open.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # no greeting on stdout
+    if {"-h", "--help", "help"} & set(arguments):
+        print(__doc__)
+        return 0
+    try:
+        config = choose_display(load_config("play", PlayConfig, arguments))
+        figures = play_window(config) if config.display == "window" else play_headless(config)
+    except UserError as error:
+        print(f"play.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("play.py: stopped; what was recorded is complete.", file=sys.stderr)
+        return 130
+    for what, path in (("recording", config.record), ("video", config.video)):
+        if path:
+            print(f"The {what} is in {os.path.abspath(path)}")
+            figures[what] = path
+    print(json.dumps(figures))
+    return 0
+
+
+def program() -> int:
+    """The command line's program → its exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a logout closes files, as Ctrl-C does
+    return main(sys.argv[1:])

@@ -1,0 +1,106 @@
+"""Trains everything: python train.py stage=NAME [name=value ...]
+
+stage=all makes a playable world from nothing: it collects, then trains every stage with its share of the
+time, and goes on where it was stopped. Each stage is also a command of its own, reads what the one before it
+wrote, takes max_minutes=M and goes on where it was stopped:
+  collect      policies play the true game
+  autoencoder  frames to latents and back
+  state        where one is and where one looks, from keys
+  denoiser     the next frames, from true ones
+  distill      the model's own games keep to the truth and get its look
+  decoder      crisp pictures
+  evaluate     all figures of the report, against the true game
+Besides: pack makes the small file that ships (checkpoint=FILE out=FILE), precision compares arithmetic, and
+ablate measures a checkpoint that plays without parts of the method (checkpoint=FILE out=DIR). What evaluate
+measures: docs/evaluation.md; routes=FILE gives it other routes, quick=true takes some three minutes.
+
+Often used options:
+  world=NAME    doom_gathering doom_arena doom_defend doom_home gym (with world.id=...)
+  preset=NAME   toy (seconds) · laptop (overnight on 2 cores) · gpu (under 25 minutes on one big GPU)
+  data=DIR      recordings         out=DIR    checkpoints, metrics and pictures
+  frames=N      collect: how many  max_minutes=M  seed=N  device=auto|cpu|cuda  threads=N
+  again=true    train anew what was made from something else than what is there now
+Ctrl-C and SIGTERM save before they stop; while a file `pause` lies in out=DIR, training waits.
+All options with their defaults: engine/config.py, TrainConfig.
+Several processes: torchrun --nproc-per-node N train.py ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+
+from ..config import TrainConfig, UserError, load_config
+from ..model.layers import choose_kernels
+from ..stage_config import TRAINED
+from ..train.parallel import open_ranks
+from ..train.stop import Stop, Stopped
+
+UNTOUCHED = "what is finished stays, and the same command continues"
+
+
+def run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
+    """The stage that `config.stage` names → its figures."""
+    if config.stage in ("all", *TRAINED):
+        with open_ranks(config.device) as ranks:
+            if config.stage == "all":
+                from ..train.pipeline import train_all
+
+                return train_all(config, ranks, stop)
+            from ..train.loop import train_stage
+
+            return train_stage(config, ranks, stop)
+    if config.stage == "collect":
+        from ..data.collection import collect as work
+    elif config.stage == "evaluate":
+        from ..evaluation import evaluate as work
+    elif config.stage == "ablate":
+        from ..evaluation import ablate as work
+    elif config.stage == "pack":
+        from ..model.packing import pack as work
+    else:
+        from ..evaluation.precision import precision as work
+    return work(config)
+
+
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help", "help"} & set(arguments):
+        print(__doc__)
+        return 0
+    stop = Stop()
+    try:
+        with stop.listening():
+            config = load_config("train", TrainConfig, arguments)
+            if config.threads:
+                torch.set_num_threads(config.threads)
+            choose_kernels(config.kernels)
+            figures = run(config, stop)
+    except UserError as error:
+        return refuse(str(error), 2)
+    except Stopped as stopped:
+        return refuse(str(stopped) or f"stopped; {UNTOUCHED}.", stopped.code)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        said = f"{where}{error.strerror or error}"
+        return refuse(f"{said}; free some space or choose other places with data=DIR and out=DIR.", 2)
+    except torch.OutOfMemoryError:
+        said = "The GPU's memory is too small for this"
+        return refuse(f"{said}; lower stages.NAME.batch and raise stages.NAME.accumulate.", 2)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(figures))
+    return 0
+
+
+def refuse(said: str, code: int) -> int:
+    """Says in one sentence why there is no result → the exit code."""
+    print(f"train.py: {said}", file=sys.stderr)
+    return code
+
+
+def program() -> int:
+    """The command line's program → its exit code."""
+    return main(sys.argv[1:])
