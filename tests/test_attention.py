@@ -296,7 +296,7 @@ def test_tables_may_prefer_a_library(monkeypatch):
     assert libraries.preferred(q.half(), (3, 4), None) is None
     ran = []
     monkeypatch.setattr(libraries, "over_pages", lambda name, *given: ran.append(name))
-    monkeypatch.setattr(dispatch, "_takes_triton", lambda *x: True)
+    monkeypatch.setattr(dispatch, "takes_triton", lambda *x: True)
     dispatch.window_attention(q, keys, values, pages, (3, 4))
     assert ran == ["sdpa"]
     assert dispatch.window_attention(q, keys, values, pages, (4, 3), lengths).shape == q.shape

@@ -112,7 +112,7 @@ def test_jittered_levels_fall_by_a_share_and_the_last_stays():
 
 
 def test_training_sigma_shows_the_ladder_what_is_raised_and_what_is_lowered():
-    sigma = training_sigma(LADDER, 4000, 0.0)
+    sigma = training_sigma(LADDER, 4000, 0.0, 0.2)
     assert sigma.shape == (4000, 4)
 
     def share(levels: Tensor) -> float:
@@ -130,7 +130,7 @@ def test_training_sigma_shows_the_ladder_what_is_raised_and_what_is_lowered():
 
 
 def test_training_sigma_falls_by_the_jitter_but_for_pure_noise():
-    sigma = training_sigma(LADDER, 4000, 0.2)
+    sigma = training_sigma(LADDER, 4000, 0.2, 0.2)
     sigma = sigma[sigma[:, -1] == 1]  # the others are lowered as a whole
     assert len(sigma) > 2000, "the newest frame stays pure noise"
     assert (sigma[:, 0] >= 0.8 * LADDER[0] - 1e-6).all() and (sigma <= 1).all()
@@ -141,5 +141,5 @@ def test_training_sigma_falls_by_the_jitter_but_for_pure_noise():
 
 
 def test_training_sigma_works_for_a_window_of_one():
-    sigma = training_sigma(torch.tensor([1.0]), 50, 0.3)
+    sigma = training_sigma(torch.tensor([1.0]), 50, 0.3, 0.2)
     assert sigma.shape == (50, 1) and (sigma <= 1).all() and (sigma >= 0.2).all()
