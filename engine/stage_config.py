@@ -93,12 +93,14 @@ class DistillStageConfig(DenoiserStageConfig):
     """The model's own games."""
 
     unroll: int = 1  # frames by which own games go on in an iteration
-    game_frames: int = 64  # own frames of a game before it begins anew
+    game_frames: int = 96  # own frames of a game before it begins anew
     game_groups: int = 4  # groups of games of different ages
     teacher_forcing: float = 0.2  # share of iterations on true frames
     distribution: float = 1.0  # weight of the difference between teacher and critic
     coarse: int = 2  # latents a side whose averages are held against the true ones
     still: float = 0.005  # mean square change of latents under which a true frame stands still
+    kept: float = 1.0  # weight of what an own game changes while the true one stands still
+    stop: float = 0.5  # share of games that stand still to their end once the true one does
 
 
 @dataclass

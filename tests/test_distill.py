@@ -121,6 +121,61 @@ def test_where_the_true_game_stands_still_neither_teacher_nor_critic_has_a_say()
     assert not alike(moved(0.0, walk), moved(5.0, walk), "generator.denoiser.")
 
 
+def clip_of(numbers: list[float]) -> Clip:
+    """A game whose frame t is numbers[t] all over, without keys."""
+    latents = torch.tensor(numbers)[None, :, None, None, None].expand(2, -1, *SHAPE).clone()
+    t = len(numbers)
+    return Clip(latents, torch.zeros(2, HISTORY - 1 + t, KEYS), torch.zeros(2, t, 6))
+
+
+def test_what_stands_still_is_held_against_what_was_shown_when_that_began():
+    """Not against the own frame before, which may have left it already, nor against the true one."""
+    walk = [0.3 * t for t in range(START + 3)]  # own frames 0, 1, 2 move, those after them do not
+    loss = DistillLoss(
+        Generator(make_denoiser(True)), DistillStageConfig(**{**vars(OWN), "stop": 0.0}), make_denoiser(True)
+    )
+    clip, shown, made = clip_of(walk + walk[-1:] * 6), [], []
+    judged = loss.judged
+    loss.judged = lambda rollout, windows: shown.append(windows) or judged(rollout, windows)
+    for turn in range(6):
+        loss(clip, turn)
+        made.append(loss.games[0].rollout.last[:, 1:].clone())
+    assert [windows.still[0].tolist() for windows in shown[:4]] == [
+        [0, 0, 0],
+        [0, 0, 0],
+        [0, 0, 0],
+        [1, 1, 1],
+    ]
+    for number, windows in enumerate(shown):
+        before = clip.latents[:, START - 1 : START] if number == 0 else made[min(number - 1, 2)]
+        assert torch.equal(windows.shown, before), number
+    assert not torch.equal(made[2], made[4]), "own frames differ, or this test could not fail"
+    windows = shown[5]
+    away = (windows.made - windows.shown).square().mean()
+    assert loss.told["kept"].item() == pytest.approx(away.item(), rel=1e-5) and loss.told["still"].item() == 1
+
+
+@pytest.mark.parametrize("stop", [0.0, 1.0])
+def test_games_whose_truth_stands_still_may_stand_so_to_their_end(stop):
+    """Where it does so under keys that were held for as long as they count."""
+    numbers = [0.3 * t for t in range(START + 6)]
+    numbers[START + 1] = numbers[START]  # still once, while a key has just been let go
+    numbers[START + 4] = numbers[START + 3]
+    clip = clip_of(numbers)
+    clip.actions[:, : HISTORY - 1 + START + 1, 0] = 1
+    clip.actions[:, HISTORY - 1 + START + 5 :, 1] = 1
+    stage = DistillStageConfig(**{**vars(OWN), "stop": stop, "stateless": 0.0})
+    loss = RolloutLoss(Generator(make_denoiser()), stage)
+    loss(clip, 0)
+    (game,) = loss.games
+    true = clip.latents.clone()
+    actions = clip.actions.clone()
+    if stop:
+        true[:, START + 4 :] = true[:, START + 4 : START + 5]
+        actions[:, HISTORY - 1 + START + 4 :] = actions[:, HISTORY - 1 + START + 4 : HISTORY + START + 4]
+    assert torch.equal(game.clip.latents, true) and torch.equal(game.clip.actions, actions)
+
+
 @torch.no_grad()
 def restlessness(denoiser: Denoiser) -> float:
     """Mean square by which the frames of own games change where the true ones do not."""

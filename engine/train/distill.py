@@ -31,8 +31,9 @@ class DistillLoss(RolloutLoss):
 
     Squared errors would have it draw the mean of all that may come, in which grass and bricks vanish. Only
     averages over a few latents are held against the true frames: where walls are is known from the state,
-    where each blade stands is not. Where the true game stands still, so shall the own one, whatever it shows:
-    there each blade is known, and a step that draws it anew shows as flicker.
+    where each blade stands is not. Where the true game stands still, each blade is known: the own one shall
+    show what it showed when that began, as a step that draws it anew shows as flicker, and one that only
+    keeps to the frame before hands its errors on to the next.
 
     Teacher and critic see no frames before the last one, and that one with some noise: detail that the
     student's has lost is then nothing to hold on to.
@@ -48,8 +49,8 @@ class DistillLoss(RolloutLoss):
         loss, logs = super().forward(clip, turn)
         return loss, logs | self.told
 
-    def _judged(self, rollout: Rollout, windows: Windows) -> tuple[Tensor, Tensor]:
-        made, right, corrected, back, true, still, action = windows
+    def judged(self, rollout: Rollout, windows: Windows) -> tuple[Tensor, Tensor]:
+        made, right, corrected, back, true, still, shown, action = windows
         if corrected is not None:
             back = back[:, None]
             head = torch.where(back[..., None, None, None], corrected, made[:, :1])
@@ -59,11 +60,12 @@ class DistillLoss(RolloutLoss):
         coarse = F.avg_pool2d((made - true).flatten(0, 1), size).square().mean((1, 2, 3))
         error = coarse.view(right.shape) * size
         matched, learnt = self._matched(rollout, made, action)
-        kept = (made - rollout.last[:, 1:]).square().mean((2, 3, 4))
+        kept = (made - shown).square().mean((2, 3, 4))
         self.told = {"coarse": error.mean().detach(), "critic": learnt.mean().detach()}
         self.told["kept"] = (kept * still).sum().detach() / still.sum().clamp_min(1)
+        self.told["still"] = still.mean().detach()
         matched = self.stage.distribution * (1 - still) * matched
-        return error + still * kept + matched + learnt, right
+        return error + self.stage.kept * still * kept + matched + learnt, right
 
     def _matched(self, rollout: Rollout, made: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """A window (b, w, c, y, x) under the keys (b, k) → the student's loss and the critic's, (b, w)."""

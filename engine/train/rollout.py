@@ -6,6 +6,7 @@ import random
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.segments import Clip
@@ -24,6 +25,8 @@ class Game(NamedTuple):
     clip: Clip
     frame: int  # the next one, counted from the clip's first
     end: int
+    stood: Tensor  # (b, 1, c, y, x): the true frame that moved last
+    shown: Tensor  # (b, 1, c, y, x): what the game showed then
 
 
 class Windows(NamedTuple):
@@ -34,7 +37,8 @@ class Windows(NamedTuple):
     corrected: Tensor | None  # (b, 1, c, y, x): the leaving frame, sent back, if any game's is
     back: Tensor  # (b,): whose is
     true: Tensor  # (b, w, c, y, x)
-    still: Tensor  # (b, w): 1 where the true game shows what it showed before the window
+    still: Tensor  # (b, w): 1 where the true game shows what it showed when it moved last
+    shown: Tensor  # (b, 1, c, y, x): what the own one showed then
     action: Tensor  # (b, k), the true keys of the leaving frame
 
 
@@ -63,10 +67,9 @@ class RolloutLoss(PlainLoss):
         errors, weights, logs = [], [], {}
         for number, game in enumerate(self.games):
             for _ in range(min(self.stage.unroll, game.end - game.frame)):
-                error, weight, head = self._step(game.rollout, game.clip, game.frame)
+                error, weight, head, game = self._step(game)
                 errors.append(error.flatten())
                 weights.append(weight.flatten())
-                game = game._replace(frame=game.frame + 1)
             self.games[number] = game
             age = game.frame - game.rollout.start_frames
             logs["own_old" if age > self.stage.game_frames // 2 else "own_young"] = head
@@ -91,14 +94,14 @@ class RolloutLoss(PlainLoss):
             if game.frame >= game.end:
                 self.games[number] = self._begin(share, game.rollout, longest)
 
-    def _step(self, rollout: Rollout, clip: Clip, frame: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Plays frame number `frame` → squared errors and their weights (b, w or more), that of what is
-        shown.
+    def _step(self, game: Game) -> tuple[Tensor, Tensor, Tensor, Game]:
+        """Plays the game's next frame → squared errors and their weights (b, w or more), that of what is
+        shown, and the game after it.
         """
+        rollout, clip, frame = game.rollout, game.clip, game.frame
         size = self.denoiser.config.window_frames
-        true, before = clip.latents[:, frame : frame + size], clip.latents[:, frame - 1 : frame]
-        moved = (true - before).square().mean((2, 3, 4))
-        still = (moved < self.stage.still).to(moved.dtype)
+        true = clip.latents[:, frame : frame + size]
+        still = self._alike(true, game.stood).to(true.dtype)
         begin = self.denoiser.config.action_history - 1 + frame
         actions = clip.actions[:, begin : begin + size]
         action, assumed = actions[:, 0], rollout.assumed_action(actions[:, 0])
@@ -107,11 +110,20 @@ class RolloutLoss(PlainLoss):
         back, corrected = rollout.needs_renoise(action), None
         if rollout.correction:  # whether a game needs it is known to the device alone
             corrected = rollout.correct(made[:, :1].detach(), action)
-        error, weight = self._judged(rollout, Windows(made, right, corrected, back, true, still, action))
+        windows = Windows(made, right, corrected, back, true, still, game.shown, action)
+        error, weight = self.judged(rollout, windows)
         head = rollout.advance(made.detach(), action, corrected is not None, corrected)
-        return error, weight, (head - true[:, 0]).square().mean()
+        stays = still[:, :1, None, None, None] > 0
+        stood = torch.where(stays, game.stood, true[:, :1])
+        shown = torch.where(stays, game.shown, head[:, None])
+        game = game._replace(frame=frame + 1, stood=stood, shown=shown)
+        return error, weight, (head - true[:, 0]).square().mean(), game
 
-    def _judged(self, rollout: Rollout, windows: Windows) -> tuple[Tensor, Tensor]:
+    def _alike(self, one: Tensor, other: Tensor) -> Tensor:
+        """Whether true frames (b, t, c, y, x) show the same → (b, t)."""
+        return (one - other).square().mean((2, 3, 4)) < self.stage.still
+
+    def judged(self, rollout: Rollout, windows: Windows) -> tuple[Tensor, Tensor]:
         """Errors and weights, both (b, w) or with one more for frames that were sent back."""
         made, right, corrected, back, true, *_ = windows
         error = (made - true).square().mean((2, 3, 4))
@@ -133,7 +145,27 @@ class RolloutLoss(PlainLoss):
         actions = clip.actions[:, history : history + start]
         ladder = jittered(self.denoiser.ladder.expand(b, -1), self.stage.jitter)
         rollout.reset(clip.latents[:, :start], actions, seed, states if self.states else None, ladder)
-        return Game(rollout, clip, start, end)
+        last = clip.latents[:, start - 1 : start]
+        return Game(rollout, self._stopped(clip, start), start, end, last, last)
+
+    def _stopped(self, clip: Clip, start: int) -> Clip:
+        """The clip in which a share of the games, where the truth stands still under keys that have been held
+        for as long as they count, from `start` on, stand so to its end. Recorded players hardly ever stand
+        as long as people do.
+        """
+        history, n = self.denoiser.config.action_history, clip.latents.shape[1]
+        same = self._alike(clip.latents[:, 1:], clip.latents[:, :-1])
+        changes = F.pad((clip.actions[:, 1:] != clip.actions[:, :-1]).any(-1), (1, 0)).cumsum(1)
+        stop = F.pad(same, (1, 0)) & (changes[:, history - 1 :] == changes[:, :n])
+        stop &= torch.rand(len(stop), 1, device=stop.device) < self.stage.stop
+        count = torch.arange(n, device=stop.device)
+        stop &= count >= start
+        first = torch.where(stop, count, n).amin(1, keepdim=True)
+        number = torch.minimum(count, first)
+        rows = torch.arange(len(stop), device=stop.device)[:, None]
+        before = clip.actions[:, : history - 1]
+        actions = torch.cat([before, clip.actions[:, history - 1 :][rows, number]], 1)
+        return Clip(clip.latents[rows, number], actions, clip.states[rows, number])
 
 
 def _cut(clip: Clip, first: int, length: int) -> Clip:
