@@ -142,7 +142,7 @@ def test_digests_tell_weights_apart(tmp_path):
 
 def test_the_header_can_be_read_alone(tmp_path):
     path = save(tmp_path / "model.safetensors", origin={"made_from": {"motion": "abc"}})
-    assert read_about(path) == Checkpoint(path).about and read_about(path)["format"] == 2
+    assert read_about(path) == Checkpoint(path).about and read_about(path)["format"] == 3
     assert "no checkpoint" in refusal(read_about, tmp_path / "none.safetensors")
     path.write_bytes(b"no checkpoint at all")
     assert "not a readable checkpoint" in refusal(read_about, path)

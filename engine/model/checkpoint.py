@@ -26,8 +26,9 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from ..config import ModelConfig, UserError, WorldConfig
+from .transformer import OPEN
 
-FORMAT = 2  # 1: the networks with a flow, always packed
+FORMAT = 3  # 1: the networks with a flow, always packed; 2: a denoiser without a gate, is still read
 SCALE = "#scale"  # behind the name of a tensor kept in 8 bits: that of its rows' scales
 EXTRAS = "extras"  # before the names of tensors that are no network's
 LARGEST = 4096  # that a size in a header may be; a million frames remembered fit into no memory
@@ -105,7 +106,9 @@ class Checkpoint:
         head, self.tensors = _read(self.path)
         try:
             self.about: dict[str, Any] = json.loads(head)
-            if self.about["format"] != FORMAT:
+            if self.about["format"] == 2:
+                self.tensors = _with_gate(self.tensors)
+            elif self.about["format"] != FORMAT:
                 raise UserError(
                     f"{self.path} has format {self.about['format']}; this version reads {FORMAT}."
                 )
@@ -195,6 +198,15 @@ def _read(path: Path, wanted: Sequence[str] | None = None) -> tuple[str, dict[st
     if head is None:
         raise UserError(f"{path} holds weights of another program, not a Rollplay checkpoint.")
     return head, tensors
+
+
+def _with_gate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a denoiser without a gate, as one whose gate is open."""
+    last, made = "denoiser.transformer.write", dict(tensors)
+    for name, value in ((".weight", 0), (".weight" + SCALE, 1), (".bias", OPEN)):
+        if (own := made.get(last + name)) is not None:
+            made[last + name] = torch.cat([own, own.new_full(own[:1].shape, value)])
+    return made
 
 
 def _check_sizes(part: Any) -> None:
