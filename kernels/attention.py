@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEAD_DIMS = (16, 32, 64, 128)
+from .dispatch import DTYPES, HEAD_DIMS
+
 MOST_SPLITS = 16
 LOG2_E = 1.4426950408889634  # exp2 is what GPUs compute
 MERGED = 16  # rows of the result that one program merges
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)

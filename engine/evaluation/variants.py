@@ -84,7 +84,7 @@ class FrameByFrame(Rollout):
     def _alone(self, action: Tensor) -> Tensor:
         """The keys (b, k) → the frame that they cause (b, 1, c, y, x)."""
         condition = self.window_condition(action[:, None])
-        noise = counter_noise(self.seed, self.cache.frame, self.level[:1], self.denoiser.shape)
+        noise = counter_noise(self.seed, self.cache.frame, 1, self.denoiser.shape)
         clean = self.last[:, 1:]
         for level in self.levels:
             sigma = level * self.one

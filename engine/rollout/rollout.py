@@ -57,7 +57,6 @@ class Rollout:
         self.window = RollingWindow(batch, c.window_frames, denoiser.shape, device)
         self.ladder = denoiser.ladder.repeat(batch, 1)  # (b, w)
         self.one = torch.ones(batch, 1, device=device)
-        self.level = torch.zeros(c.window_frames, dtype=torch.int64, device=device)
         self.seed = torch.zeros(batch, dtype=torch.int64, device=device)
         self.actions = torch.zeros(
             batch, c.action_history, denoiser.keys, device=device
@@ -168,7 +167,7 @@ class Rollout:
         its true keys (b, k).
         """
         condition = self.window_condition(action[:, None])
-        noise = counter_noise(self.seed, self.cache.frame, self.level[:1], self.denoiser.shape)
+        noise = counter_noise(self.seed, self.cache.frame, 1, self.denoiser.shape)
         sigma = self.correction * self.one
         return self._pass(add_noise(head, noise, sigma), sigma, condition)
 
@@ -213,7 +212,7 @@ class Rollout:
 
     def _denoise(self, action: Tensor, sigma: Tensor) -> Tensor:
         condition = self.window_condition(self.window.bind(action))
-        noise = counter_noise(self.seed, self.cache.frame, self.level, self.denoiser.shape)
+        noise = counter_noise(self.seed, self.cache.frame, self.window.frames, self.denoiser.shape)
         return self._pass(add_noise(self.window.clean, noise, sigma), sigma, condition)
 
     def _pass(self, noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:

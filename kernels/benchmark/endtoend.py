@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import torch
 
-from ..libraries import Attend, library
 from .checks import off
 from .gate import operations
+from .libraries import Attend, library
 from .ourloop import OurLoop
 from .paper import TOY, Shape, Weights
 from .peerloop import PeerLoop

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 import torch
 
 from .. import reference
-from ..libraries import NAMES, library
 from .cases import (
     AttentionCase,
     AttentionInput,
@@ -21,6 +20,7 @@ from .cases import (
 )
 from .checks import off
 from .gate import operations
+from .libraries import NAMES, library
 from .timing import Budget, Call, Timing, contest, limit, sets_for, why
 
 AGREE = 2e-2  # relative RMS between providers in half types; a row that differs more is no time
