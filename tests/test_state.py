@@ -280,12 +280,12 @@ def test_a_scene_is_learned_from_pictures_and_does_not_mind_the_pace(model: Stat
     states = logs.states[::7][:64].clone()
     known = model.scales.normalise(states)
     pictures = StatePictures(known[:, :4, None, None].expand(-1, -1, 6, 8).contiguous(), states)
-    optimiser, first = torch.optim.Adam(loss.scene.parameters(), 3e-3), loss.missed(pictures).item()
+    optimiser, first = torch.optim.Adam(loss.scene.parameters(), 3e-3), loss.scene_error(pictures).item()
     for _ in range(200):
-        loss.missed(pictures).backward()
+        loss.scene_error(pictures).backward()
         optimiser.step()
         optimiser.zero_grad()
-    assert loss.missed(pictures).item() < 0.2 * first
+    assert loss.scene_error(pictures).item() < 0.2 * first
     moved = states.clone()
     moved[:, SPEC.indices("velocity")] += 3.0
     alike, other = (state_features(model.scales, *pair) for pair in ((states, states), (moved, states + 1)))

@@ -77,8 +77,8 @@ class FrameByFrame(Rollout):
     def speculate(self) -> None:
         """Nothing can be done before the keys are known."""
 
-    def step(self, action: Tensor, stale: bool | None = None) -> Tensor:
-        return self.advance(self._alone(action), action, stale=False)
+    def step(self, action: Tensor, renoise: bool | None = None) -> Tensor:
+        return self.advance(self._alone(action), action, renoise=False)
 
     @torch.no_grad()
     def _alone(self, action: Tensor) -> Tensor:

@@ -126,15 +126,15 @@ class Rollout:
             self.window.update(self._denoise(self.held, sigma))
 
     @torch.no_grad()
-    def step(self, action: Tensor, stale: bool | None = None) -> Tensor:
-        """Holds the keys (b, k) for one frame → the finished frame's latents (b, c, y, x). `stale`: whether
+    def step(self, action: Tensor, renoise: bool | None = None) -> Tensor:
+        """Holds the keys (b, k) for one frame → the finished frame's latents (b, c, y, x). `renoise`: whether
         this frame is sent back, in any of the games; looked up on the device unless given.
         """
         if self.speculated is None:
             clean = self.predict(self.assumed_action(action))
         else:
             (clean, self._coming), self.speculated = self.speculated, None
-        return self.advance(clean, action, stale=stale)
+        return self.advance(clean, action, renoise=renoise)
 
     @torch.no_grad()
     def speculate(self) -> None:
@@ -173,7 +173,7 @@ class Rollout:
 
     @torch.no_grad()
     def advance(
-        self, clean: Tensor, action: Tensor, stale: bool | None = None, corrected: Tensor | None = None
+        self, clean: Tensor, action: Tensor, renoise: bool | None = None, corrected: Tensor | None = None
     ) -> Tensor:
         """Correct, emit and roll: takes a step's estimates (b, w, c, y, x), and the `corrected` leaving frame
         (b, 1, c, y, x) if at hand → the finished frame's latents (b, c, y, x).
@@ -181,8 +181,8 @@ class Rollout:
         changed = (action != self.held).any(-1)
         back = self.needs_renoise(action)
         self.frames_since_change.copy_(torch.where(changed, 0, self.frames_since_change + 1))
-        stale = bool(back.any()) if stale is None else stale
-        if self.correction and stale:
+        renoise = bool(back.any()) if renoise is None else renoise
+        if self.correction and renoise:
             head = self.correct(clean[:, :1], action) if corrected is None else corrected.detach()
             head = torch.where(back[:, None, None, None, None], head, clean[:, :1])
             clean = torch.cat([head, clean[:, 1:]], 1)
