@@ -293,7 +293,7 @@ def test_the_probe_tells_walls_from_rooms_also_when_they_are_soft():
     frames, kinds = np.stack([*rooms, *walls]), np.arange(192) >= 96
     mixed = random.permutation(192)
     probe = WallProbe(frames[mixed], kinds[mixed])
-    assert probe.accuracy > 0.97 and probe.tested == 32 and probe.share == 0.5
+    assert probe.accuracy > 0.97 and probe.share == 0.5
     assert probe.fills(blurred(frames, 2))[::7].tolist() == kinds[::7].tolist()
     shuffled = WallProbe(frames[mixed], random.permutation(kinds))
     assert shuffled.accuracy < 0.7, "what cannot be learned is not claimed"
