@@ -1,4 +1,4 @@
-"""ConditionEncoder: what is known of a frame besides pictures (keys, state) → its condition."""
+"""ConditionEncoder: held keys and state of a frame → its condition, the token that the transformer reads."""
 
 from __future__ import annotations
 

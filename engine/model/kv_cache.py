@@ -1,5 +1,5 @@
-"""The past as keys and values: the recent frames as a ring, the sink for ever, and room for the window behind
-them.
+"""KVCache: the past as keys and values: the ring of the last `context_frames`, the sink (the first ones, for
+ever), and room for the window.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Noise as pure functions: counter-based Gaussian noise, adding it, and the levels that training shows.
+"""Noise as pure functions: counter-based Gaussian noise, adding it, and the levels of the ladder (which is
+in config.py) as a game begins and as training shows them.
 
 Flow matching: x = (1 - sigma) * clean + sigma * noise.
 """
