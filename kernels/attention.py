@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEAD_DIMS = (16, 32, 64, 128)
+from .dispatch import DTYPES, HEAD_DIMS
+
 MOST_SPLITS = 16
 LOG2_E = 1.4426950408889634  # exp2 is what GPUs compute
 MERGED = 16  # rows of the result that one program merges
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def fused(
         raise ValueError(f"TMA needs pages of {how.block_n} keys or more, and all at multiples of 16 bytes")
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     tiles = sum(triton.cdiv(count, how.block_m) for count in rows)
-    splits = how.splits or fill(tiles * h * b, triton.cdiv(seen, how.block_n), processors)
+    splits = how.splits or count_splits(tiles * h * b, triton.cdiv(seen, how.block_n), processors)
     parts = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device) if splits > 1 else out
     lse = torch.empty(parts.shape[:-1], dtype=torch.float32, device=q.device) if splits > 1 else None
     if how.tma:  # descriptors are made on the device, in memory of its
@@ -285,7 +285,7 @@ def names(device: torch.device) -> tuple[str, ...]:
 
 
 @functools.cache
-def fill(programs: int, tiles: int, processors: int) -> int:
+def count_splits(programs: int, tiles: int, processors: int) -> int:
     """Into how many parts to split a program's tiles of keys, so that all parts come in full waves. A wave
     takes as long as a part's tiles and two more, for loading queries and for writing and merging the part;
     the second launch stands at four. Of equals the fewest.

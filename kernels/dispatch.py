@@ -15,6 +15,8 @@ from .reference import qknorm_rope_write as defined_write
 from .reference import window_attention as defined_attention
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that the Triton operations take
+HEAD_DIMS = (16, 32, 64, 128)  # that attention in Triton takes
 CHOICES = ("auto", "reference", "triton")
 _chosen = "auto"
 
@@ -43,15 +45,15 @@ def use(name: str) -> Iterator[None]:
 
 
 def gate_residual_norm_modulate(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As in reference.py; in Triton in one pass."""
     if takes_triton(x):
         # imported where it is needed, as importing Triton takes a while
         from .norm import gate_residual_norm_modulate as fused
 
-        return fused(x, y, gate, scale, shift, eps)
-    return defined_gate(x, y, gate, scale, shift, eps)
+        return fused(x, y, gate, scale, shift)
+    return defined_gate(x, y, gate, scale, shift)
 
 
 def qknorm_rope(
@@ -92,21 +94,16 @@ def window_attention(
     rows: tuple[int, ...],
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """As in reference.py; in Triton straight from the pages, with nothing read on the host, or by a library
-    where the GPU's table prefers one.
-    """
+    """As in reference.py; in Triton straight from the pages, with nothing read on the host."""
     q = q.to(keys.dtype)  # a cache may be kept in another type than autocast's
     if takes_triton(q, q.shape[-1]):
         from .attention import window_attention as fused
-        from .libraries import over_pages, preferred
 
-        if _chosen == "auto" and (name := preferred(q, rows, lengths)):
-            return over_pages(name, q, keys, values, pages, rows)
         return fused(q, keys, values, pages, rows, lengths)
     return defined_attention(q, keys, values, pages, rows, lengths)
 
 
 def takes_triton(x: Tensor, head_dim: int = 64) -> bool:
     """Where Triton was asked for it is taken, and says what it cannot do; otherwise for what it can."""
-    fits = x.dtype in (torch.float16, torch.bfloat16, torch.float32) and head_dim in (16, 32, 64, 128)
+    fits = x.dtype in DTYPES and head_dim in HEAD_DIMS
     return _chosen == "triton" or (_chosen == "auto" and x.is_cuda and HAS_TRITON and fits)

@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import DTYPES
+from .reference import EPS
+
 CHUNK = 16  # tokens whose gradients one program adds up
 
 
@@ -89,7 +92,7 @@ def backward_kernel(
 
 @torch.library.custom_op("rollplay::gate_residual_norm_modulate", mutates_args=())
 def fused(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the definition, and mean and 1 / standard deviation of each token (b, t, n) for the way back."""
     b, t, n, d = x.shape
@@ -101,14 +104,14 @@ def fused(
     block = triton.next_power_of_2(d)
     forward_kernel[(b * t * n,)](
         x, y, gate, scale, shift, added, out, mean, rstd,
-        n, gate.stride(0), scale.stride(0), shift.stride(0), eps,
+        n, gate.stride(0), scale.stride(0), shift.stride(0), EPS,
         D=d, BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
     return added, out, mean, rstd
 
 
 @fused.register_fake
-def _(x, y, gate, scale, shift, eps):
+def _(x, y, gate, scale, shift):
     small = x.new_empty(x.shape[:3], dtype=torch.float32)
     added = x.new_empty(x.shape, dtype=_widest(x, y, gate))
     return added, torch.empty_like(added), small, torch.empty_like(small)
@@ -148,25 +151,25 @@ def _(y, gate, scale, added, mean, rstd, d_added, d_out):
 
 
 def _keep(ctx, inputs, output) -> None:
-    _, y, gate, scale, _, _ = inputs
+    _, y, gate, scale, _ = inputs
     added, _, mean, rstd = output
     ctx.save_for_backward(y, gate, scale, added, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
 
 
 def _back(ctx, d_added, d_out, d_mean, d_rstd):
-    return (*fused_backward(*ctx.saved_tensors, d_added, d_out), None)
+    return fused_backward(*ctx.saved_tensors, d_added, d_out)
 
 
 fused.register_autograd(_back, setup_context=_keep)
 
 
 def gate_residual_norm_modulate(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The operation of reference.py in Triton, with gradients."""
     check(x, y, gate, scale, shift)
-    return fused(x, y, gate, scale, shift, eps)[:2]
+    return fused(x, y, gate, scale, shift)[:2]
 
 
 def check(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> None:
@@ -178,7 +181,7 @@ def check(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> N
         if part.shape != per_frame:
             raise ValueError(f"{name} must be (b, t, d) = {per_frame}, not {tuple(part.shape)}")
     for name, part in (("x", x), ("y", y), ("gate", gate), ("scale", scale), ("shift", shift)):
-        if part.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        if part.dtype not in DTYPES:
             raise ValueError(f"{name} must be float16, bfloat16 or float32, not {part.dtype}")
         if part.device != x.device:
             raise ValueError(f"{name} is on {part.device} and x on {x.device}")

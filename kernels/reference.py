@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+EPS = 1e-6  # added to variances
 BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -30,24 +31,24 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x) · (1 + scale) + shift: x (b, t, n, d), one scale and shift a frame (b, t, d) → (b, t, n, d).
 
     norm is that of Ba et al. (2016) without parameters; it costs a quarter of a root-mean-square norm in
     training on CPUs, where only the former has a fused backward pass.
     """
-    normal = F.layer_norm(x, x.shape[-1:], eps=eps)
+    normal = F.layer_norm(x, x.shape[-1:], eps=EPS)
     return torch.addcmul(shift[:, :, None], normal, 1 + scale[:, :, None])
 
 
 def gate_residual_norm_modulate(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x + gate · y, and that, normalised and modulated as above: x and y (b, t, n, d), one gate, scale and
     shift a frame (b, t, d) → two of (b, t, n, d).
     """
     x = torch.addcmul(x, gate[:, :, None], y)
-    return x, modulated_norm(x, scale, shift, eps)
+    return x, modulated_norm(x, scale, shift)
 
 
 def qknorm_rope(
@@ -57,7 +58,6 @@ def qknorm_rope(
     cos: Tensor,
     sin: Tensor,
     rms: bool = False,
-    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values out of their merged projection: qkv (b, m, 3 h d), cos and sin (m, d/2) → q, k
     and v (b, m, h, d). q and k are normalised, weighted and rotated; v is as it was.
@@ -70,7 +70,7 @@ def qknorm_rope(
     parts = qkv.unflatten(-1, (3, -1))  # (b, m, 3, h d)
     weight = torch.stack([q_weight, k_weight]).to(qkv.dtype)[:, None]  # (2, 1, over)
     qk = parts[:, :, :2].unflatten(-1, (-1, over))
-    normal = F.rms_norm(qk, (over,), eps=eps) if rms else F.layer_norm(qk, (over,), eps=eps)
+    normal = F.rms_norm(qk, (over,), eps=EPS) if rms else F.layer_norm(qk, (over,), eps=EPS)
     qk = (normal * weight).flatten(-2).unflatten(-1, (-1, d))  # (b, m, 2, h, d)
     q, k = rotate(qk, cos[:, None, None], sin[:, None, None]).unbind(2)
     return q, k, parts[:, :, 2].unflatten(-1, (-1, d))
@@ -86,12 +86,11 @@ def qknorm_rope_write(
     values: Tensor,
     slots: Tensor,
     rms: bool = False,
-    eps: float = 1e-6,
 ) -> Tensor:
     """As qknorm_rope; k and v of frame i go into slot `slots[i]` of a layer's buffers: qkv (b, t n, 3 h d),
     keys and values (b, s, n, h, d), slots (t,) int32, no slot twice → q (b, t n, h, d).
     """
-    q, k, v = qknorm_rope(qkv, q_weight, k_weight, cos, sin, rms, eps)
+    q, k, v = qknorm_rope(qkv, q_weight, k_weight, cos, sin, rms)
     for buffer, new in ((keys, k), (values, v)):
         buffer.index_copy_(1, slots.long(), new.unflatten(1, (len(slots), -1)).to(buffer.dtype))
     return q

@@ -10,6 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .dispatch import DTYPES
+from .reference import EPS
 from .rope_triton import backward_kernel, forward_kernel
 
 CHUNK = 16  # tokens whose gradients of the weights one program adds up
@@ -17,19 +19,19 @@ CHUNK = 16  # tokens whose gradients of the weights one program adds up
 
 @torch.library.custom_op("rollplay::qknorm_rope", mutates_args=())
 def fused(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, rms: bool, eps: float
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the definition."""
     b, m, width = qkv.shape
     d = 2 * cos.shape[1]
     q, k, v = (qkv.new_empty(b, m, width // 3 // d, d) for _ in range(3))
     slots = torch.zeros(1, dtype=torch.int32, device=qkv.device)  # one slot that has room for all
-    _launch(qkv, q_weight, k_weight, cos, sin, slots, q, k[:, None], v[:, None], rms, eps)
+    _launch(qkv, q_weight, k_weight, cos, sin, slots, q, k[:, None], v[:, None], rms)
     return q, k, v
 
 
 @fused.register_fake
-def _(qkv, q_weight, k_weight, cos, sin, rms, eps):
+def _(qkv, q_weight, k_weight, cos, sin, rms):
     b, m, width = qkv.shape
     d = 2 * cos.shape[1]
     return tuple(qkv.new_empty(b, m, width // 3 // d, d) for _ in range(3))
@@ -46,16 +48,15 @@ def fused_write(
     values: Tensor,
     slots: Tensor,
     rms: bool,
-    eps: float,
 ) -> Tensor:
     """As the definition."""
     q = qkv.new_empty(*qkv.shape[:2], *keys.shape[3:])
-    _launch(qkv, q_weight, k_weight, cos, sin, slots, q, keys, values, rms, eps)
+    _launch(qkv, q_weight, k_weight, cos, sin, slots, q, keys, values, rms)
     return q
 
 
 @fused_write.register_fake
-def _(qkv, q_weight, k_weight, cos, sin, keys, values, slots, rms, eps):
+def _(qkv, q_weight, k_weight, cos, sin, keys, values, slots, rms):
     return qkv.new_empty(*qkv.shape[:2], *keys.shape[3:])
 
 
@@ -70,7 +71,6 @@ def fused_backward(
     d_k: Tensor,
     d_v: Tensor,
     rms: bool,
-    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv and of both weights."""
     b, m, width = qkv.shape
@@ -82,7 +82,7 @@ def fused_backward(
     backward_kernel[(chunks, groups, b)](
         qkv, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(),
         d_q.contiguous(), d_k.contiguous(), d_v.contiguous(), d_qkv, sums,
-        m, qkv.stride(0), qkv.stride(1), eps,
+        m, qkv.stride(0), qkv.stride(1), EPS,
         heads=width // 3 // d, D=d, OVER=over, RMS=rms, CHUNK=CHUNK, num_warps=warps, **sizes,
     )  # fmt: skip
     of_q, of_k = sums.sum(0).unflatten(-1, (-1, over)).sum(1).unbind(0)
@@ -90,17 +90,17 @@ def fused_backward(
 
 
 @fused_backward.register_fake
-def _(qkv, q_weight, k_weight, cos, sin, d_q, d_k, d_v, rms, eps):
+def _(qkv, q_weight, k_weight, cos, sin, d_q, d_k, d_v, rms):
     return qkv.new_empty(qkv.shape), torch.empty_like(q_weight), torch.empty_like(k_weight)
 
 
 def _keep(ctx, inputs, output) -> None:
-    *tensors, ctx.rms, ctx.eps = inputs
+    *tensors, ctx.rms = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _back(ctx, d_q, d_k, d_v):
-    return (*fused_backward(*ctx.saved_tensors, d_q, d_k, d_v, ctx.rms, ctx.eps), None, None, None, None)
+    return (*fused_backward(*ctx.saved_tensors, d_q, d_k, d_v, ctx.rms), None, None, None)
 
 
 fused.register_autograd(_back, setup_context=_keep)
@@ -113,11 +113,10 @@ def qknorm_rope(
     cos: Tensor,
     sin: Tensor,
     rms: bool = False,
-    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operation of reference.py in Triton, with gradients (none for the angles)."""
     check(qkv, q_weight, k_weight, cos, sin)
-    return fused(qkv, q_weight, k_weight, cos, sin, rms, eps)
+    return fused(qkv, q_weight, k_weight, cos, sin, rms)
 
 
 def qknorm_rope_write(
@@ -130,7 +129,6 @@ def qknorm_rope_write(
     values: Tensor,
     slots: Tensor,
     rms: bool = False,
-    eps: float = 1e-6,
 ) -> Tensor:
     """The operation of reference.py in Triton. What is written in place has no gradients: where some are
     wanted, qknorm_rope is to be taken.
@@ -140,7 +138,7 @@ def qknorm_rope_write(
     given = (qkv, q_weight, k_weight, keys, values)
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         raise ValueError("qknorm_rope_write has no gradients; take qknorm_rope, or torch.no_grad()")
-    return fused_write(qkv, q_weight, k_weight, cos, sin, keys, values, slots, rms, eps)
+    return fused_write(qkv, q_weight, k_weight, cos, sin, keys, values, slots, rms)
 
 
 def check(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -158,7 +156,7 @@ def check(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Ten
     if qkv.shape[2] // 3 > 8192:
         raise ValueError(f"a token may have 8192 channels at most, not {qkv.shape[2] // 3}")
     for name, x in (("qkv", qkv), ("q_weight", q_weight), ("k_weight", k_weight)):
-        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        if x.dtype not in DTYPES:
             raise ValueError(f"{name} must be float16, bfloat16 or float32, not {x.dtype}")
     for name, x in (("q_weight", q_weight), ("k_weight", k_weight), ("cos", cos), ("sin", sin)):
         if x.device != qkv.device:
@@ -173,7 +171,7 @@ def check_slots(qkv: Tensor, d: int, keys: Tensor, values: Tensor, slots: Tensor
             raise ValueError(f"{name} must be ({len(qkv)}, s, n, {heads}, {d}), not {tuple(x.shape)}")
         if not x[0].is_contiguous():
             raise ValueError(f"the slots of {name} must lie densely in memory, not at strides {x.stride()}")
-        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or x.device != qkv.device:
+        if x.dtype not in DTYPES or x.device != qkv.device:
             raise ValueError(f"{name} must be floating and on {qkv.device}, not {x.dtype} on {x.device}")
     if keys.shape != values.shape or keys.dtype != values.dtype:
         raise ValueError("keys and values must be of one shape and type")
@@ -204,7 +202,6 @@ def _launch(
     keys: Tensor,
     values: Tensor,
     rms: bool,
-    eps: float,
 ) -> None:
     b, m, width = qkv.shape
     d, over, qkv = 2 * cos.shape[1], q_weight.shape[0], _rows(qkv)
@@ -213,7 +210,7 @@ def _launch(
     forward_kernel[(m, triton.cdiv(heads, sizes["H"]), b)](
         qkv, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(), slots,
         q, keys, values,
-        m, keys.shape[2], qkv.stride(0), qkv.stride(1), keys.stride(0), values.stride(0), eps,
+        m, keys.shape[2], qkv.stride(0), qkv.stride(1), keys.stride(0), values.stride(0), EPS,
         heads=heads, D=d, OVER=over, RMS=rms, num_warps=warps, **sizes,
     )  # fmt: skip
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine.kernels import dispatch, reference
+from engine.kernels import reference
 from torch import Tensor
 
 pytest.importorskip("triton")
-from engine.kernels import attention, libraries  # noqa: E402
+from engine.kernels import attention  # noqa: E402
 from engine.kernels.attention import Config, window_attention  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -276,27 +276,4 @@ def test_big_pages_are_read_by_tma_on_hopper():
     ],
 )
 def test_parts_fill_the_gpu(programs, tiles, parts):
-    assert attention.fill(programs, tiles, 132) in parts
-
-
-def test_a_library_over_pages_is_the_definition():
-    q, keys, values, pages, rows, _ = given((3, 4), 2, 5, 3, 32, None)
-    made = libraries.over_pages("sdpa", q, keys, values, pages, rows)
-    assert torch.allclose(made, reference.window_attention(q, keys, values, pages, rows), atol=1e-5)
-
-
-def test_tables_may_prefer_a_library(monkeypatch):
-    """For many queries, and only where the host knows what is seen."""
-    rule = {"head_dim": [32], "dtype": ["float32"], "rows": 4, "provider": "sdpa"}
-    monkeypatch.setattr(libraries, "read_table", lambda name: {"libraries": [rule]})
-    q, keys, values, pages, _, lengths = given((3, 4), 2, 5, 3, 32, (7, 9))
-    assert libraries.preferred(q, (3, 4), None) == "sdpa"
-    assert libraries.preferred(q, (3, 3), None) is None, "too few"
-    assert libraries.preferred(q, (3, 4), lengths) is None
-    assert libraries.preferred(q.half(), (3, 4), None) is None
-    ran = []
-    monkeypatch.setattr(libraries, "over_pages", lambda name, *given: ran.append(name))
-    monkeypatch.setattr(dispatch, "takes_triton", lambda *x: True)
-    dispatch.window_attention(q, keys, values, pages, (3, 4))
-    assert ran == ["sdpa"]
-    assert dispatch.window_attention(q, keys, values, pages, (4, 3), lengths).shape == q.shape
+    assert attention.count_splits(programs, tiles, 132) in parts

@@ -165,7 +165,7 @@ def test_a_provider_that_cannot_is_a_row_that_says_why():
     def broken(number: int) -> None:
         raise RuntimeError("not on this chip\nand a long story")
 
-    found = timing.contest({"good": lambda number: None, "bad": broken}, CPU, 0.01)
+    found = timing.interleaved({"good": lambda number: None, "bad": broken}, CPU, 0.01)
     assert found["good"].ms >= 0 and found["good"].samples >= 3
     assert found["bad"] == "RuntimeError: not on this chip"
     with pytest.raises(TimeoutError), timing.limit(0.05):

@@ -32,10 +32,10 @@ def test_a_step_fits_two_slow_cores():
     rollout.reset(torch.randn(1, frames, *shape), nothing, torch.zeros(1, dtype=torch.int64), states)
     rollout.step(nothing[:, 0])
 
-    def cost(keys: torch.Tensor, stale: bool) -> float:
+    def cost(keys: torch.Tensor, renoise: bool) -> float:
         """GFLOP of a step, a product and a sum being two, with its picture."""
         with FlopCounterMode(display=False) as counter:
-            autoencoder.decode(rollout.step(keys, stale=stale))
+            autoencoder.decode(rollout.step(keys, renoise=renoise))
         return counter.get_total_flops() / 1e9
 
     plain = cost(nothing[:, 0], False)

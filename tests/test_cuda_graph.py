@@ -31,8 +31,8 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("stale", [False, True])
-def test_every_step_is_the_same_to_the_host(stale):
+@pytest.mark.parametrize("renoise", [False, True])
+def test_every_step_is_the_same_to_the_host(renoise):
     """The same operations with the same numbers, whichever frame it is, and nothing is read back. Frame,
     ring, lists and state move on the device, as a graph that is replayed has nobody to tell it.
     """
@@ -43,10 +43,10 @@ def test_every_step_is_the_same_to_the_host(stale):
     rollout = Rollout(Generator(make_denoiser(True, layers=1, context_frames=1), make_states()), 1)
     rollout.reset(game.latents, game.before, game.seed, game.states)
     with use("triton"):  # the definition of attention reads lengths on the host
-        rollout.step(game.played[0], stale)
+        rollout.step(game.played[0], renoise)
         for action in game.played[1:]:
             with Watch() as watch:
-                rollout.step(action, stale)
+                rollout.step(action, renoise)
             steps.append(watch.seen)
     assert len(steps[0]) > 100
     assert steps[0] == steps[1]

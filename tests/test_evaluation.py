@@ -25,7 +25,6 @@ from engine.data.picture import load_picture
 from engine.data.recording import Recorder, Recording, find_recordings
 from engine.data.sight import wall_views
 from engine.evaluation import behaviour, control, drift, evaluate, fidelity, latency, returning, stage
-from engine.evaluation.branches import Truth, starts
 from engine.evaluation.build_routes import Builder
 from engine.evaluation.clips import Clips
 from engine.evaluation.compare import compare
@@ -41,12 +40,13 @@ from engine.evaluation.measures import (
     sharpness,
     ssim,
 )
-from engine.evaluation.parts import Parts, key_of
 from engine.evaluation.played import play_routes
 from engine.evaluation.probe import WallProbe
 from engine.evaluation.route import Route, load_routes, read, save_routes, shipped_routes, written
 from engine.evaluation.section import QUICK, Scope, Section
-from engine.evaluation.watch import Watch, curves, disagreement, growth
+from engine.evaluation.section_cache import SectionCache, key_of
+from engine.evaluation.segment_stats import SegmentStats, curves, disagreement, growth
+from engine.evaluation.truth import Truth, starts
 from engine.rollout.player import Player
 from engine.worlds.base import ActionSpace
 
@@ -293,7 +293,7 @@ def test_the_probe_tells_walls_from_rooms_also_when_they_are_soft():
     frames, kinds = np.stack([*rooms, *walls]), np.arange(192) >= 96
     mixed = random.permutation(192)
     probe = WallProbe(frames[mixed], kinds[mixed])
-    assert probe.accuracy > 0.97 and probe.tested == 32 and probe.share == 0.5
+    assert probe.accuracy > 0.97 and probe.share == 0.5
     assert probe.fills(blurred(frames, 2))[::7].tolist() == kinds[::7].tolist()
     shuffled = WallProbe(frames[mixed], random.permutation(kinds))
     assert shuffled.accuracy < 0.7, "what cannot be learned is not claimed"
@@ -428,8 +428,8 @@ def test_states_are_given_to_networks_that_know_them_and_kept_from_others(player
     assert rollout.has_state.tolist() == [0] and rollout.carry is None
 
 
-def game(frames: list[np.ndarray], scope: Scope, policy: str = "scripted") -> Watch:
-    watch = Watch(scope.reference, 9, policy)
+def game(frames: list[np.ndarray], scope: Scope, policy: str = "scripted") -> SegmentStats:
+    watch = SegmentStats(scope.reference, 9, policy)
     for frame in frames:
         watch.add(frame)
     return watch
@@ -453,8 +453,8 @@ def test_drift_of_steady_fading_and_frozen_games(scope):
 
 
 def test_drift_pools_games_and_tells_whether_halves_agree(scope):
-    def played(*nearest: float) -> Watch:
-        return Watch(scope.reference, 9, rows=[{"nearest": value} for value in nearest])
+    def played(*nearest: float) -> SegmentStats:
+        return SegmentStats(scope.reference, 9, rows=[{"nearest": value} for value in nearest])
 
     first, second = played(1, 2, 3, 6), played(3, 2, 5, 2)
     assert growth([first, second], 4, 1) == (6 + 2) / (1 + 3)
@@ -764,10 +764,10 @@ def test_two_evaluations_are_set_side_by_side():
 
 def test_finished_parts_count_for_their_own_evaluation_only(scope, tmp_path):
     key, section = key_of(scope), Section("Title", {"figure": 1.5, "trials": 3}, ["text", ""])
-    parts = Parts(tmp_path / "parts", key)
+    parts = SectionCache(tmp_path / "parts", key)
     assert parts.find("one") is None
     parts.keep("one", section, 2.5)
-    assert Parts(tmp_path / "parts", key).find("one") == (section, 2.5)
+    assert SectionCache(tmp_path / "parts", key).find("one") == (section, 2.5)
     others = [replace(scope, seed=1), replace(scope, most=41), replace(scope, truth=None)]
     others += [
         replace(scope, size=replace(scope.size, routes=9)),
@@ -775,7 +775,7 @@ def test_finished_parts_count_for_their_own_evaluation_only(scope, tmp_path):
         replace(scope, routes=scope.routes[1:]),
     ]
     assert len({key, *map(key_of, others)}) == 1 + len(others)
-    assert Parts(tmp_path / "parts", key_of(others[0])).find("one") is None
+    assert SectionCache(tmp_path / "parts", key_of(others[0])).find("one") is None
     (tmp_path / "parts" / "one.json").write_text("{")
     assert parts.find("one") is None, "damaged, so measured anew"
     parts.drop("one")

@@ -44,16 +44,16 @@ def seen(cache: KVCache, layer: int, *own: int, pending: bool = True) -> list[li
     """
     first = (int(cache.frame) - 1,) if pending else ()
     cache.plan_pass(len(own), pending)
-    room = cache.room(layer)
-    assert len(room.slots) == len(first) + len(own) and sum(room.rows) == TOKENS * len(room.slots)
+    slots = cache.kv_slots(layer)
+    assert len(slots.slots) == len(first) + len(own) and sum(slots.rows) == TOKENS * len(slots.slots)
     new = keys(*first, *own, layer=layer).unflatten(1, (-1, TOKENS))
-    room.keys[:, room.slots.long()] = new
-    room.values[:, room.slots.long()] = -new
+    slots.keys[:, slots.slots.long()] = new
+    slots.values[:, slots.slots.long()] = -new
     found = []
-    for pages, length in zip(room.pages, room.lengths, strict=True):
+    for pages, length in zip(slots.pages, slots.lengths, strict=True):
         assert length % TOKENS == 0
         used = pages[: int(length) // TOKENS].long()
-        k, v = room.keys[:, used], room.values[:, used]
+        k, v = slots.keys[:, used], slots.values[:, used]
         assert (k == k[:1, :, :1, :1, :1]).all() and torch.equal(v, -k), "one number all over a frame"
         found.append([round(float(x) - layer / 10) for x in k[0, :, 0, 0, 0]])
     return found
@@ -123,9 +123,9 @@ def test_sink_is_placed_anew_from_where_it_was_made():
         cache.plan_pass(1, pending=False)
         with torch.no_grad():
             for layer in range(LAYERS):
-                room = cache.room(layer)
-                slots = room.pages[0, RECENT : RECENT + SINK].long()
-                k, v = room.keys[:, slots], room.values[:, slots]
+                slots = cache.kv_slots(layer)
+                sink = slots.pages[0, RECENT : RECENT + SINK].long()
+                k, v = slots.keys[:, sink], slots.values[:, sink]
                 there = torch.tensor([0.0, 1]) + layer / 10
                 assert torch.allclose(k[0, :, 0, 0, 0], there + frames)
                 assert torch.allclose(v[0, :, 0, 0, 0], -there)
@@ -160,14 +160,14 @@ def test_all_state_stays_where_it_is():
     assert places == {name: x.data_ptr() for name, x in vars(cache).items() if isinstance(x, Tensor)}
     cache.plan_pass(2, pending=False)
     with torch.no_grad():
-        room = cache.room(1)
-    assert room.keys.data_ptr() == cache.buffer[1, 0].data_ptr(), "a view, not a copy"
+        slots = cache.kv_slots(1)
+    assert slots.keys.data_ptr() == cache.buffer[1, 0].data_ptr(), "a view, not a copy"
 
 
 def test_gradients_pass_and_leave_the_buffer_alone():
     cache = filled()
     cache.plan_pass(2, pending=False)
-    assert cache.room(0) is None, "what is written in place has no gradients"
+    assert cache.kv_slots(0) is None, "what is written in place has no gradients"
     before, new = cache.buffer.clone(), keys(60, 61).requires_grad_()
     k, v = cache.extend(0, new, -new)
     assert k.shape == (BATCH, (RECENT + SINK + 2) * TOKENS, HEADS, DIM) and torch.equal(v, -k)
@@ -181,12 +181,12 @@ def test_gradients_pass_and_leave_the_buffer_alone():
 def test_recorder_keeps_and_context_joins():
     recorder = KVRecorder()
     for layer in range(LAYERS):
-        assert recorder.room(layer) is None
+        assert recorder.kv_slots(layer) is None
         k, v = recorder.extend(layer, keys(0, 1, layer=layer), keys(2, 3, layer=layer))
         assert torch.equal(k, keys(0, 1, layer=layer)) and torch.equal(v, keys(2, 3, layer=layer))
     context = KVContext(recorder.layers)
     for layer in range(LAYERS):
-        assert context.room(layer) is None
+        assert context.kv_slots(layer) is None
         k, v = context.extend(layer, keys(4, layer=layer), keys(5, layer=layer))
         assert torch.equal(k, keys(0, 1, 4, layer=layer)) and torch.equal(v, keys(2, 3, 5, layer=layer))
     assert recorder.layers[0][0].shape[1] == 2 * TOKENS, "a context does not grow what it looks at"

@@ -12,9 +12,9 @@ SHAPE = (3, 5, 7)  # odd on purpose: 105 numbers
 LADDER = torch.tensor([0.4, 0.7, 0.9, 1.0])
 
 
-def noise(seed: int | list[int], frame: int = 0, level: int | list[int] = 0, shape=SHAPE) -> Tensor:
+def noise(seed: int | list[int], frame: int = 0, count: int = 1, shape=SHAPE) -> Tensor:
     seeds = torch.tensor([seed] if isinstance(seed, int) else seed)
-    return counter_noise(seeds, frame, torch.tensor([level] if isinstance(level, int) else level), shape)
+    return counter_noise(seeds, frame, count, shape)
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
@@ -34,24 +34,22 @@ def test_add_noise_goes_from_clean_to_noise():
 
 def test_counter_noise_is_repeated_exactly():
     torch.manual_seed(1)
-    first = noise([5, 6], 7, [1, 2, 3])
+    first = noise([5, 6], 7, 3)
     torch.manual_seed(2)
-    assert first.shape == (2, 3, *SHAPE) and torch.equal(first, noise([5, 6], 7, [1, 2, 3]))
+    assert first.shape == (2, 3, *SHAPE) and torch.equal(first, noise([5, 6], 7, 3))
 
 
 def test_counter_noise_of_a_frame_does_not_depend_on_what_else_is_asked():
-    levels = [4, 3, 9, 9, 0]
-    whole = noise([5, 6, 7], 100, levels)
-    assert torch.equal(whole[:, 2:], noise([5, 6, 7], 102, levels[2:]))
+    whole = noise([5, 6, 7], 100, 5)
+    assert torch.equal(whole[:, 2:], noise([5, 6, 7], 102, 3))
     for game, seed in enumerate([5, 6, 7]):
-        for i, level in enumerate(levels):
-            assert torch.equal(whole[game, i], noise(seed, 100 + i, level)[0, 0])
+        for i in range(5):
+            assert torch.equal(whole[game, i], noise(seed, 100 + i)[0, 0])
 
 
-def test_counter_noise_differs_by_seed_frame_and_level():
-    seeds, levels = list(range(8)), [0, 1, 17, 1024]
-    parts = [noise(seeds, frame, [level])[:, 0] for frame in (0, 1, 2, 100_000) for level in levels]
-    different = torch.stack(parts, 1).flatten(0, 1).flatten(1)  # (8 · 16, 105)
+def test_counter_noise_differs_by_seed_and_frame():
+    parts = [noise(list(range(8)), frame, 4) for frame in (0, 17, 1024, 100_000)]
+    different = torch.cat(parts, 1).flatten(0, 1).flatten(1)  # (8 · 16, 105)
     assert len({tuple(row) for row in different.tolist()}) == len(different) == 128
     table = torch.corrcoef(different) - torch.eye(len(different))
     assert table.abs().max() < 0.6, "105 numbers of each: 6 standard errors"
@@ -61,12 +59,12 @@ def test_counter_noise_differs_by_seed_frame_and_level():
 def test_counter_noise_of_large_seeds():
     """A seed may be any int64; its high half counts too."""
     seeds = [0, 1, 2**31, 2**32, 2**32 + 1, 2**40, 2**62, -1, -(2**40), 2**63 - 1]
-    made = noise(seeds, 3, [5])
+    made = noise(seeds, 3)
     assert made.isfinite().all() and len({x.sum().item() for x in made}) == len(seeds)
 
 
 def test_counter_noise_is_gaussian():
-    x = noise(list(range(40)), 1000, list(range(25)), (16, 6, 8))  # 768 000 numbers
+    x = noise(list(range(40)), 1000, 25, (16, 6, 8))  # 768 000 numbers
     assert x.dtype == torch.float32 and x.isfinite().all()
     flat = x.flatten().double()
     error = len(flat) ** -0.5
@@ -81,13 +79,10 @@ def test_counter_noise_is_gaussian():
 
 
 def test_counter_noise_has_no_correlations():
-    x = noise(list(range(40)), 0, list(range(25)), (16, 6, 8)).flatten(2)  # (seed, frame and level, 768)
-    moved = noise(list(range(40)), 1, list(range(25)), (16, 6, 8)).flatten(2)
+    x = noise(list(range(40)), 0, 25, (16, 6, 8)).flatten(2)  # (seed, frame, 768)
     pairs = {
         "seeds": (x[1:], x[:-1]),
-        "frames and levels": (x[:, 1:], x[:, :-1]),
-        "frames": (x, moved),
-        "levels": (x[:, 1:], moved[:, :-1]),
+        "frames": (x[:, 1:], x[:, :-1]),
         "places": (x[..., 1:], x[..., :-1]),
         "rows": (x[..., 8:], x[..., :-8]),
         "halves": (x[..., :384], x[..., 384:]),

@@ -76,7 +76,7 @@ class Written:
         last = None if carry is None else carry.state[:, None].expand_as(coming)
         held = torch.cat([held, bound], 1)[:, -(self.config.action_history - 1 + w) :]
         condition = self.condition(held, self.features(coming, last, (b, w)), list(range(w)))
-        noise = counter_noise(self.game.seed, frame, torch.zeros(w, dtype=torch.int64), SHAPE)
+        noise = counter_noise(self.game.seed, frame, w, SHAPE)
         sigma = levels.expand(b, -1)
         noisy, seen = add_noise(clean, noise, sigma), memory(self.denoiser, self.latents, past)
         return self.denoiser(noisy, sigma, self.latents[:, -1:], condition, frame, seen)
@@ -305,9 +305,9 @@ def test_a_frame_keeps_its_noise(monkeypatch):
     """Every pass over a frame, the correction's too, has the frame's own noise; no two frames share it."""
     drawn: dict[int, Tensor] = {}
 
-    def watched(seed: Tensor, frame: Tensor, level: Tensor, shape: tuple[int, ...]) -> Tensor:
-        noise = counter_noise(seed, frame, level, shape)
-        for place in range(len(level)):
+    def watched(seed: Tensor, frame: Tensor, count: int, shape: tuple[int, ...]) -> Tensor:
+        noise = counter_noise(seed, frame, count, shape)
+        for place in range(count):
             assert torch.equal(noise[:, place], drawn.setdefault(int(frame) + place, noise[:, place]))
         return noise
 

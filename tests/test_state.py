@@ -25,7 +25,7 @@ from engine.config import (
 from engine.data.latents import LatentsCache
 from engine.data.recording import Recorder
 from engine.data.state_logs import StateLogs, StatePictures
-from engine.evaluation.state import escapes, evaluate_state
+from engine.evaluation.state import escapes, evaluate_state, state_of
 from engine.model import networks
 from engine.model.autoencoder import Autoencoder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
@@ -280,12 +280,12 @@ def test_a_scene_is_learned_from_pictures_and_does_not_mind_the_pace(model: Stat
     states = logs.states[::7][:64].clone()
     known = model.scales.normalise(states)
     pictures = StatePictures(known[:, :4, None, None].expand(-1, -1, 6, 8).contiguous(), states)
-    optimiser, first = torch.optim.Adam(loss.scene.parameters(), 3e-3), loss.missed(pictures).item()
+    optimiser, first = torch.optim.Adam(loss.scene.parameters(), 3e-3), loss.scene_error(pictures).item()
     for _ in range(200):
-        loss.missed(pictures).backward()
+        loss.scene_error(pictures).backward()
         optimiser.step()
         optimiser.zero_grad()
-    assert loss.missed(pictures).item() < 0.2 * first
+    assert loss.scene_error(pictures).item() < 0.2 * first
     moved = states.clone()
     moved[:, SPEC.indices("velocity")] += 3.0
     alike, other = (state_features(model.scales, *pair) for pair in ((states, states), (moved, states + 1)))
@@ -626,6 +626,15 @@ def test_a_start_picture_gets_a_state(tmp_path, reads: bool) -> None:
     known = dict(zip(KINDS, body(3, 4, 50)[0, 0].tolist(), strict=True))
     session.reset(0, np.zeros((1, 32, 32, 3), np.uint8), None, [known])
     assert session.state() == pytest.approx(known), "what the world told is believed"
+
+
+def test_the_state_of_a_checkpoint_is_measured_on_recordings(tiny_checkpoint, tmp_path) -> None:
+    figures = state_of(tiny_checkpoint, tiny_checkpoint.parent, minutes=0.1)
+    assert figures["idle_drift"] >= 0 and figures["escapes_per_ten_minutes"] >= 0
+    with pytest.raises(UserError, match="no state"):
+        stateless = tmp_path / "stateless.safetensors"
+        save_checkpoint(stateless, {}, ModelConfig(), WorldConfig())
+        state_of(stateless, tiny_checkpoint.parent)
 
 
 def test_escapes_are_seen(model: StateModel, logs: StateLogs) -> None:

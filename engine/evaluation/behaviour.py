@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..data.picture import grid, save_picture
-from .branches import State, starts
 from .generated import rebuilt, roll
 from .measures import flows, motion, psnr, sharpness
 from .section import Scope, Section, skipped
+from .truth import State, starts
 
 TURN_SECONDS = 8.0  # a full turn must be done by then
 WALL_SECONDS, PUSH_SECONDS = 6.0, 3.0  # to reach a wall; and pushed on against it

@@ -19,9 +19,9 @@ from ..config import TrainConfig, UserError, load_config
 from ..data.policies import OPPOSITES, make_policy
 from ..data.sight import free_distances, wall_views
 from ..worlds import make_world
-from .branches import Truth
 from .measures import psnr
 from .route import RETURN, Route, save_routes
+from .truth import Truth
 
 FRAMES = 64  # of a route
 WARMUPS = (24, 36, 48, 60)  # frames that the script plays before, by turns

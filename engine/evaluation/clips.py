@@ -10,6 +10,8 @@ from ..config import UserError
 from ..data.recording import Recording
 from ..rollout.player import Player
 
+RUN, EVERY = 32, 4  # a sample is every fourth frame of runs of so many
+
 
 class Clips:
     """Held-out recordings as a source of true clips: frames, and the actions that caused them."""
@@ -44,11 +46,11 @@ class Clips:
         told = [self.recordings[i].states[start : start + length] for i, start in chosen]
         return frames, torch.from_numpy(actions), told
 
-    def sample(self, count: int, seed: int, run: int = 32, every: int = 4) -> np.ndarray:
-        """About `count` true frames, uint8 (n, h, w, 3): every fourth of short runs, since each run costs a
+    def sample(self, count: int, seed: int) -> np.ndarray:
+        """About `count` true frames, uint8 (n, h, w, 3): some of short runs, since each run costs a
         search in the video.
         """
-        places = self.places(run) or self.places(1)
-        length = run if self.places(run) else 1
-        frames, _, _ = self.choose(places, -(-count * every // length), length, seed)
-        return frames[:, ::every].reshape(-1, *frames.shape[2:])[:count]
+        places = self.places(RUN) or self.places(1)
+        length = RUN if self.places(RUN) else 1
+        frames, _, _ = self.choose(places, -(-count * EVERY // length), length, seed)
+        return frames[:, ::EVERY].reshape(-1, *frames.shape[2:])[:count]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data.picture import grid, save_picture
-from .branches import starts
 from .generated import roll
 from .measures import difference, flat
 from .plots import draw_confusion
 from .section import Scope, Section, skipped
+from .truth import starts
 
 HOLD = 4  # frames that each key is held
 DEVIATIONS = 1.96  # of a normal distribution, within which 95 % lie

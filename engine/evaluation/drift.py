@@ -14,12 +14,12 @@ from ..data.film import Film
 from ..data.picture import grid, save_picture
 from ..data.policies import make_policy
 from ..worlds.base import ActionSpace
-from .branches import ATTEMPTS, State
 from .generated import Games, play
 from .measures import motion
 from .plots import draw_drift
 from .section import Scope, Section
-from .watch import Watch, curves, disagreement, growth, mean
+from .segment_stats import SegmentStats, curves, disagreement, growth, mean
+from .truth import ATTEMPTS, State
 
 POLICIES = ("scripted", "random", "idle")
 MOVING = POLICIES[:2]  # by whose games motion is judged
@@ -47,8 +47,8 @@ class Plan:
 class Played(NamedTuple):
     """Games and, where there is a true world, the same under the same keys there."""
 
-    games: list[Watch]
-    true: list[Watch]
+    games: list[SegmentStats]
+    true: list[SegmentStats]
 
 
 def drift(scope: Scope) -> Section:
@@ -81,7 +81,7 @@ def long_drift(scope: Scope) -> Section:
     return section
 
 
-def of(policy: str, games: list[Watch]) -> list[Watch]:
+def of(policy: str, games: list[SegmentStats]) -> list[SegmentStats]:
     """The games of one policy."""
     return [game for game in games if game.policy == policy]
 
@@ -124,7 +124,7 @@ def _start(scope: Scope, number: int) -> State:
     return State(0, script, frames[place], actions[place].numpy(), told[place])
 
 
-def _play(scope: Scope, plans: list[Plan], bar: tqdm) -> list[Watch]:
+def _play(scope: Scope, plans: list[Plan], bar: tqdm) -> list[SegmentStats]:
     """The generated games, side by side."""
     watches = [_watch(scope, plan) for plan in plans]
     actions = np.stack([np.concatenate([plan.state.actions, plan.actions]) for plan in plans])
@@ -141,7 +141,7 @@ def _play(scope: Scope, plans: list[Plan], bar: tqdm) -> list[Watch]:
     return watches
 
 
-def _play_true(scope: Scope, plan: Plan, bar: tqdm) -> Watch:
+def _play_true(scope: Scope, plan: Plan, bar: tqdm) -> SegmentStats:
     """The true world under the same keys, from episode to episode."""
     game = _watch(scope, plan)
     for frame in scope.truth.play(plan.state, iter(plan.actions)):
@@ -150,10 +150,10 @@ def _play_true(scope: Scope, plan: Plan, bar: tqdm) -> Watch:
     return game
 
 
-def _watch(scope: Scope, plan: Plan) -> Watch:
+def _watch(scope: Scope, plan: Plan) -> SegmentStats:
     shown = np.linspace(0, len(plan.actions) - 1, SHOWN).astype(int).tolist() if plan.shown else ()
     begin = scope.frames(FILMED) if plan.shown and plan.policy == POLICIES[0] else 0
-    return Watch(scope.reference, _segment(scope), plan.policy, frozenset(shown), begin, scope.probe)
+    return SegmentStats(scope.reference, _segment(scope), plan.policy, frozenset(shown), begin, scope.probe)
 
 
 def _segment(scope: Scope) -> int:
@@ -189,7 +189,7 @@ def _figures(section: Section, scope: Scope, both: Played, minutes: tuple[int, .
                 f[f"motion_{key}"] = motion_share(scope, some, true, count)
 
 
-def motion_share(scope: Scope, games: list[Watch], true: list[Watch], segments: int) -> float:
+def motion_share(scope: Scope, games: list[SegmentStats], true: list[SegmentStats], segments: int) -> float:
     """Motion at the end of the games' first `segments`, in shares of the true world's under the same policy,
     all its minutes; or, where there is none, of recordings.
     """
@@ -203,7 +203,7 @@ def motion_share(scope: Scope, games: list[Watch], true: list[Watch], segments: 
     return made / max(usual, 1e-9)
 
 
-def _walls(section: Section, games: list[Watch], true: list[Watch]) -> None:
+def _walls(section: Section, games: list[SegmentStats], true: list[SegmentStats]) -> None:
     """Views in moving games that a wall fills, and in the true world under the same keys."""
     pair = [[game for game in some if game.policy in MOVING] for some in (games, true)]
     if not all(pair) or "wall" not in pair[0][0].rows[0]:
@@ -217,7 +217,7 @@ def _walls(section: Section, games: list[Watch], true: list[Watch]) -> None:
     )
 
 
-def steps(section: Section, games: list[Watch]) -> None:
+def steps(section: Section, games: list[SegmentStats]) -> None:
     """The first 2,000 frames: flicker and wandering of what stands still, distance under random keys."""
     count = max(1, min(STEPS // games[0].length, len(games[0].rows)))
     idle, random, f = of("idle", games), of("random", games), section.figures

@@ -12,12 +12,12 @@ import numpy as np
 from ..config import PlayConfig
 from ..device import threads
 from ..rollout.session import Session
-from .branches import State, starts
 from .control import alternatives
 from .generated import roll
 from .measures import difference, flat
 from .plots import draw_responses
 from .section import Scope, Section, skipped
+from .truth import State, starts
 
 OWN = "as trained"
 ANSWERS = 48  # steps over which their time is taken

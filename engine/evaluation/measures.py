@@ -11,6 +11,7 @@ from einops import rearrange, reduce
 
 POOL = 4  # pixels a side that a difference of views is averaged over: grain must not hide it
 EQUAL = 78.0  # decibels: an error of a thousandth of a squared grey level
+REACH = 16  # pixels to either side that a turn is sought in
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -103,7 +104,7 @@ def flat(frames: np.ndarray) -> np.ndarray:
     return rearrange(coarse(frames), "... h w c -> ... (h w c)")
 
 
-def horizontal_flow(a: np.ndarray, b: np.ndarray, reach: int = 16) -> float:
+def horizontal_flow(a: np.ndarray, b: np.ndarray) -> float:
     """Shift in pixels, to the right, that best lays picture a over b, both uint8 (h, w, 3); 0 where nothing
     is seen.
 
@@ -114,10 +115,10 @@ def horizontal_flow(a: np.ndarray, b: np.ndarray, reach: int = 16) -> float:
     width = a.shape[1]
     costs = [
         np.abs(a[:, max(0, -d) : width - max(0, d)] - b[:, max(0, d) : width + min(0, d)]).mean()
-        for d in range(-reach, reach + 1)
+        for d in range(-REACH, REACH + 1)
     ]
     best = int(np.argmin(costs))
-    return float(best - reach) if costs[best] < 0.9 * costs[reach] else 0.0
+    return float(best - REACH) if costs[best] < 0.9 * costs[REACH] else 0.0
 
 
 def flows(frames: np.ndarray) -> np.ndarray:

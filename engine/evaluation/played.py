@@ -9,10 +9,10 @@ import torch
 from tqdm import tqdm
 
 from ..config import UserError
-from .branches import Truth
 from .clips import Clips
 from .generated import Games
 from .route import Route
+from .truth import Truth
 
 ELSEWHERE = 1.0  # map units or degrees by which a route may end elsewhere than where it was made
 

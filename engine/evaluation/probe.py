@@ -28,7 +28,6 @@ class WallProbe:
         said, true = self.fills(frames[tests]), walls[tests]
         both = [float((said[true == kind] == kind).mean()) for kind in (False, True) if (true == kind).any()]
         self.accuracy = float(np.mean(both)) if both else 0.0  # on unseen true frames, mean over both kinds
-        self.tested = int(tests.sum())
         self.share = float(walls.mean())  # of the true frames
 
     def _fit(self, frames: np.ndarray, walls: np.ndarray) -> None:

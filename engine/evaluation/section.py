@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from ..rollout.player import Player
-from .branches import Truth
 from .clips import Clips
 from .features import Reference
 from .probe import WallProbe
 from .route import Route
+from .truth import Truth
 
 STATELESS = "_stateless"  # at the end of figures of the same network without its state
 STARTS = 16  # episodes that are tried for a start, and frames into them

@@ -22,7 +22,6 @@ from ..data.sight import wall_views
 from ..rollout.player import Player
 from ..stage_config import TRAINED
 from .behaviour import behaviour
-from .branches import Truth
 from .build_routes import KINDS, Builder
 from .clips import Clips
 from .control import control
@@ -30,13 +29,14 @@ from .drift import POLICIES, drift, long_drift
 from .features import Reference
 from .fidelity import fidelity
 from .latency import latency
-from .parts import Parts, key_of
 from .probe import WallProbe
 from .report import write_report
 from .returning import returning
 from .route import Route, load_routes, shipped_routes
 from .section import QUICK, STATELESS, Scope, Section, Size
+from .section_cache import SectionCache, key_of
 from .speed import speed
+from .truth import Truth
 
 FULL = Size()
 SAMPLE = 7000  # seed of the true frames to which the nearest is sought
@@ -88,9 +88,9 @@ def evaluate(config: TrainConfig) -> dict:
     begin = time.perf_counter()
     scope = open_scope(config)
     try:
-        parts = Parts(scope.folder / "parts", key_of(scope))
+        cache = SectionCache(scope.folder / "parts", key_of(scope))
         until = begin + 60 * config.max_minutes if config.max_minutes else float("inf")
-        sections, seconds, left = _measure(scope, parts, until)
+        sections, seconds, left = _measure(scope, cache, until)
     finally:
         if scope.truth is not None:
             scope.truth.close()
@@ -102,7 +102,7 @@ def evaluate(config: TrainConfig) -> dict:
     if left:
         print(
             f"The {config.max_minutes:g} minutes are spent; left are {', '.join(left)}. What is measured "
-            f"lies in {parts.folder}: the same command goes on.",
+            f"lies in {cache.folder}: the same command goes on.",
             file=sys.stderr,
         )
         return figures | {"left": ", ".join(left)}
@@ -115,7 +115,7 @@ def evaluate(config: TrainConfig) -> dict:
     shown = [name for name in HEADLINE if name in figures]
     write_report(scope.folder, headline, sections, figures, shown)
     for name in seconds:
-        parts.drop(name)
+        cache.drop(name)
     return figures
 
 
@@ -177,23 +177,25 @@ def _recordings(config: TrainConfig, player: Player) -> Clips:
     return Clips([Recording(path) for path in unseen or recordings], player)
 
 
-def _measure(scope: Scope, parts: Parts, until: float) -> tuple[list[Section], dict[str, float], list[str]]:
+def _measure(
+    scope: Scope, cache: SectionCache, until: float
+) -> tuple[list[Section], dict[str, float], list[str]]:
     """The parts one after the other, those that are found finished or can be begun before the clock reads
     `until`, but one at least → their sections, the seconds that each took, and the names of those left.
     """
     names = [name for name in MEASURED if name != "long_drift" or scope.size.long_minutes]
-    found = {name: part for name in names if (part := parts.find(name))}
+    found = {name: part for name in names if (part := cache.find(name))}
     if found:
-        print(f"Taken over from {parts.folder}: {', '.join(found)}.", file=sys.stderr)
+        print(f"Taken over from {cache.folder}: {', '.join(found)}.", file=sys.stderr)
     measured = 0
     for name in names:
         begin = time.perf_counter()
         if name in found or (measured and begin >= until):
             continue
-        parts.drop(name)
+        cache.drop(name)
         section = MEASURED[name](scope)
         found[name] = section, time.perf_counter() - begin
-        parts.keep(name, *found[name])
+        cache.keep(name, *found[name])
         measured += 1
     done = {name: found[name] for name in names if name in found}
     seconds = {name: took for name, (_, took) in done.items()}

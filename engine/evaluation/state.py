@@ -1,19 +1,47 @@
-"""How far the predicted state strays from the true one under the same keys, and if it leaves the rooms."""
+"""How far the predicted state strays from the true one under the same keys, and if it leaves the rooms:
+python -m engine.evaluation.state CHECKPOINT DATA
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..config import UserError
+from ..data.dataset import true_recordings
+from ..data.recording import Recording
 from ..data.state_logs import StateLogs
+from ..model.checkpoint import Checkpoint
+from ..model.networks import load_states
 from ..model.state import StateModel
 from ..model.state_spec import difference, pick
 
 CELL = 1.0  # large steps: side of a cell of the map of places that the true player visited
 BATCH = 256
+GAMES = 8  # that escapes are counted in
+REST = 64  # frames in which a body comes to rest
+
+
+def state_of(checkpoint: str | Path, data: str | Path, minutes: float = 10.0) -> dict[str, float]:
+    """A checkpoint's state network on those recordings in `data` that no training has seen → figures. Raises
+    UserError where either tells no state.
+    """
+    made = Checkpoint(checkpoint)
+    model = load_states(made)
+    if model is None:
+        raise UserError(f"{checkpoint} was trained on a world that tells no state; there is none to measure.")
+    known, unseen = ([Recording(path) for path in part] for part in true_recordings(str(data), made.world))
+    names, keys = model.spec.names, tuple(made.world.keys)
+    visited = StateLogs.read(known + unseen, names, keys)
+    if visited is None:
+        raise UserError(f"No recording in {data} tells its world's state; collect new ones.")
+    logs = StateLogs.read(unseen, names, keys) or visited
+    return evaluate_state(model, logs, visited, fps=made.world.fps, minutes=minutes)
 
 
 @torch.no_grad()
@@ -73,7 +101,6 @@ def escapes(
     warm: int = 16,
     fps: float = 17.5,
     minutes: float = 10.0,
-    games: int = 8,
 ) -> dict[str, float]:
     """Games of some minutes under the keys of `logs`: how often and for how long they leave the rooms.
 
@@ -84,41 +111,39 @@ def escapes(
     begun = (logs.left >= warm).nonzero()[:, 0]
     if not len(begun):
         raise UserError(f"No held-out episode has {warm} frames; give longer ones.")
-    starts = begun[torch.linspace(0, len(begun) - 1, games).long()]
+    starts = begun[torch.linspace(0, len(begun) - 1, GAMES).long()]
     first = logs.cut(starts, warm, warm)
     carry = model.begin(first.states, first.actions)
     rows = (starts[:, None] + warm + torch.arange(frames)) % len(logs)
     rooms = Rooms(model, visited)
-    outside = torch.zeros(games, frames, dtype=torch.bool)
+    outside = torch.zeros(GAMES, frames, dtype=torch.bool)
     for frame, at in enumerate(rows.T):
         carry = model.step(carry, logs.actions[at])
         outside[:, frame] = rooms.outside(carry.state)
     left = outside & ~torch.cat([torch.zeros_like(outside[:, :1]), outside[:, :-1]], 1)
-    stay = longest = torch.zeros(games)
+    stay = longest = torch.zeros(GAMES)
     for out in outside.T:
         stay = (stay + 1) * out
         longest = torch.maximum(longest, stay)
     never = outside[:, -1] | (longest > 10 * fps)
     return {
-        "escapes_per_ten_minutes": round(left.sum().item() / games * 10 / minutes, 3),
+        "escapes_per_ten_minutes": round(left.sum().item() / GAMES * 10 / minutes, 3),
         "longest_escape_seconds": round(longest.max().item() / fps, 2),
         "never_returned": int(never.sum()),
     }
 
 
 @torch.no_grad()
-def idle_drift(
-    model: StateModel, logs: StateLogs, warm: int = 16, frames: int = 2000, rest: int = 64
-) -> float:
+def idle_drift(model: StateModel, logs: StateLogs, warm: int, frames: int) -> float:
     """Median way in map units that a body strays in `frames` without keys, having come to rest before."""
     begun = (logs.left >= warm).nonzero()[:, 0]
     starts = begun[torch.linspace(0, len(begun) - 1, 32).long()]
     first = logs.cut(starts, warm, warm)
     carry = model.begin(first.states, first.actions)
     still = torch.zeros_like(first.actions[:, 0])
-    for frame in range(rest + frames):
+    for frame in range(REST + frames):
         carry = model.step(carry, still)
-        if frame == rest - 1:
+        if frame == REST - 1:
             rested = carry.state
     off = pick(carry.state - rested, model.spec.indices("position"))
     return round(off.norm(dim=-1).median().item(), 3)
@@ -149,3 +174,13 @@ class Rooms:
         top = torch.tensor(self.free.shape)
         beyond = ((cells < 0) | (cells >= top)).any(1)
         return beyond | ~self.free[tuple(torch.minimum(cells.clamp_min(0), top - 1).T)]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        print(json.dumps(state_of(*sys.argv[1:])))
+    except UserError as error:
+        print(f"engine.evaluation.state: {error}", file=sys.stderr)
+        sys.exit(2)

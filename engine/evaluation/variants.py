@@ -77,14 +77,14 @@ class FrameByFrame(Rollout):
     def speculate(self) -> None:
         """Nothing can be done before the keys are known."""
 
-    def step(self, action: Tensor, stale: bool | None = None) -> Tensor:
-        return self.advance(self._alone(action), action, stale=False)
+    def step(self, action: Tensor, renoise: bool | None = None) -> Tensor:
+        return self.advance(self._alone(action), action, renoise=False)
 
     @torch.no_grad()
     def _alone(self, action: Tensor) -> Tensor:
         """The keys (b, k) → the frame that they cause (b, 1, c, y, x)."""
         condition = self.window_condition(action[:, None])
-        noise = counter_noise(self.seed, self.cache.frame, self.level[:1], self.denoiser.shape)
+        noise = counter_noise(self.seed, self.cache.frame, 1, self.denoiser.shape)
         clean = self.last[:, 1:]
         for level in self.levels:
             sigma = level * self.one

@@ -1,4 +1,4 @@
-"""ConditionEncoder: what is known of a frame besides pictures (keys, state) → its condition."""
+"""ConditionEncoder: held keys and state of a frame → its condition, the token that the transformer reads."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ class ConditionEncoder(nn.Module):
         features: Tensor,
         has_state: Tensor,
         ahead: Tensor,
-        before_sigma: Tensor,
+        prev_sigma: Tensor,
     ) -> Tensor:
         """actions (b, history - 1 + t, k), what is read of the states (b, t, f), has_state (b, t) 1 where
         these are to be believed, ahead (t,) int64: how many frames lie between a frame and the finished one
-        that it is made from, before_sigma (b, t): how noisy this one is → (b, t, width).
+        that it is made from, prev_sigma (b, t): how noisy this one is → (b, t, width).
         """
         windows = action_windows(actions, self.history)
         has = has_state[..., None].to(windows.dtype)
         # not one_hot, which reads on the host, where a step is to be captured
         place = (ahead[:, None] == torch.arange(self.ahead, device=ahead.device)).to(windows.dtype)
         place = place.expand(len(windows), -1, -1)
-        parts = [windows, features.to(windows.dtype) * has, has, place, before_sigma[..., None]]
+        parts = [windows, features.to(windows.dtype) * has, has, place, prev_sigma[..., None]]
         token = self.mlp(torch.cat(parts, -1))
         if self.scene is None:
             return token

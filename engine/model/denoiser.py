@@ -20,7 +20,7 @@ class Finished(NamedTuple):
     """A finished frame whose keys and values are to be written by the next pass."""
 
     clean: Tensor  # (b, 1, c, y, x)
-    before: Tensor  # (b, 1, c, y, x), the frame before it
+    prev_frame: Tensor  # (b, 1, c, y, x), the frame before it
     condition: Tensor  # (b, 1, width)
 
 
@@ -57,7 +57,7 @@ class Denoiser(nn.Module):
         self,
         noisy: Tensor,
         sigma: Tensor,
-        before: Tensor,
+        prev_frame: Tensor,
         condition: Tensor,
         frame: Tensor | int,
         memory: AttentionContext,
@@ -67,12 +67,12 @@ class Denoiser(nn.Module):
         width), index of the first frame, memory → clean (b, t, c, y, x), float32. A pending frame is
         committed along.
         """
-        given = (noisy, before.expand_as(noisy), sigma, condition)
+        given = (noisy, prev_frame.expand_as(noisy), sigma, condition)
         if pending:
             given = [torch.cat(both, 1) for both in zip(self._committed(pending), given, strict=True)]
             frame = frame - 1
         made = self._transformed(*given, frame, memory, context_only_frames=1 if pending else 0)
-        return before + made
+        return prev_frame + made
 
     def commit(
         self, clean: Tensor, condition: Tensor, frame: int, memory: KVRecorder, sigma: Tensor | None = None
@@ -83,9 +83,9 @@ class Denoiser(nn.Module):
         given.
         """
         sigma = clean.new_zeros(clean.shape[:2]) if sigma is None else sigma
-        before = torch.cat([clean[:, :1], clean[:, :-1]], 1)
+        prev_frame = torch.cat([clean[:, :1], clean[:, :-1]], 1)
         mask = self.history_mask(clean.shape[1], clean.device)
-        self._transformed(clean, before, sigma, condition, frame, memory, mask, clean.shape[1])
+        self._transformed(clean, prev_frame, sigma, condition, frame, memory, mask, clean.shape[1])
 
     def commit_pending(self, pending: Finished, memory: KVCache) -> None:
         """Writes the keys and values of the last finished frame, in a pass of its own."""
@@ -93,13 +93,13 @@ class Denoiser(nn.Module):
         self._transformed(*self._committed(pending), memory.frame - 1, memory, context_only_frames=1)
 
     def _transformed(
-        self, noisy: Tensor, before: Tensor, sigma: Tensor, condition: Tensor, *given, **named
+        self, noisy: Tensor, prev_frame: Tensor, sigma: Tensor, condition: Tensor, *given, **named
     ) -> Tensor | None:
-        return self.transformer(noisy, before, sigma, *self.condition.parts(condition), *given, **named)
+        return self.transformer(noisy, prev_frame, sigma, *self.condition.parts(condition), *given, **named)
 
     def _committed(self, pending: Finished) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sigma = pending.clean.new_zeros(len(pending.clean), 1)
-        return pending.clean, pending.before, sigma, pending.condition
+        return pending.clean, pending.prev_frame, sigma, pending.condition
 
     def history_mask(self, frames: int, device: torch.device) -> Tensor:
         """(frames n, frames n): 0 where a token may look at a key of its own or of the `context_frames`

@@ -1,5 +1,5 @@
-"""The past as keys and values: the recent frames as a ring, the sink for ever, and room for the window behind
-them.
+"""KVCache: the past as keys and values: the ring of the last `context_frames`, the sink (the first ones, for
+ever), and room for the window.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class KVCache:
         slots = self.slots[0 if pending else 1 : 1 + frames]
         self._pass = slots, self.pages[groups], rows, self.lengths[frames, groups]
 
-    def room(self, layer: int) -> KVSlots | None:
+    def kv_slots(self, layer: int) -> KVSlots | None:
         """A layer's part of what `plan_pass` chose; None where gradients are wanted, which nothing written in
         place can have.
         """
@@ -139,7 +139,7 @@ class KVRecorder:
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = []
 
-    def room(self, layer: int) -> None:
+    def kv_slots(self, layer: int) -> None:
         """None of its own: what is written is kept as it comes."""
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ class KVContext:
     def __init__(self, layers: list[tuple[Tensor, Tensor]]):
         self.layers = layers
 
-    def room(self, layer: int) -> None:
+    def kv_slots(self, layer: int) -> None:
         """None: nothing is written."""
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,12 +38,12 @@ def choose_kernels(name: str) -> None:
 class AttentionContext(Protocol):
     """What a pass sees besides itself (kv_cache.py)."""
 
-    def room(self, layer: int) -> KVSlots | None:
+    def kv_slots(self, layer: int) -> KVSlots | None:
         """Where the pass's keys and values are written in place and what it sees, if this memory has one."""
         ...
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Without room: the pass's own keys and values (b, n, h, d), behind those it sees → both (b, m, h,
+        """Without slots: the pass's own keys and values (b, n, h, d), behind those it sees → both (b, m, h,
         d).
         """
         ...
@@ -103,14 +103,14 @@ class Attention(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """x (b, n, d), angles (n, head_dim / 2) twice, mask (n, m) added to the scores → (b, n, d)."""
-        qkv, weights, room = self.qkv(x), (self.q_weight, self.k_weight), memory.room(layer)
-        if room is None:
+        qkv, weights, slots = self.qkv(x), (self.q_weight, self.k_weight), memory.kv_slots(layer)
+        if slots is None:
             q, k, v = qknorm_rope(qkv, *weights, *angles)  # (b, n, h, d)
             seen = memory.extend(layer, k, v)
             y = masked_attention(*(z.transpose(1, 2) for z in (q, *seen)), mask).transpose(1, 2)
         else:
-            q = qknorm_rope_write(qkv, *weights, *angles, room.keys, room.values, room.slots)
-            y = window_attention(q, room.keys, room.values, room.pages, room.rows, room.lengths)
+            q = qknorm_rope_write(qkv, *weights, *angles, slots.keys, slots.values, slots.slots)
+            y = window_attention(q, slots.keys, slots.values, slots.pages, slots.rows, slots.lengths)
         return self.out(y.flatten(2))
 
 

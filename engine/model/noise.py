@@ -1,4 +1,5 @@
-"""Noise as pure functions: counter-based Gaussian noise, adding it, and the levels that training shows.
+"""Noise as pure functions: counter-based Gaussian noise, adding it, and the levels of the ladder (which is
+in config.py) as a game begins and as training shows them.
 
 Flow matching: x = (1 - sigma) * clean + sigma * noise.
 """
@@ -17,24 +18,24 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return torch.lerp(clean, noise, sigma)
 
 
-def counter_noise(seed: Tensor, frame: Tensor | int, level: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Gaussian noise as a function of (seed, frame index, level), the same on every device.
+def counter_noise(seed: Tensor, frame: Tensor | int, count: int, shape: tuple[int, ...]) -> Tensor:
+    """Gaussian noise as a function of (seed, frame index), the same on every device.
 
-    seed (b,) int64, frame index () of the first of t frames, level (t,) int64, shape of one frame's latents →
-    (b, t, *shape). A 32-bit integer hash (the finaliser of MurmurHash3) of the counter gives two uniforms for
+    seed (b,) int64, index () of the first of `count` frames, shape of one frame's latents → (b, count,
+    *shape). A 32-bit integer hash (the finaliser of MurmurHash3) of the counter gives two uniforms for
     the Box-Muller transform.
     """
-    device, count = seed.device, math.prod(shape)
-    frames = frame + torch.arange(len(level), device=device)
+    device, size = seed.device, math.prod(shape)
+    frames = frame + torch.arange(count, device=device)
     seed = seed ^ _hash(seed >> 32)  # all 64 bits of a seed count
-    key = _hash(seed[:, None] * 0x9E3779B1 + _hash(frames * 0x85EBCA77 + level * 0xC2B2AE3D))  # (b, t)
-    half = (count + 1) // 2
+    key = _hash(seed[:, None] * 0x9E3779B1 + _hash(frames * 0x85EBCA77))  # (b, t)
+    half = (size + 1) // 2
     counter = torch.arange(2 * half, device=device) * 0x27D4EB2F
     bits = _hash(_hash(key[..., None] ^ counter) + key[..., None])  # (b, t, 2 half) in [0, 2^32)
     uniform = (bits.float() + 0.5) * 2**-32
     radius = (-2 * uniform[..., :half].clamp_min(1e-9).log()).sqrt_()
     angle = 2 * math.pi * uniform[..., half:]
-    normal = torch.cat([radius * angle.cos(), radius * angle.sin()], -1)[..., :count]
+    normal = torch.cat([radius * angle.cos(), radius * angle.sin()], -1)[..., :size]
     return normal.unflatten(-1, shape)
 
 

@@ -19,11 +19,11 @@ from .state_spec import OCTAVES, StateScales, StateSpec, pick, turned, waves
 
 PERIODS = range(3, 21)  # frames; what swings with a fixed period (a walker's bob) follows one of these clocks
 AGEING = 0.25  # share by which a held key's age comes nearer to 1 in a frame: many turn slowly at first
-STILL = 0.02  # changes below this share of a large one become nothing, so that standing is standing
+DEAD_ZONE = 0.02  # changes below this share of a large one become nothing, so that standing is standing
 LARGEST = 3.0  # large steps: no change within a frame is beyond
 EDGE = 4.0  # large steps from the edge of the known map within which the walls' part is told of it
 SOLVED_FRAMES = 50_000  # at most so many tell how a free body moves
-FAR = 1e6  # beyond any angle; infinity would not survive a moving average
+UNBOUNDED = 1e6  # beyond any angle; infinity would not survive a moving average
 UNTOUCHED = 2.0  # by which a wall is unlikely to matter at first
 
 
@@ -83,7 +83,7 @@ class StateModel(nn.Module):
         scales.fit(states, resets)
         self.low.copy_(self._inner(scales.low))
         self.high.copy_(self._inner(scales.high))
-        self.low[n : self.moved], self.high[n : self.moved] = -FAR, FAR  # angles go round
+        self.low[n : self.moved], self.high[n : self.moved] = -UNBOUNDED, UNBOUNDED  # angles go round
         self.unit.copy_(pick(scales.step / scales.scale, self.order))
         self.unit[self.added :] = 1.0  # velocities are set, not added to
         place = self._inner(states[1:-1])[:, :n]
@@ -257,8 +257,8 @@ def _bent(bend: Tensor, vector: Tensor) -> Tensor:
 
 
 def _still(x: Tensor) -> Tensor:
-    """Values as they are, but those below STILL vanish, with some of their gradient kept alive."""
-    return x - x * STILL**4 / (x**4 + STILL**4)
+    """Values as they are, but those below DEAD_ZONE vanish, with some of their gradient kept alive."""
+    return x - x * DEAD_ZONE**4 / (x**4 + DEAD_ZONE**4)
 
 
 def _mlp(inputs: int, width: int, outputs: int, layers: int) -> nn.Sequential:

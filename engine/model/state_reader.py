@@ -11,14 +11,14 @@ from .state import StateModel
 from .state_spec import StateScales, StateSpec, pick
 
 SEEN = 0.3  # share of a number's variance that must be read off unseen pictures for play to go by it
-NARROW, WIDE = -4.0, 2.0  # bounds of a guess's spread, as logarithm, in units of the data
+LOG_STD = -4.0, 2.0  # bounds of the logarithm of a guess's standard deviation, in units of the data
 
 
 class StateReader(nn.Module):
     """One frame's latents → its state. Velocities are not to be seen in one frame: it tells their mean.
 
     Rooms look alike from several places, and the mean of these is none of them. So where and which way
-    (positions and angles together) is a mixture of some guesses, each with its weight and its spread, of
+    (positions and angles together) is a mixture of some guesses, each with its weight and its deviation, of
     which the likeliest is told; all other numbers are plain.
 
     `share` (S,): which part of each number's variance it read off pictures that it had not seen (R2; 0: it
@@ -64,8 +64,8 @@ class StateReader(nn.Module):
     @exact
     def forward(self, latents: Tensor) -> Tensor:
         """(n, c, y, x) → (n, S) in raw units, inside the range of the data, angles in [0, 360)."""
-        weight, guess, spread, plain = self._read(latents.float())
-        height = weight - self.pose * spread  # of each guess's peak, as logarithm
+        weight, guess, log_std, plain = self._read(latents.float())
+        height = weight - self.pose * log_std  # of each guess's peak, as logarithm
         best = height.argmax(1)[:, None, None].expand(-1, 1, self.pose)
         place, cos, sin = self._parts(guess.gather(1, best)[:, 0])
         scales, numbers = self.scales, self.places + self.plain
@@ -79,22 +79,22 @@ class StateReader(nn.Module):
         """How unlikely the states (n, S) are after latents (n, c, y, x): of positions and angles the negative
         log likelihood, of other numbers how far it is off, in units of the data.
         """
-        weight, guess, spread, plain = self._read(latents)
+        weight, guess, log_std, plain = self._read(latents)
         radians, known = torch.deg2rad(pick(states, self.angles)), self.scales.normalise(states)
         pose = torch.cat([pick(known, self.places), radians.cos(), radians.sin()], 1)
         off = (guess - pose[:, None]).square().sum(2)  # (n, guesses)
-        fits = weight - 0.5 * off * torch.exp(-2 * spread) - self.pose * spread
+        fits = weight - 0.5 * off * torch.exp(-2 * log_std) - self.pose * log_std
         off = plain - pick(known, self.plain)
         plain = F.huber_loss(off, torch.zeros_like(off), delta=0.2, reduction="none").sum(1) / 0.2
         return (plain - fits.logsumexp(1)).mean()
 
     def _read(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """→ of each guess the logarithm of its weight (n, g), its numbers (n, g, pose), and the logarithm of
-        its spread (n, g); the plain numbers, normalised (n, ..).
+        its standard deviation (n, g); the plain numbers, normalised (n, ..).
         """
         guesses, plain = self.out(self.trunk(latents)).tensor_split([self.guesses * (self.pose + 2)], 1)
-        weight, spread, guess = guesses.unflatten(1, (self.guesses, -1)).split([1, 1, self.pose], 2)
-        return weight[..., 0].log_softmax(1), guess, spread[..., 0].clamp(NARROW, WIDE), plain
+        weight, log_std, guess = guesses.unflatten(1, (self.guesses, -1)).split([1, 1, self.pose], 2)
+        return weight[..., 0].log_softmax(1), guess, log_std[..., 0].clamp(*LOG_STD), plain
 
     def _parts(self, guess: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(n, pose) → normalised positions, and the angles' cosines and sines, (n, ..) each."""

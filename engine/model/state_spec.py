@@ -159,9 +159,9 @@ def waves(x: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat([phase.sin(), phase.cos()], -1)
 
 
-def octaves(x: Tensor, count: int = OCTAVES) -> Tensor:
-    """Normalised positions (..., n) → Fourier features (..., 2 n count); the slowest wave spans the map."""
-    return waves(x, 2.0 ** torch.arange(count, device=x.device) * (math.pi / 2))
+def octaves(x: Tensor) -> Tensor:
+    """Normalised positions (..., n) → Fourier features (..., 2 n OCTAVES); the slowest wave spans the map."""
+    return waves(x, 2.0 ** torch.arange(OCTAVES, device=x.device) * (math.pi / 2))
 
 
 def state_features(scales: StateScales, state: Tensor, previous: Tensor) -> Tensor:

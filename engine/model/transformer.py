@@ -59,7 +59,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        before: Tensor,
+        prev_frame: Tensor,
         sigma: Tensor,
         token: Tensor,
         scene: Tensor | None,
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
         b, t = latents.shape[:2]
         condition = F.silu(self.sigma(sigma) + token)  # (b, t, d)
         field = self.field(F.silu(token)).view(b, t, -1, *latents.shape[3:])
-        given = [latents, before, field.to(latents.dtype)]
+        given = [latents, prev_frame, field.to(latents.dtype)]
         given += [] if scene is None else [scene.to(latents.dtype)]
         given = torch.cat(given, 2).flatten(0, 1)
         fine = self.read(given.contiguous(memory_format=torch.channels_last))  # (b t, f, y, x)

@@ -1,4 +1,4 @@
-"""How long steps take, how soon a key is answered, and the figures that a program prints at its end."""
+"""How long steps take (fps), how soon a key is answered, and the figures that a program prints at its end."""
 
 from __future__ import annotations
 

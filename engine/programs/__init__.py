@@ -1,1 +1,1 @@
-"""The programs: each parses its options and hands over."""
+"""The programs `play` and `train`: each parses its options and hands over."""

@@ -1,1 +1,1 @@
-"""Play in latents: the rolling window, the one forward path, sessions on a device."""
+"""Play in latents: window.py, the one forward path (rollout.py), and a game on a device (session.py)."""

@@ -14,9 +14,9 @@ WARM_UP = 3  # eager steps before a capture: kernels are compiled and libraries 
 
 
 class StepGraph:
-    """Two graphs of `draw(held, stale)`: one that shows the leaving frame as it is, one that sends it back.
+    """Two graphs of `draw(held, renoise)`: one that shows the leaving frame as it is, one that sends it back.
     draw takes keys (1, k) on the device and gives a frame there; all that it keeps must stay where it is, and
-    nothing but `stale` may decide on the host.
+    nothing but `renoise` may decide on the host.
 
     Frames come back through pinned memory; waiting for this copy is the only time that the host waits.
     """
@@ -34,16 +34,16 @@ class StepGraph:
         """Plays a few steps and captures both kinds. The game is another one afterwards: reset it."""
         side = torch.cuda.Stream()
         pool = torch.cuda.graph_pool_handle()
-        for stale in (False, True):
+        for renoise in (False, True):
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
-                    self._draw(self._held, stale)
+                    self._draw(self._held, renoise)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                frame = self._draw(self._held, stale)
-            self._graphs[stale], self._frames[stale] = graph, frame
+                frame = self._draw(self._held, renoise)
+            self._graphs[renoise], self._frames[renoise] = graph, frame
             self._shown = torch.empty(frame.shape, dtype=frame.dtype, pin_memory=True)
 
     @property
@@ -51,12 +51,12 @@ class StepGraph:
         """Whether steps can be played."""
         return bool(self._graphs)
 
-    def __call__(self, action: np.ndarray, stale: bool) -> np.ndarray:
+    def __call__(self, action: np.ndarray, renoise: bool) -> np.ndarray:
         """Holds the keys `action` (k,) for one frame → frame, as draw makes it."""
         self._given[0] = torch.from_numpy(np.asarray(action, np.float32))
         self._held.copy_(self._given, non_blocking=True)
-        self._graphs[stale].replay()
-        self._shown.copy_(self._frames[stale], non_blocking=True)
+        self._graphs[renoise].replay()
+        self._shown.copy_(self._frames[renoise], non_blocking=True)
         self._done.record()
         self._done.synchronize()
         return self._shown.numpy().copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ class Player:
         checkpoint: str | Path,
         device: str = "auto",
         precision: str = "auto",
-        rollout: type[Rollout] = Rollout,
+        rollout: Callable[..., Rollout] = Rollout,
         state: bool = True,
     ):
         """`rollout`: how they play; ablations play otherwise. `state`: whether games may have one; without,
@@ -54,10 +55,10 @@ class Player:
         """How many true frames a game begins with."""
         return self.model.generator.denoiser.config.known_frames
 
-    def make_rollout(self, batch: int, folded: bool = True, correction: float | None = None) -> Rollout:
+    def make_rollout(self, batch: int, correction: float | None = None) -> Rollout:
         """Games side by side in these networks."""
         dtype = self.dtype or torch.float32
-        return self.rollout(self.model.generator, batch, dtype, folded=folded, correction=correction)
+        return self.rollout(self.model.generator, batch, dtype, correction=correction)
 
     def laid_states(self, states: list[dict[str, float] | None] | None, frames: int) -> Tensor | None:
         """What was recorded of a world at some frames → (1, frames, s), NaN where it is not known."""

@@ -57,7 +57,6 @@ class Rollout:
         self.window = RollingWindow(batch, c.window_frames, denoiser.shape, device)
         self.ladder = denoiser.ladder.repeat(batch, 1)  # (b, w)
         self.one = torch.ones(batch, 1, device=device)
-        self.level = torch.zeros(c.window_frames, dtype=torch.int64, device=device)
         self.seed = torch.zeros(batch, dtype=torch.int64, device=device)
         self.actions = torch.zeros(
             batch, c.action_history, denoiser.keys, device=device
@@ -127,15 +126,15 @@ class Rollout:
             self.window.update(self._denoise(self.held, sigma))
 
     @torch.no_grad()
-    def step(self, action: Tensor, stale: bool | None = None) -> Tensor:
-        """Holds the keys (b, k) for one frame → the finished frame's latents (b, c, y, x). `stale`: whether
+    def step(self, action: Tensor, renoise: bool | None = None) -> Tensor:
+        """Holds the keys (b, k) for one frame → the finished frame's latents (b, c, y, x). `renoise`: whether
         this frame is sent back, in any of the games; looked up on the device unless given.
         """
         if self.speculated is None:
             clean = self.predict(self.assumed_action(action))
         else:
             (clean, self._coming), self.speculated = self.speculated, None
-        return self.advance(clean, action, stale=stale)
+        return self.advance(clean, action, renoise=renoise)
 
     @torch.no_grad()
     def speculate(self) -> None:
@@ -168,13 +167,13 @@ class Rollout:
         its true keys (b, k).
         """
         condition = self.window_condition(action[:, None])
-        noise = counter_noise(self.seed, self.cache.frame, self.level[:1], self.denoiser.shape)
+        noise = counter_noise(self.seed, self.cache.frame, 1, self.denoiser.shape)
         sigma = self.correction * self.one
         return self._pass(add_noise(head, noise, sigma), sigma, condition)
 
     @torch.no_grad()
     def advance(
-        self, clean: Tensor, action: Tensor, stale: bool | None = None, corrected: Tensor | None = None
+        self, clean: Tensor, action: Tensor, renoise: bool | None = None, corrected: Tensor | None = None
     ) -> Tensor:
         """Correct, emit and roll: takes a step's estimates (b, w, c, y, x), and the `corrected` leaving frame
         (b, 1, c, y, x) if at hand → the finished frame's latents (b, c, y, x).
@@ -182,8 +181,8 @@ class Rollout:
         changed = (action != self.held).any(-1)
         back = self.needs_renoise(action)
         self.frames_since_change.copy_(torch.where(changed, 0, self.frames_since_change + 1))
-        stale = bool(back.any()) if stale is None else stale
-        if self.correction and stale:
+        renoise = bool(back.any()) if renoise is None else renoise
+        if self.correction and renoise:
             head = self.correct(clean[:, :1], action) if corrected is None else corrected.detach()
             head = torch.where(back[:, None, None, None, None], head, clean[:, :1])
             clean = torch.cat([head, clean[:, 1:]], 1)
@@ -213,7 +212,7 @@ class Rollout:
 
     def _denoise(self, action: Tensor, sigma: Tensor) -> Tensor:
         condition = self.window_condition(self.window.bind(action))
-        noise = counter_noise(self.seed, self.cache.frame, self.level, self.denoiser.shape)
+        noise = counter_noise(self.seed, self.cache.frame, self.window.frames, self.denoiser.shape)
         return self._pass(add_noise(self.window.clean, noise, sigma), sigma, condition)
 
     def _pass(self, noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:

@@ -23,18 +23,18 @@ class Session:
     caused. On a GPU a step is a CUDA graph (`graph`), captured at the first reset.
     """
 
-    def __init__(self, player: Player, graph: bool = True, folded: bool = True):
+    def __init__(self, player: Player, graph: bool = True):
         self.player, self.world = player, player.world
         keys = self.world.keys
         self.action_space = ActionSpace(tuple(keys), tuple(tuple(codes) for codes in keys.values()))
         self.fps, self.done = self.world.fps, False
         spec = player.states.spec if player.states else None
         self.state_kinds = dict(zip(spec.names, spec.kinds, strict=True)) if spec else {}
-        self.rollout = player.make_rollout(1, folded)
+        self.rollout = player.make_rollout(1)
         on_gpu = player.device.type == "cuda"
         self.graph = StepGraph(self._draw, len(keys), player.device) if graph and on_gpu else None
         self.held = np.zeros(len(keys), np.float32)
-        self.since = 0  # frames since the keys changed
+        self.frames_since_change = 0  # of keys
         self.step_ms: deque[float] = deque(maxlen=600)  # the last steps' times, decode included
         self.frames = 0  # since the last reset
 
@@ -79,7 +79,7 @@ class Session:
             if self.graph and not self.graph.captured:
                 self.graph.capture()
                 self.rollout.reset(latents, held, seeds, known)
-        self.held, self.since = actions[-1], self.rollout.config.window_frames
+        self.held, self.frames_since_change = actions[-1], self.rollout.config.window_frames
         self.frames = 0
         self.step_ms.clear()
         return frame
@@ -93,23 +93,23 @@ class Session:
     def step(self, action: np.ndarray) -> np.ndarray:
         """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
         start = time.perf_counter()
-        self.since = self.since + 1 if np.array_equal(action, self.held) else 0
-        stale = not self.since or self.since < self.rollout.config.window_frames - 1
+        self.frames_since_change = self.frames_since_change + 1 if np.array_equal(action, self.held) else 0
+        renoise = self.frames_since_change < max(1, self.rollout.config.window_frames - 1)
         with torch.inference_mode():
             if self.graph and self.frames:  # the first step has nothing to commit: it is another one
-                frame = self.graph(action, stale)
+                frame = self.graph(action, renoise)
             else:
                 held = torch.from_numpy(np.asarray(action, np.float32)).to(self.player.device)[None]
                 with autocast(self.player.device, self.player.dtype, cache=False):
-                    frame = self._draw(held, stale).cpu().numpy()
+                    frame = self._draw(held, renoise).cpu().numpy()
         self.held = np.array(action)
         self.frames += 1
         self.step_ms.append(1000 * (time.perf_counter() - start))
         return frame
 
-    def _draw(self, held: Tensor, stale: bool) -> Tensor:
+    def _draw(self, held: Tensor, renoise: bool) -> Tensor:
         """Keys (1, k) → the frame that they cause, uint8 (h, w, 3), on the device."""
-        latents = self.rollout.step(held, stale)
+        latents = self.rollout.step(held, renoise)
         return self.player.model.autoencoder.decode(latents)[0].permute(1, 2, 0).contiguous()
 
     def state(self) -> dict[str, float]:

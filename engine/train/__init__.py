@@ -1,1 +1,3 @@
-"""Training: the loop around a stage, what it saves and resumes, and all stages one after the other."""
+"""Training: the loop around a stage (loop.py), Ctrl-C and pauses (stop.py), what is saved and resumed
+(resume.py), all stages one after the other (pipeline.py), and a file for each stage, listed in stages.py.
+"""

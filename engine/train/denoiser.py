@@ -128,7 +128,7 @@ class PlainLoss(nn.Module):
         before: Tensor,
         has_state: Tensor,
         ahead: Tensor,
-        before_sigma: Tensor,
+        prev_sigma: Tensor,
     ) -> Tensor:
         """actions (b, history - 1 + t, k), states and those of the frames they are made from (b, t, s) →
         conditions (b, t, d).
@@ -138,7 +138,7 @@ class PlainLoss(nn.Module):
         else:
             features = state_features(self.states.scales, states, before)
         has_state = has_state[:, None].expand(features.shape[:2])
-        return self.denoiser.condition(actions, features, has_state, ahead, before_sigma)
+        return self.denoiser.condition(actions, features, has_state, ahead, prev_sigma)
 
     def _context(self, recorder: KVRecorder, start: int) -> KVContext:
         """What a window at `start` looks at: the segment's first frames as the sink, moved to its place, and
@@ -181,10 +181,10 @@ class PlainLoss(nn.Module):
             sigma = training_sigma(self.denoiser.ladder, b, self.stage.jitter, self.stage.lowest)
         noisy = add_noise(clean, torch.randn_like(clean), sigma)
         actions = clip.actions[:, start : start + size + config.action_history - 1]
-        before_sigma = history_sigma[:, start - 1 : start].expand(b, size)
+        prev_sigma = history_sigma[:, start - 1 : start].expand(b, size)
         ahead = torch.arange(size, device=clean.device)
         before = states[:, start - 1 : start].expand(-1, size, -1)
-        condition = self._condition(actions, states[:, span], before, has_state, ahead, before_sigma)
+        condition = self._condition(actions, states[:, span], before, has_state, ahead, prev_sigma)
         made = self.denoiser(noisy, sigma, history[:, start - 1 : start], condition, start, context)
         return (made - clean).square().mean((2, 3, 4))
 

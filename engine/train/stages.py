@@ -1,4 +1,4 @@
-"""The stage that a config names, with its data open."""
+"""The stage that a config names, with its data open. A new one: CONTRIBUTING.md, "A new stage"."""
 
 from __future__ import annotations
 

@@ -61,11 +61,11 @@ class StateLoss(nn.Module):
         """→ the sum of the losses, and their parts."""
         games, parts = self.predict(given.games)
         few = StatePictures(*(part[: len(part) // self.stage.read_share] for part in given.pictures))
-        read, seen = self.reader.loss(*few), self.missed(given.pictures)
+        read, seen = self.reader.loss(*few), self.scene_error(given.pictures)
         loss = games + self.stage.read_weight * (read + seen)
         return loss, parts | {"read": read.detach(), "scene": seen.detach()}
 
-    def missed(self, pictures: StatePictures) -> Tensor:
+    def scene_error(self, pictures: StatePictures) -> Tensor:
         """Variance of the latents that the scene of their state has not."""
         features = state_features(self.model.scales, pictures.states, pictures.states)
         return (self.scene(features) - pictures.latents).square().mean()
@@ -186,12 +186,13 @@ class StateStage:
         spec, scores = module.model.spec, {}
         true, made = self.unrolled(module, 64)
         pictures = self.unseen.to(self.device)
-        read = module.reader(pictures.latents.float())
+        pictures = pictures._replace(latents=pictures.latents.float())
+        read = module.reader(pictures.latents)
         for frame in (8, 64) if len(true) else ():
             scores |= _sizes(spec, difference(spec, made, true)[:, frame - 1], str(frame))
         scores |= _sizes(spec, difference(spec, read, pictures.states), "read")
-        scores["scene_missed"] = float(module.missed(pictures._replace(latents=pictures.latents.float())))
-        shares = module.reader.measured(pictures.latents.float(), pictures.states)
+        scores["scene_missed"] = float(module.scene_error(pictures))
+        shares = module.reader.measured(pictures.latents, pictures.states)
         return scores | {f"{spec.names[i]}_r2": float(shares[i]) for i in spec.pictured_indices}
 
     def picture(self, module: StateLoss) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Being stopped and being paused: Ctrl-C, SIGTERM, and a file called `pause` in the folder of a training."""
+"""Being stopped and being paused: Ctrl-C, SIGTERM, and a file called `pause` in the folder of a training.
+What is saved then, says resume.py.
+"""
 
 from __future__ import annotations
 

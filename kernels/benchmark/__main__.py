@@ -12,6 +12,7 @@ document.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -147,17 +148,20 @@ def shipped_step(device: torch.device, budget: Budget) -> dict:
     import numpy as np
 
     from engine.rollout.player import Player
+    from engine.rollout.rollout import Rollout
     from engine.rollout.session import Session  # here alone, as kernels/ is to work without engine
 
     gpu = device.type == "cuda"
-    player = Player(ROOT / "assets" / "doom_gathering.safetensors", str(device))
+    shipped = ROOT / "assets" / "doom_gathering.safetensors"
+    player = Player(shipped, str(device))
     draw, world = np.random.default_rng(0), player.world
     frames = draw.integers(0, 256, (9, world.height, world.width, 3), np.uint8)
     keys = (draw.random((64, len(world.keys))) < 0.3).astype(np.float32).repeat(8, 0)  # held for 8 frames
     sessions = {}
     for name, (kernels, graph, folded) in STEPS.items():
         with use(kernels):
-            sessions[name] = Session(player, graph=graph, folded=folded)
+            rollout = functools.partial(Rollout, folded=folded)
+            sessions[name] = Session(Player(shipped, str(device), rollout=rollout), graph)
             sessions[name].reset(0, frames)
     warm, times = 10 if gpu else 2, {name: [] for name in sessions}
     for number in range(warm + (400 if gpu else 10)):

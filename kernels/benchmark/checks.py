@@ -56,7 +56,7 @@ def poisoned() -> Iterator[None]:
                 setattr(owner, name, function)
 
 
-def off(made: Tensor, true: Tensor) -> float:
+def rel_rms(made: Tensor, true: Tensor) -> float:
     """Root of the mean square difference, as a share of the true one's."""
     return ((made.double() - true.double()).norm() / true.double().norm().clamp_min(1e-6)).item()
 
@@ -67,7 +67,7 @@ def compare(name: str, made: Tensor, true: Tensor, worst: float) -> None:
     missing = int((~made.isfinite()).sum())
     if missing:
         raise Wrong(f"{name}: {missing} of {made.numel()} numbers are not finite")
-    found = off(made, true)
+    found = rel_rms(made, true)
     if not found <= worst:
         raise Wrong(f"{name} is off by {found:.2g}, more than {worst:.2g}")
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import torch
 
-from ..libraries import Attend, library
-from .checks import off
+from .checks import rel_rms
 from .gate import operations
+from .libraries import Attend, library
 from .ourloop import OurLoop
 from .paper import TOY, Shape, Weights
 from .peerloop import PeerLoop
@@ -138,7 +138,7 @@ def _compare(
             skipped[name] = why(error)
             del loops[name]
     true = next(iter(made.values()), [])
-    found = {name: max(map(off, outs, true)) for name, outs in made.items()}
+    found = {name: max(map(rel_rms, outs, true)) for name, outs in made.items()}
     for name, difference in found.items():
         if not difference <= (1.0 if name.endswith("short") else WRONG * AGREE[dtype]):
             skipped[name] = f"its frames differ by {difference:.2g}"

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 import torch
 
 from .. import reference
-from ..libraries import NAMES, library
 from .cases import (
     AttentionCase,
     AttentionInput,
@@ -19,9 +18,10 @@ from .cases import (
     residual_input,
     token_cases,
 )
-from .checks import off
+from .checks import rel_rms
 from .gate import operations
-from .timing import Budget, Call, Timing, contest, limit, sets_for, why
+from .libraries import NAMES, library
+from .timing import Budget, Call, Timing, interleaved, limit, sets_for, why
 
 AGREE = 2e-2  # relative RMS between providers in half types; a row that differs more is no time
 PATIENCE = 30.0  # seconds that compiling a provider for one shape may take
@@ -70,7 +70,7 @@ def attention_rows(
     if case.name not in FLEX:
         found["flex"] = "compiled for a few shapes only"
     timed = {name: call for name, call in calls.items() if name not in found}
-    found |= contest(timed, device, seconds / 2, count)
+    found |= interleaved(timed, device, seconds / 2, count)
     for name in (*calls, *(set(found) - set(calls))):
         yield row(name, found[name], case.flops / 1e9, "tflops", ceiling["tflops"])
 
@@ -116,8 +116,8 @@ def unfit(calls: dict[str, Call], given: AttentionInput) -> dict[str, str]:
             continue
         made = made if isinstance(made, torch.Tensor) else torch.cat(made, 1)
         first = made if first is None else first
-        if not off(made, first) <= AGREE:
-            found[name] = f"its result differs by {off(made, first):.2g}"
+        if not rel_rms(made, first) <= AGREE:
+            found[name] = f"its result differs by {rel_rms(made, first):.2g}"
     return found
 
 
@@ -144,7 +144,7 @@ def token_rows(
         torch.compiler.reset()
         compiled = torch.compile(defined, dynamic=False)
         calls["definition, compiled"] = lambda i: compiled(*sets[i])
-    for name, timing in contest(calls, device, seconds / 2, count).items():
+    for name, timing in interleaved(calls, device, seconds / 2, count).items():
         yield row(name, timing, moved / 1e6, "gbytes", 1e3 * ceiling["tbytes"])
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from .. import reference
-from ..libraries import library
-from .paper import EPS, Layer, Shape, Weights, frequencies
+from .libraries import library
+from .paper import Layer, Shape, Weights, frequencies
 from .timing import capture
 
 
@@ -181,7 +181,7 @@ class OurLoop:
         w, s = self.weights, self.shape
         cos, sin = self._rotation(self.first - s.block + torch.arange(self.frames, device=w.device))
         x = F.linear(self.latents, *w.patch_in)[None]  # (1, t, n, c)
-        y = reference.modulated_norm(x, self.parts[0][1], self.parts[0][0], EPS)
+        y = reference.modulated_norm(x, self.parts[0][1], self.parts[0][0])
         ops = self.ops
         for number, layer in enumerate(self.layers):
             _, _, gate, shift, scale, gate_mlp = self.parts[number]
@@ -189,16 +189,14 @@ class OurLoop:
             next_shift, next_scale = self.ends if last else self.parts[number + 1][:2]
             qkv = F.linear(y.flatten(1, 2), *layer["qkv"])
             keys, values = self.buffer[number].unbind(0)
-            q = ops.qknorm_rope_write(
-                qkv, *layer["norms"], cos, sin, keys, values, self.slots, rms=True, eps=EPS
-            )
+            q = ops.qknorm_rope_write(qkv, *layer["norms"], cos, sin, keys, values, self.slots, rms=True)
             y = F.linear(self._attention(q, keys, values).flatten(2), *layer["out"]).view_as(x)
-            x, y = ops.gate_residual_norm_modulate(x, y, gate, *layer["cross_norm"], EPS)
+            x, y = ops.gate_residual_norm_modulate(x, y, gate, *layer["cross_norm"])
             y = self._cross(y.flatten(1, 2), layer["layer"]).view_as(x)
-            x, y = ops.gate_residual_norm_modulate(x, y, self.one, scale, shift, EPS)
+            x, y = ops.gate_residual_norm_modulate(x, y, self.one, scale, shift)
             y = F.gelu(F.linear(y, *layer["layer"].up), approximate="tanh")
             y = F.linear(y, *layer["layer"].down)
-            x, y = ops.gate_residual_norm_modulate(x, y, gate_mlp, next_scale, next_shift, EPS)
+            x, y = ops.gate_residual_norm_modulate(x, y, gate_mlp, next_scale, next_shift)
         return F.linear(y[0, s.block :], *w.head)
 
     def _attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -212,7 +210,7 @@ class OurLoop:
         return torch.cat(made, 1)
 
     def _cross(self, y: Tensor, layer: Layer) -> Tensor:
-        q = F.rms_norm(F.linear(y, *layer.cross_q), y.shape[-1:], layer.cross_weight, eps=EPS)
+        q = F.rms_norm(F.linear(y, *layer.cross_q), y.shape[-1:], layer.cross_weight, eps=reference.EPS)
         q = q.unflatten(-1, (self.shape.heads, self.shape.dim))
         with sdpa_kernel(reference.BACKENDS, set_priority=True):
             made = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, *layer.text)))

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEVELS = (0.5556, 0.7692, 0.8824, 0.9524, 1.0)  # noise of the window's blocks, oldest first
-EPS = 1e-6
 
 
 @dataclass(frozen=True)

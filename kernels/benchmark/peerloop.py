@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..libraries import library
-from .paper import EPS, Layer, Weights, frequencies
+from ..reference import EPS
+from .libraries import library
+from .paper import Layer, Weights, frequencies
 
 LONGEST = 1024  # frames that the table of rotations has
 

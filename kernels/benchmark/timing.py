@@ -85,7 +85,7 @@ def sets_for(size: int, device: torch.device) -> int:
     return max(1, min(128, -(-3 * cache // max(size, 1))))
 
 
-def contest(
+def interleaved(
     calls: dict[str, Call], device: torch.device, seconds: float, sets: int = 1, patience: float = 60.0
 ) -> dict[str, Timing | str]:
     """Times the calls against each other, one sample of each a round → timing, or why there is none.
@@ -209,7 +209,7 @@ def ceilings(device: torch.device, seconds: float) -> dict[str, float]:
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     calls = {"product": lambda _: torch.mm(a, b), "copy": lambda _: target.copy_(source)}
-    found = contest(calls, device, seconds)
+    found = interleaved(calls, device, seconds)
     for timing in found.values():
         if isinstance(timing, str):
             raise RuntimeError(timing)

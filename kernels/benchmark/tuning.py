@@ -16,7 +16,7 @@ from .cases import AttentionCase, attention_cases, attention_input
 from .checks import check_attention
 from .gate import chosen, operations
 from .processes import Check, in_turn, side_by_side
-from .timing import Budget, Timing, contest, sets_for
+from .timing import Budget, Timing, interleaved, sets_for
 
 DTYPE = torch.bfloat16  # float16 behaves alike and takes the same rules
 Key = tuple[
@@ -109,7 +109,7 @@ def measure(
     count = sets_for(case.size * dtype.itemsize, device)
     sets = [attention_input(case, dtype, device, 300 + i) for i in range(count)]
     calls = {str(config): _call(ops, sets, config) for config in configs}
-    found = contest(calls, device, seconds / 2, count)
+    found = interleaved(calls, device, seconds / 2, count)
     by_name = {str(config): config for config in configs}
     return {by_name[name]: timing.ms for name, timing in found.items() if isinstance(timing, Timing)}
 

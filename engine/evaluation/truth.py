@@ -42,7 +42,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Branches:
+class Counterfactuals:
     """What became of a state under several action lists (n, t, k): true frames, uint8 (n, t, h, w, 3)."""
 
     state: State
@@ -125,20 +125,20 @@ class Truth:
             self._known[key] = (np.stack(frames) if frames else np.zeros(shape, np.uint8), states)
         return self._known[key]
 
-    def branch(self, state: State, actions: np.ndarray) -> Branches | None:
+    def branch(self, state: State, actions: np.ndarray) -> Counterfactuals | None:
         """The state under each of the action lists (n, t, k); None where an episode ends too early."""
         made = [self.run(state, one)[0] for one in actions]
         if any(len(frames) < actions.shape[1] for frames in made):
             return None
-        return Branches(state, np.asarray(actions, np.float32), np.stack(made))
+        return Counterfactuals(state, np.asarray(actions, np.float32), np.stack(made))
 
     def gather(
         self, count: int, seed: int, plan: Callable[[int, State], np.ndarray | None], name: str
-    ) -> list[Branches]:
+    ) -> list[Counterfactuals]:
         """`count` states and their branches under what `plan(number, state)` says (n, t, k); states whose
         episode ends too early, or for which there is no plan, are passed over. Fewer where none are found.
         """
-        found: list[Branches] = []
+        found: list[Counterfactuals] = []
         with tqdm(total=count, desc=f"{name}: true", unit="state", disable=None) as progress:
             for tried, state in enumerate(self.states(seed)):
                 if len(found) == count or tried == ATTEMPTS * count:
@@ -192,7 +192,7 @@ class Truth:
         self.world.close()
 
 
-def starts(found: list[Branches], seed: int) -> Games:
+def starts(found: list[Counterfactuals], seed: int) -> Games:
     """All branches side by side as the network's games; those of one state have the same noise."""
     frames = np.concatenate([np.repeat(one.state.frames[None], len(one.actions), 0) for one in found])
     before = np.concatenate([np.repeat(one.state.actions[None], len(one.actions), 0) for one in found])

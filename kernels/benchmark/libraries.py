@@ -1,6 +1,4 @@
-"""Attention as libraries offer it, all with one signature: what the project's own is measured against, and
-what runs instead where a GPU's table says that it is faster.
-"""
+"""Attention as libraries offer it, all with one signature: what the project's own is measured against."""
 
 from __future__ import annotations
 
@@ -11,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from .attention import names, read_table
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (b, m, h, d), k and v (b, n, h, d) → (b, m, h, d)
 NAMES = ("cudnn", "flash", "varlen", "flex")
@@ -33,31 +29,6 @@ def library(name: str) -> Attend:
     if name not in made:
         raise ValueError(f"there is no attention {name!r}; choose one of {', '.join(made)}")
     return made[name]()
-
-
-def preferred(q: Tensor, rows: tuple[int, ...], lengths: Tensor | None) -> str | None:
-    """The library that the tables of q's device prefer for these queries, if any. Libraries need to know on
-    the host what is seen, so with lengths there is none.
-    """
-    if lengths is not None:
-        return None
-    case = {"head_dim": q.shape[3], "dtype": str(q.dtype).removeprefix("torch.")}
-    for rule in (rule for name in names(q.device) for rule in read_table(name).get("libraries", ())):
-        same = all(value in rule.get(key, [value]) for key, value in case.items())
-        if same and max(rows) >= rule.get("rows", 0):
-            return rule["provider"]
-    return None
-
-
-def over_pages(
-    name: str, q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, rows: tuple[int, ...]
-) -> Tensor:
-    """window_attention (reference.py) by a library: pages are gathered, and each group is a call."""
-    attend, made = library(name), []
-    for group, queries in enumerate(q.split(rows, 1)):
-        seen = (buffer.index_select(1, pages[group]).flatten(1, 2) for buffer in (keys, values))
-        made.append(attend(queries, *seen))
-    return torch.cat(made, 1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Watch: figures of a long game as it goes by, segment after segment, in bounded memory."""
+"""SegmentStats: figures of a long game as it goes by, segment after segment, in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EVERY = 3  # of the frames, for features
 
 
 @dataclass
-class Watch:
+class SegmentStats:
     """What is kept of a game: a row of figures for each segment of `length` frames, the pictures whose
     numbers are `shown`, and the first `begin` frames. Of the rest no more than a segment.
     """
@@ -65,12 +65,12 @@ class Watch:
         return row if self.probe is None else row | {"wall": float(self.probe.of(points).mean())}
 
 
-def mean(games: list[Watch], name: str, some: slice) -> float:
+def mean(games: list[SegmentStats], name: str, some: slice) -> float:
     """Of a figure over games and some of their segments."""
     return float(np.mean([row[name] for game in games for row in game.rows[some]]))
 
 
-def growth(games: list[Watch], segments: int, span: int) -> float:
+def growth(games: list[SegmentStats], segments: int, span: int) -> float:
     """Distance to the nearest true frames in the last `span` of the games' first `segments`, in shares of
     that in the first `span`; all games pooled.
     """
@@ -78,7 +78,7 @@ def growth(games: list[Watch], segments: int, span: int) -> float:
     return last / max(mean(games, "nearest", slice(span)), 1e-9)
 
 
-def disagreement(games: list[Watch], segments: int, span: int) -> float:
+def disagreement(games: list[SegmentStats], segments: int, span: int) -> float:
     """By how much the growths of both halves of the games differ, in shares of their mean; inf of one."""
     if len(games) < 2:
         return float("inf")
@@ -86,7 +86,7 @@ def disagreement(games: list[Watch], segments: int, span: int) -> float:
     return abs(halves[0] - halves[1]) / max(np.mean(halves), 1e-9)
 
 
-def curves(games: list[Watch]) -> dict[str, np.ndarray]:
+def curves(games: list[SegmentStats]) -> dict[str, np.ndarray]:
     """Each figure by segment (segments,), its mean over the games that go on so long."""
     count = max(len(game.rows) for game in games)
     alive = [[game.rows[at] for game in games if len(game.rows) > at] for at in range(count)]

@@ -1,4 +1,4 @@
-"""Parts: what is measured already, on disk, so that an evaluation that was stopped goes on."""
+"""SectionCache: what is measured already, on disk, so that an evaluation that was stopped goes on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .section import Scope, Section
 VERSION = 3  # to be raised when a part comes to measure something else
 
 
-class Parts:
+class SectionCache:
     """The finished parts of one evaluation, each in a file of the folder; those of another one count for
     nothing.
     """
