@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ def told(header: dict) -> dict[str, Any]:
     what it leaves open is not among it.
     """
     config, keymap = header["config"], header["keymap"]
-    plain = {field.name: getattr(WorldConfig, field.name, None) for field in fields(WorldConfig)}
-    about = {name: config[name] for name, usual in plain.items() if isinstance(config.get(name), type(usual))}
+    plain = WorldConfig()
+    about = {name: config[name] for name in TAKEN if isinstance(config.get(name), type(getattr(plain, name)))}
     about |= {"name": header["world"], **{name: header[name] for name in ("width", "height")}}
     about |= {"fps": float(header["fps"]), "keys": {name: _codes(keymap, name) for name in header["names"]}}
     about = {name: about[name] for name in TAKEN if about.get(name) or name == "keys"}
