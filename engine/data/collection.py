@@ -26,6 +26,7 @@ from ..worlds.base import short_seed
 from .policies import SHARES, PolicyMixture
 from .recording import Recorder, Recording
 from .schema import HEADER, SCHEMA, read_header
+from .starts import described
 
 RECORDING_FRAMES = 6000  # frames in one recording; the unit of work and of resuming
 REPORT_FRAMES = 50  # a worker tells the progress bar after so many
@@ -65,6 +66,10 @@ def collect(config: TrainConfig) -> dict[str, float]:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"Recordings cannot be written to {data}: {error.strerror}.") from None
+    if config.world.kind == "gym":  # which alone knows its keys and rate; what is wrong with it is told here
+        world = make_world(config.world)
+        config = replace(config, world=described(config.world, world))
+        world.close()
     with _alone(data / f".{_name(config)}.lock"):
         _refuse_another(config)
         jobs = plan(config)
@@ -131,7 +136,7 @@ def _refuse_another(config: TrainConfig) -> None:
             there["policies"], wanted["policies"] = header["policies"], SHARES
         world = header["config"]
         for name, value in asdict(config.world).items():
-            if name in world and (name != "keys" or value):  # a Gymnasium world finds its keys itself
+            if name in world:
                 there[f"world.{name}"], wanted[f"world.{name}"] = world[name], value
         differing = [name for name in wanted if there[name] != wanted[name]]
         if "world.name" in differing:
@@ -225,12 +230,10 @@ def play(job: Job) -> int:
             shutil.rmtree(draft)
         world = make_world(job.world)
         try:
-            keys = dict(zip(world.action_space.names, map(list, world.action_space.bindings), strict=True))
-            described = replace(job.world, keys=keys)  # a gym world chooses its keys itself
             kinds = world.state_kinds
             with Recorder(
                 draft,
-                described,
+                described(job.world, world),
                 "true",
                 job.seed,
                 lossless=job.lossless,
@@ -256,11 +259,11 @@ def play(job: Job) -> int:
 
 def _play_into(recorder: Recorder, world, job: Job) -> int:
     rng = np.random.default_rng((short_seed(job.seed), job.number))
-    policy = PolicyMixture(world.action_space, int(rng.integers(2**31)), job.world.fps, world.map_lines())
+    policy = PolicyMixture(world.action_space, int(rng.integers(2**31)), world.fps, world.map_lines())
     nothing = np.zeros(len(world.action_space), np.float32)
     episodes = 0
     for count in range(1, job.frames + 1):
-        time_ns = round((count - 1) / job.world.fps * 1e9)  # the clock's would differ from run to run
+        time_ns = round((count - 1) / world.fps * 1e9)  # the clock's would differ from run to run
         if world.done:
             frame = world.reset(int(rng.integers(2**31)))
             recorder.add(frame, nothing, reset=True, state=world.state(), t_ns=time_ns)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..config import UserError, WorldConfig
 from ..worlds import make_world
-from ..worlds.base import ActionSpace
+from ..worlds.base import ActionSpace, World
 from .picture import load_picture
 from .policies import make_policy
 from .recording import HEADER, Recording
@@ -126,6 +126,8 @@ def cut_start(recording: Recording, last: int, space: ActionSpace, frames: int, 
     return Start(name, recording.frames(first, last + 1), actions, recording.states[first : last + 1])
 
 
-def described(world: WorldConfig, space: ActionSpace) -> WorldConfig:
-    """The world's config with the keys that it really has; a Gymnasium world chooses them itself."""
-    return replace(world, keys=dict(zip(space.names, map(list, space.bindings), strict=True)))
+def described(config: WorldConfig, world: World) -> WorldConfig:
+    """The config of an opened world with its keys and rate, which a Gymnasium world chooses itself."""
+    space = world.action_space
+    keys = dict(zip(space.names, map(list, space.bindings), strict=True))
+    return replace(config, keys=keys, fps=world.fps)

@@ -23,7 +23,7 @@ class TrueGame:
         """Opens the simulator. Raises UserError where it is not installed or does not start."""
         self._world = make_world(config.world)
         self.action_space: ActionSpace = self._world.action_space
-        self.world: WorldConfig = described(config.world, self.action_space)
+        self.world: WorldConfig = described(config.world, self._world)
         self.fps, self.state_kinds = self._world.fps, self._world.state_kinds
         self.start = "episode"
 

@@ -31,15 +31,15 @@ LICENCE = "Weights and start frames derive from ViZDoom (MIT) with Freedoom art 
 
 
 def with_keys(config: TrainConfig) -> TrainConfig:
-    """The config whose world has keys: a Gymnasium world chooses them by its actions when it is collected,
-    and its recordings tell which.
+    """The config whose world has keys and a rate: a Gymnasium world takes them from its environment when it
+    is collected, and its recordings tell which.
     """
-    if config.world.keys:
+    if config.world.keys and config.world.fps:
         return config
     recording = Recording(find_recordings(config.data)[0])
     bindings = recording.header.get("config", {}).get("keys", {})
-    keys = {name: list(bindings.get(name, [])) for name in recording.names}
-    return replace(config, world=replace(config.world, keys=keys))
+    keys = config.world.keys or {name: list(bindings.get(name, [])) for name in recording.names}
+    return replace(config, world=replace(config.world, keys=keys, fps=config.world.fps or recording.fps))
 
 
 def open_caches(
