@@ -69,14 +69,16 @@ def agreed(
         return world
     wanted = {name: value for name, value in asdict(world).items() if _is_chosen(name, value, world, given)}
     learnt: dict[str, Path] = {}  # field → which recording told it first, where nobody chose
+    own_keys = wanted.get("keys", {})  # on a command line some, whose scancodes are to be others
     for path, one in tellers.items():
         for name in (name for name in TAKEN if name in one):
-            more = name == "keys" and name in learnt and len(one[name]) > len(wanted[name])
-            if name in wanted and name in COMPARED and not _alike(name, one, wanted, name in learnt):
+            grows = name == "keys" and (name in learnt or given is not None)
+            if name in wanted and name in COMPARED and not _alike(name, one, wanted, grows):
                 raise _refusal(path, one, wanted, name, learnt)
-            if name not in wanted or more:
+            if name not in wanted or (grows and len(one[name]) > len(wanted[name])):
                 wanted[name], learnt[name] = one[name], path
-    keys = {name: codes or world.keys.get(name, []) for name, codes in wanted["keys"].items()}
+    keys = {name: own_keys.get(name) or codes for name, codes in wanted["keys"].items()}
+    keys = {name: codes or world.keys.get(name, []) for name, codes in keys.items()}
     same = all(wanted.get(name, value) == value for name, value in (("id", world.id), ("name", world.name)))
     return replace(world if same else WorldConfig(), **(wanted | {"keys": keys}))
 
@@ -90,10 +92,10 @@ def _is_chosen(name: str, value: Any, world: WorldConfig, given: Collection[str]
     return "world" in given and (name == "name" or (name == "id" and not value))
 
 
-def _alike(name: str, one: dict[str, Any], wanted: dict[str, Any], learnt: bool) -> bool:
+def _alike(name: str, one: dict[str, Any], wanted: dict[str, Any], grows: bool) -> bool:
     there, here = one[name], wanted[name]
     if name == "keys":  # one that a player did not have was not held
-        return set(there) <= set(here) or (learnt and set(here) <= set(there))
+        return set(there) <= set(here) or (grows and set(here) <= set(there))
     if name == "fps":
         return math.isclose(there, here, rel_tol=1e-3)
     if name == "name" and one.get("id") and wanted.get("id"):

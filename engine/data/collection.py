@@ -72,10 +72,11 @@ def collect(config: TrainConfig) -> dict[str, float]:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"Recordings cannot be written to {data}: {error.strerror}.") from None
+    config = replace(config, world=_opened(config.world))
     with alone(data / f".{_name(config)}.lock"):
         _refuse_another(config)
-        there = true_headers(walk_recordings(data))
-        jobs = plan(replace(config, world=world_of(there, config.world)))
+        world_of(true_headers(walk_recordings(data)), config.world)  # also of somebody's own ones
+        jobs = plan(config)
         _refuse_to_replace(jobs)
         there = [_count(job.directory) for job in jobs]
         todo = [job for job, frames in zip(jobs, there, strict=True) if frames < job.frames]
@@ -91,6 +92,15 @@ def collect(config: TrainConfig) -> dict[str, float]:
         "episodes": episodes,
         "kept_frames": sum(there),
     }
+
+
+def _opened(config: WorldConfig) -> WorldConfig:
+    """With the keys and the rate that a Gymnasium world alone knows; what is wrong with it is told here."""
+    if config.kind != "gym":
+        return config
+    world = make_world(config)
+    world.close()
+    return described(config, world)
 
 
 def plan(config: TrainConfig) -> list[Job]:
@@ -120,8 +130,7 @@ def _refuse_another(config: TrainConfig) -> None:
             there["policies"], wanted["policies"] = header["policies"], SHARES
         world = header["config"]
         for name, value in asdict(config.world).items():
-            left_open = name in ("keys", "fps") and not value  # a Gymnasium world finds them itself
-            if name in world and not left_open:
+            if name in world:
                 there[f"world.{name}"], wanted[f"world.{name}"] = world[name], value
         differing = [name for name in wanted if there[name] != wanted[name]]
         if "world.name" in differing:
