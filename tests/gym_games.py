@@ -139,5 +139,5 @@ class Pygame(Plain):
         self.quit()
 
 
-for game in (Plain, Drawn, Ends, Fails, Moves, Pygame):
+for game in (Plain, Drawn, Crane, Ends, Fails, Moves, Pygame):
     gymnasium.register(f"{game.__name__}-v0", entry_point=game)

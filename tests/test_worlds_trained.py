@@ -14,7 +14,7 @@ from conftest import TOY, TOY_STAGES, run_training
 
 from engine.config import WorldConfig
 from engine.data.recording import Recording, find_recordings
-from engine.evaluation import stage
+from engine.evaluation import build_routes, stage
 from engine.evaluation.section import QUICK
 from engine.model.checkpoint import Checkpoint
 from engine.programs import play, train
@@ -43,6 +43,7 @@ def test_the_loop_for_a_gymnasium_world(name, tmp_path, capsys, monkeypatch):
     pytest.importorskip("gymnasium")
     pytest.importorskip("pygame")
     monkeypatch.setattr(stage, "QUICK", TINY)
+    monkeypatch.setattr(build_routes, "TRIALS", 8)
     keys, fps, chosen = WORLDS[name]
     data, out = tmp_path / "data", tmp_path / "out"
     places = ["world=gym", f"data={data}", f"out={out}"]
