@@ -130,7 +130,7 @@ def test_what_is_taken_from_recordings_is_told_once(tmp_path, capsys):
     record(tmp_path / "b", replace(CART, id="Dreamt-v0"), source="dream")
     assert recorded_world(str(tmp_path), PLAIN, ["world"]) == CART
     err = capsys.readouterr().err
-    assert "id Cart-v1" in err and "width 64" in err and "fps 50.0" in err and len(err.splitlines()) == 1
+    assert "id Cart-v1" in err and "width 64, tics 3." in err and len(err.splitlines()) == 1
     assert recorded_world(str(tmp_path), CART, []) == CART and not capsys.readouterr().err
     assert recorded_world(str(tmp_path / "none"), PLAIN, []) == PLAIN
     assert true_recordings(str(tmp_path), CART) == ([tmp_path / "a"], [])
