@@ -19,7 +19,7 @@ import yaml
 from engine.config import TrainConfig, UserError, WorldConfig
 from engine.data import collection
 from engine.data.collection import collect
-from engine.data.recording import Recording, find_recordings
+from engine.data.recording import Recorder, Recording, find_recordings
 
 ROOT = Path(__file__).parent.parent
 WORLD = yaml.safe_load((ROOT / "configs" / "world" / "doom_gathering.yaml").read_text())
@@ -268,3 +268,50 @@ def test_an_unknown_scenario_is_told_by_the_parent(tmp_path):
     broken.world.scenario = "nowhere"
     with pytest.raises(UserError, match="no scenario 'nowhere'"):
         collect(broken)
+
+
+@pytest.mark.parametrize("name", ["doom_gathering-0-00001", "doom_gathering-0-00001.tmp", "plain"])
+def test_what_somebody_else_made_is_never_replaced(name, tmp_path):
+    """A person's recording, or a folder, that is called as a recording of this job would be."""
+    there = tmp_path / name.replace("plain", "doom_gathering-0-00000")
+    if name == "plain":
+        there.mkdir()
+        (there / "notes.txt").write_text("mine")
+    else:
+        with Recorder(there, config(tmp_path).world, "true", 0, lossless=True) as recorder:
+            for number in range(3):
+                recorder.add(np.zeros((96, 128, 3), np.uint8), [0] * 6, reset=not number)
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    with pytest.raises(UserError, match=f"{there.name} was not made by this collection and is not replaced"):
+        collect(config(tmp_path))
+    after = {path: path.read_bytes() for path in before}
+    assert after == before and {path.name for path in tmp_path.iterdir() if path.is_dir()} == {there.name}
+
+
+def test_nothing_is_collected_beside_recordings_of_another_world(tmp_path):
+    """A network could be trained on neither."""
+    world = replace(config(tmp_path).world, fps=35.0)
+    with Recorder(tmp_path / "mine", world, "true", 0) as recorder:
+        recorder.add(np.zeros((96, 128, 3), np.uint8), [0] * 6, reset=True)
+    with pytest.raises(UserError, match="mine is of 35 frames a second, not of 17.5 frames a second"):
+        collect(config(tmp_path))
+    assert len(find_recordings(tmp_path)) == 1
+
+
+def test_a_person_s_recordings_may_have_any_name(two_workers, tmp_path):
+    """What is called as a collection's, and has other pixels, is no other job."""
+    with Recorder(tmp_path / "walk-2026-10003", config(tmp_path).world, "true", 0) as recorder:
+        recorder.add(np.zeros((96, 128, 3), np.uint8), [0] * 6, reset=True)
+    assert collect(config(tmp_path))["frames"] == 240
+    assert len(find_recordings(tmp_path)) == 4
+
+
+def test_other_keys_of_one_environment_are_another_job(tmp_path):
+    pytest.importorskip("gymnasium")
+    world = WorldConfig("gym", "gym", id="CartPole-v1", tics=1, fps=20.0)
+    named = replace(world, keys={"left": ["A"], "right": ["D"]})
+    collect(TrainConfig(stage="collect", world=named, data=str(tmp_path), frames=20, workers=1))
+    for seed in (0, 1):
+        wanted = TrainConfig(stage="collect", world=world, data=str(tmp_path), frames=40, seed=seed)
+        with pytest.raises(UserError, match="world.keys is left, right there and action_0, action_1 here"):
+            collect(wanted)

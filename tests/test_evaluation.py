@@ -729,6 +729,7 @@ def test_without_a_simulator_what_needs_it_is_left_out_and_said(
     assert first["left"] == ", ".join(left) and {"psnr_16", "psnr_16_of_recorded"} <= set(first)
     said = capsys.readouterr().err
     assert "the same command goes on" in said and "may have learned what it is measured on" in said
+    assert first["held_out"] is False
     second = evaluate(options(tiny_checkpoint, turns, tmp_path, *given))
     assert second["left"] == ", ".join(left[1:])
     assert not (folder / "report.md").exists() and len(list((folder / "parts").iterdir())) == 2
@@ -743,6 +744,8 @@ def test_without_a_simulator_what_needs_it_is_left_out_and_said(
     assert not {"control", "latency_first_frames", "spin_collapsed", "return_psnr_5", "left"} & set(figures)
     report = (folder / "report.md").read_text()
     assert report.count("The world needs ViZDoom") == 4
+    assert figures["held_out"] is json.loads((folder / "figures.json").read_text())["held_out"] is False
+    assert "the network may have learned what it is measured on" in report
     assert report.index("## Fidelity") < report.index("## Drift")
     assert "2 games of 1 s under each of 3 policies" in report
     assert not (folder / "parts").exists(), "the next call measures again"
@@ -780,6 +783,13 @@ def test_finished_parts_count_for_their_own_evaluation_only(scope, tmp_path):
     assert parts.find("one") is None, "damaged, so measured anew"
     parts.drop("one")
     assert not (tmp_path / "parts").exists()
+    copied = tmp_path / "copied" / "turns"  # what a recording holds counts, not what it is called
+    shutil.copytree(scope.clips.recordings[0].directory, copied)
+    same = replace(scope, clips=Clips([Recording(copied)], scope.player))
+    assert key_of(same) == key
+    lines = (copied / "actions.jsonl").read_text()
+    (copied / "actions.jsonl").write_text(lines.replace("turn_right", "turn_left"))
+    assert key_of(same) != key
 
 
 @pytest.mark.slow
@@ -819,6 +829,10 @@ def test_recordings_that_are_new_to_the_network_are_all_used(
         shutil.copytree(turns / "turns", tmp_path / "data" / name)
     turns = tmp_path / "data"
     assert [path.name for path in split(find_recordings(turns))[1]] == ["b"]
+    for number in range(9):  # what a network drew is neither truth, nor does it move what was held out
+        shutil.copytree(turns / "b", turns / f"dream{number}")
+        header = turns / f"dream{number}" / "session.json"
+        header.write_text(header.read_text().replace('"source": "true"', '"source": "dream"'))
     seen = set()
 
     def clips(recordings, player):
@@ -830,6 +844,22 @@ def test_recordings_that_are_new_to_the_network_are_all_used(
     with pytest.raises(KeyboardInterrupt):
         evaluate(options(tiny_checkpoint, turns, tmp_path, f"unseen={unseen}"))
     assert seen == names
+
+
+def test_a_checkpoint_of_another_world_than_was_given_is_refused(tiny_checkpoint, turns, tmp_path):
+    with pytest.raises(UserError, match="is of doom_gathering, not of doom_home"):
+        evaluate(options(tiny_checkpoint, turns, tmp_path, "world=doom_home"))
+
+
+def test_actions_of_clips_stand_in_the_network_s_order(player, tmp_path):
+    """Those of a player who had fewer keys, in another order."""
+    few = replace(player.world, keys={"turn_right": ["D"], "forward": ["W"]})
+    with Recorder(tmp_path / "few", few, "true", 0) as recorder:
+        for number in range(3):
+            recorder.add(view(0), [1, number], reset=not number, t_ns=number)
+    _, actions, _ = Clips([Recording(tmp_path / "few")], player).choose([(0, 0)], 1, 3, 0)
+    assert list(player.world.keys) == ["forward", "turn_left", "turn_right"]
+    assert actions.tolist() == [[[0, 0, 1], [1, 0, 1], [1, 0, 1]]]
 
 
 def test_a_recording_with_other_keys_is_refused(player, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from engine.config import ModelConfig, TrainConfig, UserError, WorldConfig
+from engine.data.dataset import true_recordings
 from engine.data.recording import Recorder, Recording
 from engine.data.starts import STEPS, packed_starts
 from engine.model import packing
@@ -176,3 +178,26 @@ def test_recordings_without_a_frame_are_told(tiny_checkpoint, tmp_path):
     write(tmp_path / "data" / "r", WorldConfig(keys={"forward": ["W"]}), 0)
     with pytest.raises(UserError, match="no frame to start from"):
         packed_with(tiny_checkpoint, tmp_path, data=str(tmp_path / "data"))
+
+
+def test_unnamed_starts_come_from_held_out_recordings_of_the_true_world(tiny_checkpoint, tmp_path):
+    """What a network drew is no truth, nor does it move what was held out."""
+    world, data = Checkpoint(tiny_checkpoint).world, tmp_path / "data"
+    for name, frames in (("a", 3), ("b", 4)):
+        write(data / name, world, frames)
+    (held_out,) = true_recordings(str(data), world)[1]
+    for number in range(8):
+        with Recorder(data / f"dream{number}", world, "dream", 0) as recorder:
+            recorder.add(np.full((96, 128, 3), 200, np.uint8), [0, 0, 0], reset=True)
+    (start,) = packed_with(tiny_checkpoint, tmp_path, data=str(data)).values()
+    assert len(start.latents) == len(Recording(held_out))
+    write(data / "c", replace(world, fps=35.0), 3)
+    with pytest.raises(UserError, match="c is of 35 frames a second"):
+        packed_with(tiny_checkpoint, tmp_path, data=str(data), again=True)
+
+
+def test_a_start_of_another_environment_is_refused(tiny_checkpoint, tmp_path):
+    car = WorldConfig("gym", "gym", id="Car-v0", fps=17.5, keys={"forward": ["W"]})
+    write(tmp_path / "car", car, 3)
+    with pytest.raises(UserError, match="car is a recording of Car-v0, and this game is doom_gathering"):
+        packed_with(tiny_checkpoint, tmp_path, starts=[f"{tmp_path}/car:2"])

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
@@ -23,11 +22,15 @@ from tqdm import tqdm
 from ..config import TrainConfig, UserError, WorldConfig
 from ..worlds import make_world
 from ..worlds.base import short_seed
+from .about_world import described, world_of
+from .dataset import true_headers
+from .lock import alone
 from .policies import SHARES, PolicyMixture
-from .recording import Recorder, Recording
+from .recording import Recorder, Recording, walk_recordings
 from .schema import HEADER, SCHEMA, read_header
 
 RECORDING_FRAMES = 6000  # frames in one recording; the unit of work and of resuming
+DRAFT, OLD = ".tmp", ".old.tmp"  # at the end of its name while it is made, and while it is replaced
 REPORT_FRAMES = 50  # a worker tells the progress bar after so many
 RESTARTS = 3  # a simulator that crashes takes its worker with it; seen once in some hundred starts
 LEAVE_SECONDS = 2.0  # that a worker without a parent has to close its world
@@ -45,6 +48,10 @@ class Job:
     number: int
     frames: int
     lossless: bool
+
+    def beside(self, ending: str) -> Path:
+        """Where it lies while it is made, or replaced."""
+        return self.directory.with_name(self.directory.name + ending)
 
     def done(self) -> bool:
         """Whether the recording is there with all its frames."""
@@ -65,9 +72,12 @@ def collect(config: TrainConfig) -> dict[str, float]:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"Recordings cannot be written to {data}: {error.strerror}.") from None
-    with _alone(data / f".{_name(config)}.lock"):
+    config = replace(config, world=_opened(config.world))
+    with alone(data / f".{_name(config)}.lock"):
         _refuse_another(config)
+        world_of(true_headers(walk_recordings(data)), config.world)  # also of somebody's own ones
         jobs = plan(config)
+        _refuse_to_replace(jobs)
         there = [_count(job.directory) for job in jobs]
         todo = [job for job, frames in zip(jobs, there, strict=True) if frames < job.frames]
         played = sum(job.frames for job in todo)  # a short recording is played anew from its beginning
@@ -82,6 +92,15 @@ def collect(config: TrainConfig) -> dict[str, float]:
         "episodes": episodes,
         "kept_frames": sum(there),
     }
+
+
+def _opened(config: WorldConfig) -> WorldConfig:
+    """With the keys and the rate that a Gymnasium world alone knows; what is wrong with it is told here."""
+    if config.kind != "gym":
+        return config
+    world = make_world(config)
+    world.close()
+    return described(config, world)
 
 
 def plan(config: TrainConfig) -> list[Job]:
@@ -100,38 +119,18 @@ def _name(config: TrainConfig) -> str:
     return f"{world}-{config.seed}"
 
 
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Two collections that write the same recordings would spoil each other's; the second is refused."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing tells
-        yield
-        return
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            said = f"Another collection is writing the same recordings into {lock.parent}"
-            raise UserError(f"{said}; wait for it, or choose another seed or data=.") from None
-        except OSError:
-            pass  # a file system without locks
-        yield  # the file stays: who waits to open it would lock one that is gone, and a third a new one
-
-
 def _refuse_another(config: TrainConfig) -> None:
     """Raises UserError where the folder holds recordings that this job, with any seed, would not make."""
     for path in sorted(Path(config.data).glob(f"*/{HEADER}")):
-        if not re.fullmatch(r".+-\d+-\d{5,}", path.parent.name):
-            continue  # not made here
-        header = read_header(path.parent)
+        if not _is_collected(header := read_header(path.parent)):
+            continue
         there = {"schema": header["schema"], "lossless": header["codec"].get("lossless")}
         wanted = {"schema": SCHEMA, "lossless": config.lossless}
         if header["policies"] is not None:
             there["policies"], wanted["policies"] = header["policies"], SHARES
         world = header["config"]
         for name, value in asdict(config.world).items():
-            if name in world and (name != "keys" or value):  # a Gymnasium world finds its keys itself
+            if name in world:
                 there[f"world.{name}"], wanted[f"world.{name}"] = world[name], value
         differing = [name for name in wanted if there[name] != wanted[name]]
         if "world.name" in differing:
@@ -141,6 +140,25 @@ def _refuse_another(config: TrainConfig) -> None:
                 f"{name} is {_words(there[name])} there and {_words(wanted[name])} here" for name in differing
             )
             raise UserError(f"{config.data} holds recordings of another job ({said}); choose another data=.")
+
+
+def _is_collected(header: dict) -> bool:
+    """Whether a recording was made here, and not by somebody who played; before schema 2 none told."""
+    return header["policies"] is not None
+
+
+def _refuse_to_replace(jobs: list[Job]) -> None:
+    """Raises UserError where something else has a name that a recording, or its draft, is to have."""
+    for job in jobs:
+        for path in (job.directory, *map(job.beside, (DRAFT, OLD))):
+            try:
+                header = read_header(path) if path.exists() else None
+            except UserError:  # killed before it had one, or nothing of ours
+                header = None
+            ours = header and _is_collected(header) and header["seed"] == job.seed
+            if path.exists() and not ours and (header or path == job.directory):
+                said = f"{path} was not made by this collection and is not replaced"
+                raise UserError(f"{said}; give it another name, or choose another seed= or data=.")
 
 
 def _words(value: object) -> str:
@@ -219,18 +237,16 @@ def _start_worker(played) -> None:
 
 def play(job: Job) -> int:
     """Makes one recording, under a name with .tmp until it is whole → number of episodes."""
-    draft = job.directory.with_name(job.directory.name + ".tmp")
+    draft = job.beside(DRAFT)
     try:
         if draft.exists():
             shutil.rmtree(draft)
         world = make_world(job.world)
         try:
-            keys = dict(zip(world.action_space.names, map(list, world.action_space.bindings), strict=True))
-            described = replace(job.world, keys=keys)  # a gym world chooses its keys itself
             kinds = world.state_kinds
             with Recorder(
                 draft,
-                described,
+                described(job.world, world),
                 "true",
                 job.seed,
                 lossless=job.lossless,
@@ -241,7 +257,7 @@ def play(job: Job) -> int:
         finally:
             world.close()
         if job.directory.exists():  # shorter, or damaged; the new one begins with the same frames
-            old = job.directory.with_name(job.directory.name + ".old.tmp")
+            old = job.beside(OLD)
             shutil.rmtree(old, ignore_errors=True)
             job.directory.rename(old)
             draft.rename(job.directory)
@@ -256,11 +272,11 @@ def play(job: Job) -> int:
 
 def _play_into(recorder: Recorder, world, job: Job) -> int:
     rng = np.random.default_rng((short_seed(job.seed), job.number))
-    policy = PolicyMixture(world.action_space, int(rng.integers(2**31)), job.world.fps, world.map_lines())
+    policy = PolicyMixture(world.action_space, int(rng.integers(2**31)), world.fps, world.map_lines())
     nothing = np.zeros(len(world.action_space), np.float32)
     episodes = 0
     for count in range(1, job.frames + 1):
-        time_ns = round((count - 1) / job.world.fps * 1e9)  # the clock's would differ from run to run
+        time_ns = round((count - 1) / world.fps * 1e9)  # the clock's would differ from run to run
         if world.done:
             frame = world.reset(int(rng.integers(2**31)))
             recorder.add(frame, nothing, reset=True, state=world.state(), t_ns=time_ns)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 from ..config import UserError, WorldConfig
+from .about_world import world_of
 from .cache import stable_hash
-from .recording import Recording, find_recordings
+from .recording import Recording, find_recordings, walk_recordings
 from .schema import read_header
 
 
@@ -31,27 +33,39 @@ def true_recordings(data: str, world: WorldConfig) -> tuple[list[Path], list[Pat
     """Recordings of the true game `world` in the folder `data` → (train, held out). What a network has drawn
     is left out, and that is said: it would be learned from as if it were true.
 
-    Raises UserError where one is of another game or size, or none is left.
+    Raises UserError where one is of another world (about_world.py), or none is left.
     """
-    found = {path: read_header(path) for path in find_recordings(data)}
-    true = [path for path, header in found.items() if header["source"] != "dream"]
+    found = find_recordings(data)
+    true = true_headers(found)
     if not true:
         raise UserError(f"All recordings in {data} are of generated games; record or collect the true one.")
     if dreams := len(found) - len(true):
         print(f"{dreams} of {len(found)} recordings are of generated games and left out.", file=sys.stderr)
-    for path in true:
-        if wrong := _other(found[path], world):
-            raise UserError(f"{path} is {wrong}; give world= as it was collected, or another data=DIR.")
-    return split(true)
+    world_of(true, world)
+    return split(list(true))
 
 
-def _other(header: dict, world: WorldConfig) -> str:
-    """In what a recording is not of this world, in words; empty where it is."""
-    game = header["config"].get("id", "")
-    if header["world"] not in ("", world.name) or game not in ("", world.id):
-        return f"of {game or header['world']}, not of {world.id or world.name}"
-    size, wanted = ((header["width"], header["height"]), (world.width, world.height))
-    return "" if size == wanted else "of {}x{}, not of {}x{}".format(*size, *wanted)
+def true_headers(recordings: Sequence[Path]) -> dict[Path, dict]:
+    """Headers of the recordings that are of a true game."""
+    headers = {path: read_header(path) for path in recordings}
+    return {path: header for path, header in headers.items() if header["source"] != "dream"}
+
+
+def recorded_world(data: str, world: WorldConfig, given: Collection[str]) -> WorldConfig:
+    """The world that the true recordings in the folder `data` are of, the options `given` on the command line
+    considered; `world` where there are none. What it is instead of what its config says is told.
+    """
+    true = true_headers(list(walk_recordings(data)))
+    found = world_of(true, world, given)
+    changed = {
+        name: getattr(found, name)
+        for name in (field.name for field in fields(WorldConfig))
+        if (old := getattr(world, name)) and old != getattr(found, name)
+    }
+    if changed:
+        words = ", ".join(f"{name} {', '.join(v) if name == 'keys' else v}" for name, v in changed.items())
+        print(f"Taken from the recordings in {data}: {words}.", file=sys.stderr)
+    return found
 
 
 def load_frames(recordings: Sequence[Path], limit: int, seed: int) -> torch.Tensor:

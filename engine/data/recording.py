@@ -276,12 +276,15 @@ class Recording:
 
 def find_recordings(data_dir: str | Path) -> list[Path]:
     """All recordings below `data_dir`, sorted, without unfinished `.tmp` ones; UserError if there is none."""
+    found = walk_recordings(data_dir)
+    if not found:
+        how = f"collect some with: python train.py stage=collect data={Path(data_dir)}"
+        raise UserError(f"There is no recording in {Path(data_dir)}; {how}")
+    return found
+
+
+def walk_recordings(data_dir: str | Path) -> list[Path]:
+    """`find_recordings`, where none may be there."""
     root = Path(data_dir)
     found = sorted(path.parent for path in root.rglob(HEADER))
-    found = [
-        path for path in found if not any(part.endswith(".tmp") for part in path.relative_to(root).parts)
-    ]
-    if not found:
-        how = f"collect some with: python train.py stage=collect data={root}"
-        raise UserError(f"There is no recording in {root}; {how}")
-    return found
+    return [path for path in found if not any(part.endswith(".tmp") for part in path.relative_to(root).parts)]

@@ -6,8 +6,9 @@ Shipped starts lie inside the checkpoint, encoded already.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from ..config import UserError, WorldConfig
 from ..worlds import make_world
 from ..worlds.base import ActionSpace
+from .about_world import check_keys_mean_the_same
 from .picture import load_picture
 from .policies import make_policy
 from .recording import HEADER, Recording
@@ -51,12 +53,12 @@ def packed_starts(extras: dict[str, Any], state_names: Sequence[str]) -> dict[st
 
 
 def load_start(
-    choice: str, space: ActionSpace, shipped: dict[str, Start], frames: int, world: str = ""
+    choice: str, space: ActionSpace, shipped: dict[str, Start], frames: int, world: WorldConfig
 ) -> Start:
-    """A shipped start's name, a recording `DIR` or `DIR:FRAME`, or a picture → at most `frames` frames. What
-    a recording of another world than `world` tells of its state is not taken: it is of another map.
+    """A shipped start's name, a recording `DIR` or `DIR:FRAME`, or a picture → at most `frames` frames.
 
-    Raises UserError where the choice is none of these, is damaged, or holds keys that `space` lacks.
+    Raises UserError where the choice is none of these, is damaged, holds keys that `space` lacks, or is of a
+    game whose keys do something else than those of `world`.
     """
     if choice in shipped:
         return shipped[choice]
@@ -65,8 +67,7 @@ def load_start(
         recording = Recording(directory)
         if last is None:
             last = min(frames, recording.episodes()[0][1] if len(recording) else 1) - 1
-        start = cut_start(recording, last, space, frames, choice)
-        return start if recording.header["world"] in ("", world) else replace(start, states=None)
+        return cut_start(recording, last, space, frames, choice, world)
     if directory.is_file():
         picture = load_picture(choice)
         return Start(choice, picture[None], np.zeros((1, len(space)), np.float32))
@@ -114,18 +115,25 @@ def known_actions(recording: Recording, start: int, stop: int, space: ActionSpac
     return known
 
 
-def cut_start(recording: Recording, last: int, space: ActionSpace, frames: int, name: str) -> Start:
-    """At most `frames` frames of a recording up to number `last`, all of one episode."""
+def cut_start(
+    recording: Recording,
+    last: int,
+    space: ActionSpace,
+    frames: int,
+    name: str,
+    world: WorldConfig | None = None,
+) -> Start:
+    """At most `frames` frames of a recording up to number `last`, all of one episode. What one of another
+    game than `world` tells of its state is not taken, and that is said: it is of another map.
+    """
+    where = recording.directory
+    foreign = check_keys_mean_the_same(recording.header, world, str(where)) if world else ""
+    if foreign:
+        print(f"{where} is of {foreign}: its pictures and keys are taken, its state is not.", file=sys.stderr)
     if not 0 <= last < len(recording):
-        raise UserError(
-            f"{recording.directory} has {len(recording)} frames; there is no frame {last} to start at."
-        )
+        raise UserError(f"{where} has {len(recording)} frames; there is no frame {last} to start at.")
     episode = max(start for start, _ in recording.episodes() if start <= last)
     first = max(episode, last - frames + 1)
     actions = known_actions(recording, first, last + 1, space)
-    return Start(name, recording.frames(first, last + 1), actions, recording.states[first : last + 1])
-
-
-def described(world: WorldConfig, space: ActionSpace) -> WorldConfig:
-    """The world's config with the keys that it really has; a Gymnasium world chooses them itself."""
-    return replace(world, keys=dict(zip(space.names, map(list, space.bindings), strict=True)))
+    states = None if foreign else recording.states[first : last + 1]
+    return Start(name, recording.frames(first, last + 1), actions, states)

@@ -21,7 +21,7 @@ def measure(folder: str) -> dict[str, dict[str, float]]:
     configs: dict[str, dict] = {}
     for directory in find_recordings(folder):
         recording = Recording(directory)
-        world = recording.header["world"]
+        world = recording.header["config"].get("id") or recording.header["world"]
         states.setdefault(world, []).extend(recording.states)
         configs[world] = recording.header["config"]
     found = {}

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..config import TrainConfig, UserError
+from ..data.cache import content_of
 from .control import control
 from .drift import drift
 from .fidelity import fidelity
@@ -85,6 +86,8 @@ def key_of(scope: Scope, row: str, variant: str) -> dict:
     """What a row is of; one with the same is not measured again. All of it is JSON."""
     size, player = json.loads(json.dumps(asdict(scope.size))), scope.player
     about = {"row": row, "variant": variant, "checkpoint": player.checkpoint.digest()}
+    if scope.clips:
+        about["recordings"] = [content_of(recording.directory) for recording in scope.clips.recordings]
     return {**about, "seed": scope.seed, "precision": player.precision, "size": size, "frames": scope.most}
 
 

@@ -56,17 +56,18 @@ class Builder:
     def _gather(
         self, kind: str, wanted: int, draw: Callable[[], np.ndarray | None], rest: int
     ) -> Iterator[Route]:
-        found, keep = 0, self.keeps(kind)
+        found, keep, short = 0, self.keeps(kind), 0
         with tqdm(total=wanted, desc=kind, disable=None) as bar:
             for trial in range(TRIALS * wanted):
-                if found == wanted:
-                    return
+                if found == wanted or short == trial == TRIALS:
+                    return  # all are there, or no episode lasts as long
                 seed = next(self.episodes)
                 warmup = self.warm_up(seed, WARMUPS[trial % len(WARMUPS)], rest)
                 actions = draw()
                 if actions is None:
                     return
                 seen = self.truth.follow(seed, np.concatenate([warmup, actions]))
+                short += seen is None
                 if seen is None or not keep(seen[0][len(warmup) :], seen[1][len(warmup) :]):
                     continue
                 last = seen[1][-1]

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ..config import UserError
 from ..data.recording import Recording
+from ..data.starts import known_actions
 from ..rollout.player import Player
+from ..worlds.base import ActionSpace
 
 RUN, EVERY = 32, 4  # a sample is every fourth frame of runs of so many
 
@@ -18,8 +20,10 @@ class Clips:
 
     def __init__(self, recordings: list[Recording], player: Player):
         self.recordings = recordings
+        keys = player.world.keys
+        self.space = ActionSpace(tuple(keys), tuple(map(tuple, keys.values())))
         for recording in recordings:
-            if list(recording.names) != list(player.world.keys):
+            if not set(recording.names) <= set(player.world.keys):
                 raise UserError(
                     f"{recording.directory} has other keys than {player.checkpoint.path} was trained on."
                 )
@@ -42,7 +46,9 @@ class Clips:
         picked = np.random.default_rng(seed).permutation(len(places))[:count]
         chosen = [places[i] for i in sorted(picked)]
         frames = np.stack([self.recordings[i].frames(start, start + length) for i, start in chosen])
-        actions = np.stack([self.recordings[i].actions[start : start + length] for i, start in chosen])
+        actions = np.stack(
+            [known_actions(self.recordings[i], start, start + length, self.space) for i, start in chosen]
+        )
         told = [self.recordings[i].states[start : start + length] for i, start in chosen]
         return frames, torch.from_numpy(actions), told
 

@@ -77,6 +77,7 @@ class Scope:
     seed: int
     size: Size
     most: int  # frames of a game at most
+    learnt: str = ""  # a sentence where the network may have learnt what it is measured on
 
     @property
     def history(self) -> int:

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from ..data.cache import content_of
 from .report import write
 from .section import Scope, Section
 
@@ -50,7 +51,7 @@ class SectionCache:
 def key_of(scope: Scope) -> str:
     """Digest of all that the figures depend on."""
     player, truth = scope.player, scope.truth is not None
-    held = [[r.directory.name, len(r)] for r in scope.clips.recordings] if scope.clips else []
+    held = [content_of(r.directory) for r in scope.clips.recordings] if scope.clips else []
     arithmetic = [player.precision, player.device.type, player.states is not None]
     routes = [[r.kind, r.seed, r.warmup.tolist(), r.actions.tolist()] for r in scope.routes]
     about = [VERSION, player.checkpoint.digest(), scope.seed, asdict(scope.size), scope.most, truth]

@@ -10,19 +10,22 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from ..config import TrainConfig, UserError
-from ..data.dataset import split
-from ..data.recording import Recording, find_recordings
+from ..data.about_world import agreed
+from ..data.dataset import true_recordings
+from ..data.recording import Recording
 from ..data.sight import wall_views
 from ..rollout.player import Player
 from ..stage_config import TRAINED
 from .behaviour import behaviour
-from .build_routes import KINDS, Builder
+from .build_routes import FRAMES, KINDS, Builder
 from .clips import Clips
 from .control import control
 from .drift import POLICIES, drift, long_drift
@@ -32,7 +35,7 @@ from .latency import latency
 from .probe import WallProbe
 from .report import write_report
 from .returning import returning
-from .route import Route, load_routes, shipped_routes
+from .route import RETURN, Route, load_routes, shipped_routes
 from .section import QUICK, STATELESS, Scope, Section, Size
 from .section_cache import SectionCache, key_of
 from .speed import speed
@@ -96,6 +99,7 @@ def evaluate(config: TrainConfig) -> dict:
             scope.truth.close()
     player = scope.player
     figures: dict = {"checkpoint": str(player.checkpoint.path), "world": player.world.name}
+    figures |= {"held_out": not scope.learnt} if scope.clips else {}
     every = {name: value for section in sections for name, value in section.figures.items()}
     figures |= {name: every[name] for name in HEADLINE if name in every} | every
     figures["seconds"] = round(sum(seconds.values()), 1)
@@ -112,6 +116,7 @@ def evaluate(config: TrainConfig) -> dict:
         f"`{player.checkpoint.path}` ({player.checkpoint.digest()}) in the world {player.world.name}, on "
         f"{player.device} in {player.precision}, seed {config.seed}, {'quick' if config.quick else 'full'}."
     )
+    headline += f"\n\n**{scope.learnt}**" if scope.learnt else ""
     shown = [name for name in HEADLINE if name in figures]
     write_report(scope.folder, headline, sections, figures, shown)
     for name in seconds:
@@ -126,6 +131,7 @@ def open_scope(config: TrainConfig) -> Scope:
     newest = [out / f"{name}.safetensors" for name in names[: names.index("denoiser") - 1 : -1]]
     chosen = config.checkpoint or next((path for path in newest if path.exists()), newest[0])
     player = Player(chosen, config.device, config.precision, state=config.state)
+    agreed({player.checkpoint.path: asdict(player.world)}, config.world, config.given)  # what was given is it
     stateless = Player(chosen, config.device, config.precision, state=False) if player.states else None
     size = QUICK if config.quick else FULL
     folder = out / "evaluation"
@@ -139,21 +145,25 @@ def open_scope(config: TrainConfig) -> Scope:
     what = {"player": player, "stateless": stateless, "truth": truth, "missing": missing}
     what |= {"routes": routes, "folder": folder, "seed": config.seed, "size": size, "most": config.frames}
     if truth is None:
-        clips = _recordings(config, player)
-        reference = Reference(clips.sample(size.reference, config.seed))
-        return Scope(**what, clips=clips, reference=reference, probe=None, lines=np.zeros((0, 4)))
-    try:
+        return _without_truth(config, what)
+    with ExitStack() as stack:  # a simulator that is not handed on is closed
+        stack.callback(truth.close)
         lines = truth.world.map_lines()
-        if not routes:
-            what["routes"] = _drawn_routes(truth, lines, player.world.fps, config.seed, size)
+        what["routes"] = routes or _drawn_routes(truth, lines, player.world.fps, config.seed, size)
+        if all(route.kind.startswith(RETURN) for route in what["routes"]):
+            if routes:
+                raise UserError(
+                    f"{file} holds only routes back to their start; add others, or choose another."
+                )
+            said = f"its episodes end before a route of {FRAMES} frames does."
+            return _without_truth(config, what | {"truth": None, "missing": said})
         frames, told = truth.sample(size.reference, SAMPLE + config.seed)
         walls = wall_views(told, lines)
         both = walls is not None and 0 < walls.mean() < 1
         probe = WallProbe(frames, walls) if both else None
-        return Scope(**what, clips=None, reference=Reference(frames), probe=probe, lines=lines)
-    except BaseException:  # stopped by hand, too
-        truth.close()
-        raise
+        scope = Scope(**what, clips=None, reference=Reference(frames), probe=probe, lines=lines)
+        stack.pop_all()
+        return scope
 
 
 def _drawn_routes(truth: Truth, lines: np.ndarray, fps: float, seed: int, size: Size) -> list[Route]:
@@ -164,17 +174,19 @@ def _drawn_routes(truth: Truth, lines: np.ndarray, fps: float, seed: int, size: 
     return list(Builder(truth, lines, fps, seed).build(kinds, returns))
 
 
-def _recordings(config: TrainConfig, player: Player) -> Clips:
-    """Recordings that the network was not trained on, where there is no simulator."""
-    recordings = find_recordings(config.data)
-    unseen = recordings if config.unseen else split(recordings)[1]
-    if not unseen:
-        print(
+def _without_truth(config: TrainConfig, what: dict) -> Scope:
+    """Against recordings of the true world that the network was not trained on, where it cannot be played."""
+    train, held_out = true_recordings(config.data, what["player"].world)
+    recordings = train + held_out if config.unseen else held_out or train
+    if not (config.unseen or held_out):
+        what["learnt"] = (
             f"{config.data} holds a single recording, of which nothing was held out: the network may have "
-            "learned what it is measured on, and then the figures are better than they should be.",
-            file=sys.stderr,
+            "learned what it is measured on, and then the figures are better than they should be."
         )
-    return Clips([Recording(path) for path in unseen or recordings], player)
+        print(what["learnt"], file=sys.stderr)
+    clips = Clips([Recording(path) for path in recordings], what["player"])
+    reference = Reference(clips.sample(what["size"].reference, config.seed))
+    return Scope(**what, clips=clips, reference=reference, probe=None, lines=np.zeros((0, 4)))
 
 
 def _measure(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import TrainConfig, UserError
-from ..data.dataset import split
-from ..data.recording import Recording, find_recordings
+from ..config import TrainConfig, UserError, WorldConfig
+from ..data.about_world import agreed
+from ..data.dataset import true_recordings
+from ..data.recording import Recording
 from ..data.starts import STEPS, cut_start, split_choice
 from ..worlds.base import ActionSpace
 from .checkpoint import EXTRAS, SCALE, Checkpoint, write_tensors
@@ -33,6 +35,7 @@ def pack(config: TrainConfig) -> dict:
     if not config.checkpoint:
         raise UserError("stage=pack needs checkpoint=FILE, of which it makes a small one at out=FILE.")
     source, out = Checkpoint(config.checkpoint), Path(config.out)
+    agreed({source.path: asdict(source.world)}, config.world, config.given)  # what was given is it
     target = out if out.suffix == ".safetensors" else out / f"{source.world.name}.safetensors"
     if target.exists() and (target.samefile(source.path) or not config.again):
         raise UserError(f"{target} is there already; choose another out=FILE, or again=true to replace it.")
@@ -76,8 +79,8 @@ def starts_of(config: TrainConfig, source: Checkpoint) -> dict[str, Tensor]:
     space = ActionSpace(tuple(world.keys), tuple(map(tuple, world.keys.values())))
     wanted, frames = source.model.state.names, source.model.denoiser.known_frames
     made: dict[str, Tensor] = {}
-    for number, (recording, last) in enumerate(_places(config, frames), 1):
-        start = cut_start(recording, last, space, frames, str(number))
+    for number, (recording, last) in enumerate(_places(config, world, frames), 1):
+        start = cut_start(recording, last, space, frames, str(number), world)
         if start.frames.shape[1:3] != (world.height, world.width):
             size = f"{start.frames.shape[2]}x{start.frames.shape[1]}"
             said = f"{recording.directory} has frames of {size}, {world.name} of {world.width}x{world.height}"
@@ -85,7 +88,8 @@ def starts_of(config: TrainConfig, source: Checkpoint) -> dict[str, Tensor]:
         pixels = torch.from_numpy(start.frames)
         with torch.inference_mode():
             latents = autoencoder.encode(pixels.permute(0, 3, 1, 2))
-        states = [[(state or {}).get(name, math.nan) for name in wanted] for state in start.states]
+        told = start.states or [None] * len(start.frames)
+        states = [[(state or {}).get(name, math.nan) for name in wanted] for state in told]
         parts = {"latents": (latents * STEPS).round().clamp(-128, 127).to(torch.int8)}
         parts["actions"] = torch.from_numpy(start.actions).to(torch.uint8)
         parts["states"] = torch.tensor(states).reshape(len(states), len(wanted))
@@ -93,12 +97,14 @@ def starts_of(config: TrainConfig, source: Checkpoint) -> dict[str, Tensor]:
     return made
 
 
-def _places(config: TrainConfig, frames: int) -> list[tuple[Recording, int]]:
-    """Recordings and the number of the last frame of a start in each; starts are of so many frames."""
+def _places(config: TrainConfig, world: WorldConfig, frames: int) -> list[tuple[Recording, int]]:
+    """Recordings of the true `world` and the number of the last frame of a start in each; starts are of so
+    many frames.
+    """
     if config.starts:
         return [_named(choice) for choice in config.starts]
-    found = find_recordings(config.data)
-    recordings = [Recording(path) for path in split(found)[1] or found]  # of a single one none is held out
+    train, held_out = true_recordings(config.data, world)
+    recordings = [Recording(path) for path in held_out or train]  # of a single one none is held out
     episodes = [(one, *episode) for one in recordings if len(one) for episode in one.episodes()]
     places = [
         (one, frame) for one, start, stop in episodes for frame in range(start + 2 * frames, stop, frames)

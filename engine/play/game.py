@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ..config import PlayConfig, UserError, WorldConfig
-from ..data.starts import Start, described, load_start, packed_starts, true_start
+from ..data.about_world import described
+from ..data.starts import Start, load_start, packed_starts, true_start
 from ..shipped import shipped
 from ..worlds import make_world
 from ..worlds.base import ActionSpace
@@ -23,7 +24,7 @@ class TrueGame:
         """Opens the simulator. Raises UserError where it is not installed or does not start."""
         self._world = make_world(config.world)
         self.action_space: ActionSpace = self._world.action_space
-        self.world: WorldConfig = described(config.world, self.action_space)
+        self.world: WorldConfig = described(config.world, self._world)
         self.fps, self.state_kinds = self._world.fps, self._world.state_kinds
         self.start = "episode"
 
@@ -94,7 +95,7 @@ class Dream:
                 loaded = true_start(self.world, 0, self._frames)
             else:
                 chosen = self.start, self.action_space, self._shipped, self._frames
-                loaded = load_start(*chosen, self.world.name)
+                loaded = load_start(*chosen, self.world)
             self._loaded = {self.start: loaded}
         chosen = self._loaded[self.start]
         return self._session.begin(seed, chosen)

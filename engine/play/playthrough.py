@@ -54,7 +54,7 @@ class Playthrough:
 
     def _make_policy(self, config: PlayConfig, replay: Replay | None) -> Policy | None:
         if replay:
-            replay.fit(self.game.action_space)
+            replay.fit(self.game.action_space, self.game.world)
             return replay
         return (
             None

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import UserError
+from ..config import UserError, WorldConfig
+from ..data.about_world import check_keys_mean_the_same
 from ..data.recording import Recording
 from ..data.starts import known_actions
 from ..worlds.base import ActionSpace
@@ -28,8 +29,11 @@ class Replay:
         self._actions = self._recording.actions
         self._at = 0  # number of the frame that was shown last
 
-    def fit(self, space: ActionSpace) -> None:
-        """Puts the keys in the game's order. Raises UserError for a held key that the game does not know."""
+    def fit(self, space: ActionSpace, world: WorldConfig) -> None:
+        """Puts the keys in the order of the game `world`. Raises UserError for a held key that it does not
+        know, and where its keys do something else.
+        """
+        check_keys_mean_the_same(self._recording.header, world, str(self._recording.directory))
         self._actions = known_actions(self._recording, 0, len(self._recording), space)
 
     @property

@@ -25,6 +25,7 @@ from ..play.timings import seconds_since_start
 
 HEADLESS_FRAMES = 300
 HEADLESS_VIDEO = "rollplay.mp4"
+NAMED = 20  # actions without a key, in words
 
 
 def choose_display(config: PlayConfig) -> PlayConfig:
@@ -56,11 +57,21 @@ def open_playthrough(config: PlayConfig) -> Any:
 
     replay = check_policy(config.policy)
     game = open_game(config)
+    tell_keyless(game.action_space)
     try:
         return Playthrough(config, game, replay)
     except BaseException:
         game.close()
         raise
+
+
+def tell_keyless(space: Any) -> None:
+    """Says which actions only policies and recordings can use; F1 shows them in a window."""
+    left = [name for name, codes in zip(space.names, space.bindings, strict=True) if not codes]
+    if left:
+        names = ", ".join(left[:NAMED]) + (", ..." if len(left) > NAMED else "")
+        said = f"{len(left)} of {len(space)} actions have no key ({names})"
+        print(f"play.py: {said}; '+world.keys.{left[0]}=[Left]' gives one its key.", file=sys.stderr)
 
 
 def play_headless(config: PlayConfig) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 from ..config import TrainConfig, UserError, load_config
+from ..data.dataset import recorded_world
 from ..model.layers import choose_kernels
 from ..stage_config import TRAINED
 from ..train.parallel import open_ranks
@@ -46,6 +47,7 @@ UNTOUCHED = "what is finished stays, and the same command continues"
 def run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
     """The stage that `config.stage` names → its figures."""
     if config.stage in ("all", *TRAINED):
+        config.world = recorded_world(config.data, config.world, config.given)
         with open_ranks(config.device) as ranks:
             if config.stage == "all":
                 from ..train.pipeline import train_all

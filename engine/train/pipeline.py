@@ -16,6 +16,7 @@ from typing import Any
 
 from ..config import TrainConfig, UserError
 from ..data.collection import collect
+from ..data.dataset import recorded_world
 from ..stage_config import TRAINED
 from .loop import train_stage
 from .parallel import Ranks
@@ -46,6 +47,8 @@ def train_all(config: TrainConfig, ranks: Ranks, stop: Stop) -> dict[str, Any]:
         if config.frames and ranks.first:
             collect(replace(config, stage="collect"))
         ranks.agree(0)  # the others wait for the data
+    # what only the opened game knew, its recordings tell
+    config = replace(config, world=recorded_world(config.data, config.world, config.given))
     figures: dict[str, Any] = {"stage": "all", "checkpoint": ""}
     for name in names:
         own = replace(config, stage=name, max_minutes=0)
@@ -81,7 +84,8 @@ class Plan:
             (name, f"{self.given.get(name, minutes * scale):.4g} minutes") for name, minutes in preset.items()
         ]
         rows.append(("together", f"{self.config.max_minutes or sum(preset.values()):.4g} minutes"))
-        head = f"stage=all: {self.config.world.name}, preset={self.config.preset}, into {self.config.out}"
+        world = self.config.world
+        head = f"stage=all: {world.id or world.name}, preset={self.config.preset}, into {self.config.out}"
         return "\n".join([head, *(f"  {name:12s} {text}" for name, text in rows)])
 
     def minutes(self, name: str, standing: Standing) -> float:

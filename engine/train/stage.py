@@ -15,7 +15,6 @@ from ..config import ModelConfig, TrainConfig, UserError, WorldConfig
 from ..data.cache import cache_place, drop_old
 from ..data.dataset import true_recordings
 from ..data.latents import LatentsCache
-from ..data.recording import Recording, find_recordings
 from ..data.segments import Batches, Clip, Segments
 from ..device import autocast
 from ..model.autoencoder import Autoencoder
@@ -28,18 +27,6 @@ from .stop import hold
 FREE = ("ladder", "correction")  # how weights are used, which may be chosen anew in any later stage
 DECODER = ("decoder",)  # may differ where the same latents are spoken of
 LICENCE = "Weights and start frames derive from ViZDoom (MIT) with Freedoom art (BSD-3-Clause); see NOTICE."
-
-
-def with_keys(config: TrainConfig) -> TrainConfig:
-    """The config whose world has keys: a Gymnasium world chooses them by its actions when it is collected,
-    and its recordings tell which.
-    """
-    if config.world.keys:
-        return config
-    recording = Recording(find_recordings(config.data)[0])
-    bindings = recording.header.get("config", {}).get("keys", {})
-    keys = {name: list(bindings.get(name, [])) for name in recording.names}
-    return replace(config, world=replace(config.world, keys=keys))
 
 
 def open_caches(
@@ -75,12 +62,13 @@ def open_caches(
 
 
 def check_world(before: Checkpoint, world: WorldConfig) -> None:
-    """Raises UserError where a checkpoint is of another game than `world`, or of other keys or sizes."""
+    """Raises UserError where a checkpoint is of another game than `world`, other keys, size or rate."""
     made = before.world
     for one, other, what in (
         ((made.name, made.id), (world.name, world.id), "world"),
         (list(made.keys), list(world.keys), "keys"),
         ((made.width, made.height), (world.width, world.height), "frame size"),
+        ((made.fps, made.tics), (world.fps, world.tics), "frame rate"),
     ):
         if one != other:
             said = f"{before.path} was trained for {made.id or made.name}, which has another {what}"

@@ -9,7 +9,6 @@ from .autoencoder import AutoencoderStage
 from .decoder import DecoderStage
 from .denoiser import DenoiserStage
 from .distill import DistillStage
-from .stage import with_keys
 from .state import StateStage
 
 
@@ -22,4 +21,4 @@ def make_stage(config: TrainConfig, device: torch.device, dtype: torch.dtype | N
         "distill": DistillStage,
         "decoder": DecoderStage,
     }
-    return kinds[config.stage](with_keys(config), device, dtype, rank, ranks)
+    return kinds[config.stage](config, device, dtype, rank, ranks)

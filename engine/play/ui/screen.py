@@ -10,6 +10,7 @@ import numpy as np
 import pygame
 
 from ...config import UserError
+from .owner import Owner
 
 BACKGROUND, PANEL = (14, 15, 18), (10, 11, 14, 165)
 WHITE, GREY, DARK = (240, 241, 243), (158, 162, 170), (20, 21, 24)
@@ -36,7 +37,10 @@ def seen_by_somebody() -> bool:
 
 
 class Screen:
-    """The window. `show` draws a frame, uint8 (h, w, 3), as large as it fits; text and panels go over it."""
+    """The window. `show` draws a frame, uint8 (h, w, 3), as large as it fits; text and panels go over it.
+
+    Until `close`, pygame's display is that of the thread that opened it.
+    """
 
     def __init__(self, width: int, height: int, scale: int, smooth: bool, fullscreen: bool) -> None:
         """Opens a window for frames of width x height pixels. Raises UserError where there is no display."""
@@ -52,6 +56,7 @@ class Screen:
             said = f"No window could be opened ({error})"
             raise UserError(f"{said}; start play.py on a desktop, or with display=headless.") from None
         pygame.display.set_caption("Rollplay")
+        self._owner = Owner()
 
     def _open(self) -> None:
         if self.fullscreen:
@@ -116,6 +121,7 @@ class Screen:
         _text.cache_clear()
         _font.cache_clear()
         _panel.cache_clear()
+        self._owner.release()
         pygame.quit()
 
 
