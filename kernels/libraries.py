@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .attention import names, read_table
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (b, m, h, d), k and v (b, n, h, d) → (b, m, h, d)
 NAMES = ("cudnn", "flash", "varlen", "flex")
 
@@ -41,6 +39,8 @@ def preferred(q: Tensor, rows: tuple[int, ...], lengths: Tensor | None) -> str |
     """
     if lengths is not None:
         return None
+    from .attention import names, read_table  # which needs Triton, and the libraries do not
+
     case = {"head_dim": q.shape[3], "dtype": str(q.dtype).removeprefix("torch.")}
     for rule in (rule for name in names(q.device) for rule in read_table(name).get("libraries", ())):
         same = all(value in rule.get(key, [value]) for key, value in case.items())

@@ -96,8 +96,8 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, module: nn.Module, count: int, finite: Tensor) -> None:
-        """Takes the weights as they are after `count` updates before this one; none where `finite` () is 0: the
-        host need not know.
+        """Takes the weights as they are after `count` updates before this one; none where `finite` () is 0:
+        the host need not know.
         """
         share = max(1 - self.decay, 9 / (10 + count)) if count else 1.0
         pairs = zip(self.module.state_dict().values(), module.state_dict().values(), strict=True)
