@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from engine.train.loop import Training
 
 path = Path({checkpoint!r})
 made = Checkpoint(path)
-config = TrainConfig("denoiser", world=made.world, model=made.model, data=str(path.parent), device="cpu")
+config = TrainConfig("denoiser", world=made.world, model=made.model, data={out!r}, device="cpu")
 config.out, config.weights, config.precision = {out!r}, str(path), "fp32"
 config.stages.denoiser = DenoiserStageConfig(batch=2, clip=8)
 training = Training(config)
@@ -48,6 +49,7 @@ def modules() -> list[str]:
 
 
 def test_it_trains_and_plays(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint.parent / "walk", tmp_path / "walk")
     code = CODE.format(modules=modules(), checkpoint=str(tiny_checkpoint), out=str(tmp_path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = {"capture_output": True, "text": True, "timeout": 400}
