@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,18 +12,35 @@ import torch
 
 from .config import UserError
 
+LOGGER = logging.getLogger(__name__)
+DEVICES = ("cpu", "cuda", "mps")
 AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """auto takes CUDA where there is one. Raises UserError where the named device is not to be had."""
+def pick_device(name: str = "auto", local: int | None = None) -> torch.device:
+    """auto takes CUDA where there is one; `local`: the number of this process's GPU where several train
+    together. It becomes the calling thread's own, which streams, graphs and Triton take without being asked.
+    Raises UserError where the device is not to be had.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in DEVICES or (device.type == "cuda" and not torch.cuda.is_available()):
+            raise RuntimeError(f"no {device.type} here")
+        if device.type == "cuda":
+            if local is not None and device.index is not None:
+                raise UserError(f"Each process takes a GPU of its own; give device=cuda instead of {name}.")
+            device = torch.device("cuda", (device.index or 0) if local is None else local)
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"The device {name!r} cannot be used here; try device=cpu.") from error
+        said = f"The device {name!r} cannot be used here"
+        if local:
+            said += f" by process {local} of this machine (one GPU each)"
+        raise UserError(f"{said}; try device=cpu.") from error
+    if device.type == "mps":
+        LOGGER.warning("device=mps is untested; where something fails or looks wrong, take device=cpu.")
     return device
 
 
@@ -30,11 +48,14 @@ def pick_precision(name: str, device: torch.device) -> str:
     """auto · fp32 · fp16 · bf16 · fp8 → one of the last four; AUTOCAST has their types.
 
     auto measures: bfloat16 is several times faster on GPUs and on CPUs with units for it (AMX, AVX512_BF16),
-    and several times slower on CPUs without. Raises UserError for fp8 on a GPU that has none.
+    and several times slower on CPUs without. On other devices auto is fp32. Raises UserError for fp8 on a GPU
+    that has none.
     """
-    if name == "auto":
+    if name == "auto" and device.type in ("cpu", "cuda"):
         plain, half = _matmul_seconds(device, (torch.float32, torch.bfloat16))
         name = "bf16" if half < 0.6 * plain else "fp32"
+    elif name == "auto":
+        name = "fp32"
     if name == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError("precision=fp8 needs a GPU of compute capability 8.9 or more; try precision=bf16.")
     return name

@@ -15,7 +15,7 @@ import pytest
 import torch
 from engine.kernels import reference
 from engine.kernels.benchmark import __main__ as benchmark
-from engine.kernels.benchmark import gate, optable, ourloop, paper, peerloop, processes, timing, tuning
+from engine.kernels.benchmark import cases, gate, optable, ourloop, paper, peerloop, processes, timing, tuning
 from engine.kernels.benchmark.report import BEGIN, END, markdown, write_tables
 
 CPU = torch.device("cpu")
@@ -94,8 +94,12 @@ def test_what_is_left_unwritten_or_not_repeated_is_wrong():
 
 
 def test_checks_are_shared_out_among_processes():
-    found = gate.run(CPU, timing.Budget(60), workers=2)
-    assert found["gate"] == "green" and not found["left"] and found["checked"] >= 20
+    """And done there: where none could start, the gate would do all of them itself."""
+    todo = list(gate.checks(reference, CPU))
+    found = processes.side_by_side("gate", todo, CPU, timing.Budget(60), workers=2)
+    assert [x for x in found if x["state"] != "right"] == [] and len(found) == len(todo) >= 20
+    verdict = gate.run(CPU, timing.Budget(60), workers=0)
+    assert verdict["gate"] == "green" and not verdict["left"] and verdict["checked"] == len(todo)
 
 
 def test_a_process_that_breaks_is_a_failed_check(tmp_path):
@@ -170,6 +174,37 @@ def test_a_provider_that_cannot_is_a_row_that_says_why():
     assert found["bad"] == "RuntimeError: not on this chip"
     with pytest.raises(TimeoutError), timing.limit(0.05):
         time.sleep(2)
+
+
+def test_ways_to_cut_the_kernel_are_of_all_shapes_that_are_timed():
+    ops = SimpleNamespace(attention=pytest.importorskip("engine.kernels.attention"))
+    for case in cases.ATTENTION + cases.TOY_ATTENTION:
+        ways = tuning.candidates(ops, case, CPU)
+        assert len(set(ways)) == len(ways) >= 2
+        assert all(isinstance(way, ops.attention.Config) for way in ways)
+
+
+def test_tuning_makes_a_table_of_the_fastest_that_are_right(monkeypatch, tmp_path):
+    """A kernel that is wrong when it is cut into tiles of 32 keys; the device's own table is not touched."""
+    attention = pytest.importorskip("engine.kernels.attention")
+    tables = {path: path.read_bytes() for path in Path(attention.__file__).parent.glob("tables/*.json")}
+
+    def kernel(*given, config=None):
+        return reference.window_attention(*given) * (1.01 if config.block_n == 32 else 1)
+
+    ops = SimpleNamespace(window_attention=kernel, attention=attention)
+    monkeypatch.setattr(tuning, "operations", lambda device: ops)
+    chosen = tuning.tune(CPU, timing.Budget(20), 0, tmp_path, lambda text: None)
+    rules = json.loads((tmp_path / "cpu.json").read_text())["window_attention"]
+    assert len(rules) == len(chosen) == 2 and [rule["page"] for rule in rules] == [13, 16]
+    assert all(attention.Config(**rule["config"]).block_n == 64 for rule in rules)
+    assert tables == {path: path.read_bytes() for path in tables}
+
+
+def test_tuning_that_cannot_be_is_a_failure(tmp_path, capsys):
+    """The definitions, which this rehearses, cannot be cut."""
+    assert benchmark.main(["--tune", "--only", "tune", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "cannot be cut" in json.loads(capsys.readouterr().out.splitlines()[-1])["skipped"]["tune"]
 
 
 def test_a_tuned_table_is_one_that_attention_reads(monkeypatch):

@@ -167,10 +167,11 @@ def test_gradients_that_are_not_finite_move_nothing_and_are_counted(begin, run, 
     monkeypatch.setattr(LineStage, "batch", broken)
     training = begin()
     advance(training, 2)
-    weight = training.module.weight.clone()
+    weight, average = training.module.weight.clone(), training.average.module.weight.clone()
+    assert not torch.equal(weight, average)
     assert not training.iterate(0.0)["finite"] and training.step == 3
     assert torch.equal(training.module.weight, weight) and weight.isfinite().all()
-    assert training.average.module.weight.isfinite().all()
+    assert torch.equal(training.average.module.weight, average) and average.isfinite().all()
     assert run()["steps"] == 8
     told = lines(tmp_path / "out")
     assert [line["skipped"] for line in told] == [0, 2, 1, 0]
@@ -438,6 +439,9 @@ from engine.programs import train
 from engine.train import loop
 rank = int(os.environ["RANK"])
 class Stage(test_loop.LineStage):
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.module.seen += 100 * rank  # games of its own
     def batch(self, step):
         if step == {signal} and rank == 1: os.kill(os.getpid(), signal.SIGTERM)
         return super().batch(step)
@@ -465,7 +469,7 @@ def test_processes_save_at_one_step_and_go_on_as_they_were(options, tmp_path):
     assert "saved at step 4" in stopped.stdout, stopped.stdout[-3000:]
     states = [torch.load(tmp_path / "out" / f"autoencoder.state{rank}.pt") for rank in ("", 1)]
     assert states[0]["step"] == states[1]["step"] == 4
-    assert not torch.equal(states[0]["random"], states[1]["random"]) and states[1]["buffers"]["seen"] == 8
+    assert not torch.equal(states[0]["random"], states[1]["random"]) and states[1]["buffers"]["seen"] == 108
     assert launch(tmp_path, given).returncode == 0
     for rank in ("", 1):
         one, other = (

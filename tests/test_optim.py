@@ -32,15 +32,15 @@ def test_moving_average_forgets_its_start_and_follows():
     average, count = MovingAverage(module, 0.99), itertools.count()
     with torch.no_grad():
         module.weight.fill_(1000.0)
-        average.update(module, next(count))
+        average.update(module, next(count), FINITE)
         module.weight.fill_(1.0)
         for _ in range(100):
-            average.update(module, next(count))
+            average.update(module, next(count), FINITE)
         assert average.module.weight.item() == pytest.approx(1, abs=0.1)
         for _ in range(2000):
-            average.update(module, next(count))
+            average.update(module, next(count), FINITE)
         module.weight.fill_(2.0)
-        average.update(module, next(count))
+        average.update(module, next(count), FINITE)
     assert 1.004 < average.module.weight.item() < 1.02, "a hundredth of the way, later on"
     assert module.weight.item() == 2
 
@@ -93,15 +93,39 @@ def test_weight_decay_is_that_of_the_stage_and_on_matrices_alone():
         assert torch.equal(module[name].bias, before[name].bias)
 
 
-def test_a_step_that_is_left_out_moves_nothing_and_spoils_nothing():
-    """Whatever the gradients are; and the next one is a step as ever."""
-    denoiser = make_denoiser()
-    optimiser = Optimiser(denoiser, stage_config())
-    for finite in (True, False, True):
-        before = [p.detach().clone() for p in denoiser.parameters()]
-        for p in denoiser.parameters():
-            p.grad = torch.randn_like(p) if finite else torch.full_like(p, torch.nan)
-        optimiser.step(0.01, torch.tensor(finite))
-        pairs = list(zip(denoiser.parameters(), before, strict=True))
-        assert all(bool((p != old).any()) == finite for p, old in pairs)
-        assert all(p.isfinite().all() for p, _ in pairs)
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_a_step_that_is_left_out_moves_nothing_and_spoils_nothing(odd):
+    """Whatever the gradients are: training goes on as if that step had never been, also if it is the first
+    one, to the last bit of weights, momentum, squares and counts.
+    """
+    runs = []
+    for steps in ((False, True, False, False, True, True), (True, True, True)):
+        denoiser = make_denoiser()
+        optimiser = Optimiser(denoiser, stage_config())
+        random = torch.Generator().manual_seed(1)
+        for finite in steps:
+            for p in denoiser.parameters():
+                p.grad = torch.randn(p.shape, generator=random) if finite else torch.full_like(p, odd)
+            optimiser.step(0.01, torch.tensor(finite))
+        kept = [state for part in optimiser.state_dict() for state in part["state"].values()]
+        runs.append([*denoiser.parameters(), *(x for state in kept for _, x in sorted(state.items()))])
+    assert len(runs[0]) == len(runs[1]) > 2 * len(list(make_denoiser().parameters()))
+    assert all(torch.equal(one, other) and one.isfinite().all() for one, other in zip(*runs, strict=True))
+
+
+def test_a_moving_average_stands_still_with_its_weights():
+    """Where a step was left out; what a pass that was not finite has left in a buffer does not come along."""
+    module = torch.nn.BatchNorm1d(2)
+    average = MovingAverage(module, 0.9)
+    average.update(module, 0, FINITE)
+    with torch.no_grad():
+        module.weight.fill_(3.0)
+        module.running_mean.fill_(torch.nan)
+        module.num_batches_tracked.fill_(7)
+    before = copy.deepcopy(average.module.state_dict())
+    average.update(module, 40, ~FINITE)
+    assert all(torch.equal(value, before[name]) for name, value in average.module.state_dict().items())
+    module.running_mean.zero_()
+    average.update(module, 41, FINITE)
+    assert average.module.weight.mean().item() == pytest.approx(1 + 2 * 9 / 51)
+    assert average.module.num_batches_tracked == 7

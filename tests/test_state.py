@@ -298,7 +298,7 @@ def test_the_moving_average_stays_finite(model: StateModel, logs: StateLogs) -> 
     loss = StateLoss(model, make_reader(logs), make_scene(), StateStageConfig())
     average = MovingAverage(loss, 0.9)
     for count in range(3):
-        average.update(loss, count)
+        average.update(loss, count, torch.tensor(True))
     kept, own = average.module.state_dict(), loss.state_dict()
     assert all(torch.isfinite(value).all() for value in kept.values())
     for name in own:

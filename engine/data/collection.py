@@ -278,8 +278,10 @@ def _play_into(recorder: Recorder, world, job: Job) -> int:
     for count in range(1, job.frames + 1):
         time_ns = round((count - 1) / world.fps * 1e9)  # the clock's would differ from run to run
         if world.done:
-            frame = world.reset(int(rng.integers(2**31)))
-            recorder.add(frame, nothing, reset=True, state=world.state(), t_ns=time_ns)
+            seed = int(rng.integers(2**31))
+            began = [{"reset": {"seed": seed, "start": "episode"}}]  # with which it can be replayed
+            frame = world.reset(seed)
+            recorder.add(frame, nothing, reset=True, events=began, state=world.state(), t_ns=time_ns)
             episodes += 1
         else:
             action = policy(world.state(), world.action_space)

@@ -30,6 +30,8 @@ def precision(config: TrainConfig) -> dict:
         try:
             frames, p50 = _play(Player(path, config.device, name), path, steps, config.seed)
         except UserError as error:
+            if true is None:  # nothing can be played, or compared
+                raise
             print(f"{name:9s}  {error}")
             continue
         true = frames if true is None else true

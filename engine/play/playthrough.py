@@ -14,7 +14,7 @@ from ..data.film import Film
 from ..data.policies import Policy, make_policy
 from ..data.recording import Recorder
 from .game import Game
-from .replay import Replay
+from .replay import Beginning, Replay
 from .timings import Timings
 
 
@@ -39,22 +39,30 @@ class Playthrough:
         """Starts the first game. Raises UserError where the recording or the video cannot be written."""
         self.game, self.timings, self.trouble = game, Timings(), None
         self.policy, self.replay = self._make_policy(config, replay), replay
-        began = replay.first() if replay else {}
-        self.seed = config.seed or began.get("seed", 0)
         self._age = 0  # frames since the last reset
+        self._held: list[list] = []  # names of keys and for how many frames they were held, since then
         self._ahead = 0.0  # seconds already spent on the next step
         self.recorder: Recorder | None = None
-        self.frame = game.reset(self.seed, config.start or began.get("start", ""))
-        self.action = np.zeros(len(game.action_space), np.float32)
+        self._begin(config, replay.first() if replay else None)
         self._film = Film(config.video, *self.frame.shape[:2], game.fps) if config.video else None
         if config.record:
-            self.record(config.record, self._reset_event())
+            self.record(config.record)
         if self._film:
             self._film.add(self.frame)
 
+    def _begin(self, config: PlayConfig, began: Beginning | None) -> None:
+        """The first game; a replay's comes to where its recording began, which may have been in mid-game."""
+        self.seed = config.seed or (began.seed if began else 0) or 0
+        self.frame = self.game.reset(self.seed, config.start or (began.start if began else ""))
+        self.action = np.zeros(len(self.game.action_space), np.float32)
+        for action, frames in began.before if began and not config.start else ():
+            for _ in range(frames):
+                if not self.game.done:  # as it was not, in the same game
+                    self._step(action)
+
     def _make_policy(self, config: PlayConfig, replay: Replay | None) -> Policy | None:
         if replay:
-            replay.fit(self.game.action_space, self.game.world)
+            replay.fit(self.game)
             return replay
         return (
             None
@@ -72,19 +80,27 @@ class Playthrough:
 
         A finished episode starts anew. `events` are the raw key events since the last frame.
         """
+        if self.replay and not self.over and (began := self.replay.reset_next()) is not None:
+            return self.reset(began.seed, began.start, events)
         if self.game.done:
             return self.reset(events=events)
-        if self.replay and not self.over and (began := self.replay.reset_next()) is not None:
-            return self.reset(began.get("seed"), began.get("start", ""), events)
         action = np.zeros_like(self.action) if held is None else held
         if self.policy and not action.any() and not self.over:
             action = self.policy(self.game.state(), self.game.action_space)
         start = time.perf_counter() - self._ahead  # a step costs what was done of it before, too
         self._ahead = 0.0
-        self.frame, self.action = self.game.step(action), action
-        self._age += 1
+        self._step(action)
         self._keep(events, reset=False)
         self.timings.add(start)
+
+    def _step(self, action: np.ndarray) -> None:
+        self.frame, self.action = self.game.step(action), action
+        self._age += 1
+        names = list(self.game.action_space.decode(action))
+        if self._held and self._held[-1][0] == names:
+            self._held[-1][1] += 1
+        else:
+            self._held.append([names, 1])
 
     def speculate(self) -> None:
         """Does what can be done of the next step before it is known which keys it is for."""
@@ -97,18 +113,20 @@ class Playthrough:
         self.seed = self.seed + 1 if seed is None else seed
         self.frame = self.game.reset(self.seed, start)
         self.action = np.zeros_like(self.action)
-        self._age, self._ahead = 0, 0.0
+        self._age, self._held, self._ahead = 0, [], 0.0
         self.timings.interrupt()
         self._keep([*events, *self._reset_event()], reset=True)
 
-    def record(self, directory: str | Path, events: Sequence = ()) -> None:
-        """Begins a recording with the frame that is shown now. Raises UserError where it cannot write."""
+    def record(self, directory: str | Path) -> None:
+        """Begins a recording with the frame that is shown now, and notes what led to it, so that it can be
+        replayed. Raises UserError where it cannot write.
+        """
         world, names = self.game.world, self.game.action_space.names
         kinds = self.game.state_kinds
         self.recorder = Recorder(
             directory, world, self.game.source, self.seed, self.game.digest, names=names, state_kinds=kinds
         )
-        self._write(events, reset=True)
+        self._write(self._reset_event(), reset=True)
 
     def stop_recording(self) -> None:
         """Ends the recording, if there is one; what went wrong with it goes to `trouble`."""
@@ -137,7 +155,9 @@ class Playthrough:
         return {**self.timings.figures(self.game.fps), **about, "start": self.game.start, "seed": self.seed}
 
     def _reset_event(self) -> list[dict]:
-        return [{"reset": {"seed": self.seed, "start": self.game.start}}]
+        """What leads to the frame that is shown now."""
+        reset = {"seed": self.seed, "start": self.game.start}
+        return [{"reset": reset | ({"held": self._held} if self._held else {})}]
 
     def _keep(self, events: Sequence, reset: bool) -> None:
         if self._film:

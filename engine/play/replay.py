@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import UserError, WorldConfig
+from ..config import UserError
 from ..data.about_world import check_keys_mean_the_same
 from ..data.recording import Recording
 from ..data.starts import known_actions
 from ..worlds.base import ActionSpace
+from .game import Game
+
+
+class Beginning(NamedTuple):
+    """How a game came to a frame that a recording begins a game with."""
+
+    seed: int | None  # None: not told
+    start: str  # "": not told
+    # what was held (k,) between the reset and this frame, and for how many frames
+    before: Sequence[tuple[np.ndarray, int]] = ()
 
 
 class Replay:
     """A policy that holds what a recording held, frame by frame, and starts games where it did.
 
-    The same checkpoint on the same machine then draws the same frames again.
+    The same checkpoint, or the same true game, on the same machine then draws the same frames again. In
+    another one (a true recording in a dream) games start from the recording's own frames.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -27,26 +40,30 @@ class Replay:
                 f"{directory} holds {len(self._recording)} whole frames; there is nothing to replay."
             )
         self._actions = self._recording.actions
+        self._same = True  # the game is the recorded one
         self._at = 0  # number of the frame that was shown last
 
-    def fit(self, space: ActionSpace, world: WorldConfig) -> None:
-        """Puts the keys in the order of the game `world`. Raises UserError for a held key that it does not
-        know, and where its keys do something else.
+    def fit(self, game: Game) -> None:
+        """Puts the keys in the game's order. Raises UserError for a held key that it does not know, and where
+        its keys do something else.
         """
-        check_keys_mean_the_same(self._recording.header, world, str(self._recording.directory))
-        self._actions = known_actions(self._recording, 0, len(self._recording), space)
+        header, self._space = self._recording.header, game.action_space
+        check_keys_mean_the_same(header, game.world, str(self._recording.directory))
+        self._actions = known_actions(self._recording, 0, len(self._recording), self._space)
+        recorded = header["source"], header["checkpoint"]
+        self._same = recorded == (game.source, game.digest) and "seed" in self._told(0)
 
     @property
     def left(self) -> int:
         """How many frames are still to come."""
         return len(self._recording) - 1 - self._at
 
-    def first(self) -> dict:
-        """The seed and the start of the recorded game, as far as it tells them."""
-        return {"seed": self._recording.header["seed"], **self._began(0)}
+    def first(self) -> Beginning:
+        """How the recorded game began."""
+        return self._began(0)
 
-    def reset_next(self) -> dict | None:
-        """What the recorded game was reset to for its next frame, or None; that frame then counts as seen."""
+    def reset_next(self) -> Beginning | None:
+        """How the recorded game began anew with its next frame, or None; that frame then counts as seen."""
         if not self._recording.resets[self._at + 1]:
             return None
         self._at += 1
@@ -57,6 +74,41 @@ class Replay:
         self._at += 1
         return self._actions[self._at]
 
-    def _began(self, frame: int) -> dict:
-        events = self._recording.events[frame]
-        return next((event["reset"] for event in events if isinstance(event, dict) and "reset" in event), {})
+    def _began(self, frame: int) -> Beginning:
+        told = self._told(frame)
+        seed = told.get("seed", self._recording.header["seed"] if frame == 0 else None)
+        if not self._same:
+            return Beginning(seed, f"{self._recording.directory}:{frame}")
+        try:
+            before = [(self._space.encode(names), frames) for names, frames in told.get("held", [])]
+        except KeyError as error:
+            raise UserError(
+                f"{self._recording.directory} cannot be replayed here: {error.args[0]}."
+            ) from None
+        return Beginning(seed, told.get("start", ""), before)
+
+    def _told(self, frame: int) -> dict[str, Any]:
+        """What is recorded of the reset at this frame, checked; nothing, where that was not noted."""
+        events = [event for event in self._recording.events[frame] if isinstance(event, dict)]
+        told = next((event["reset"] for event in events if "reset" in event), {})
+        if not (
+            isinstance(told, dict)
+            and isinstance(told.get("seed", 0), int)
+            and isinstance(told.get("start", ""), str)
+            and isinstance(told.get("held", []), list)
+            and all(_is_run(run) for run in told.get("held", []))
+        ):
+            raise UserError(f"{self._recording.directory} is damaged: its reset at frame {frame} cannot be.")
+        return told
+
+
+def _is_run(run: object) -> bool:
+    """Whether it is [names of held keys, frames for which they were held]."""
+    return (
+        isinstance(run, list)
+        and len(run) == 2
+        and isinstance(run[0], list)
+        and all(isinstance(name, str) for name in run[0])
+        and isinstance(run[1], int)
+        and run[1] > 0
+    )

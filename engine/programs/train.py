@@ -18,7 +18,8 @@ Often used options:
   world=NAME    doom_gathering doom_arena doom_defend doom_home gym (with world.id=...)
   preset=NAME   toy (seconds) · laptop (overnight on 2 cores) · gpu (under 25 minutes on one big GPU)
   data=DIR      recordings         out=DIR    checkpoints, metrics and pictures
-  frames=N      collect: how many  max_minutes=M  seed=N  device=auto|cpu|cuda  threads=N
+  frames=N      collect: how many  max_minutes=M  seed=N  threads=N
+  device=NAME   auto · cpu · cuda · cuda:1 · mps (untested)
   again=true    train anew what was made from something else than what is there now
 Ctrl-C and SIGTERM save before they stop; while a file `pause` lies in out=DIR, training waits.
 All options with their defaults: engine/config.py, TrainConfig.

@@ -34,7 +34,7 @@ class Training:
         self.config, self.ranks, self.stage_config = config, ranks or Ranks(), config.stage_config()
         standing = standing or Standing(config)
         state, self.origin = standing.state, standing.origin
-        self.device = self.ranks.device(pick_device(config.device))
+        self.device = pick_device(config.device, self.ranks.local)
         self.precision = self._precision(state)
         self.dtype = AUTOCAST[self.precision]
         self._seed(0)
@@ -71,7 +71,7 @@ class Training:
         """One step of the optimiser, after `accumulate` batches → means of their figures, still on the
         device. Nothing here waits for that.
 
-        Where a gradient is not finite no weight moves; `finite` says so.
+        Where a gradient is not finite nothing moves, weights, averages or momentum; `finite` says so.
         """
         parts: dict[str, list[Tensor]] = {}
         for part in range(count := self.stage_config.accumulate):
@@ -85,7 +85,7 @@ class Training:
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.stage_config.grad_clip)
         finite = torch.isfinite(norm)
         self.optimiser.step(optim.learning_rate(self.stage_config, self.step, progress), finite)
-        self.average.update(self.module, self.step)
+        self.average.update(self.module, self.step, finite)
         self.optimiser.zero_grad()
         self.step += 1
         means = {name: torch.stack(values).mean() for name, values in parts.items()}

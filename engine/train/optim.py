@@ -73,15 +73,17 @@ def learning_rate(stage: StageConfig, step: int, progress: float) -> float:
 
 
 def _step_where(finite: Tensor, part: torch.optim.Optimizer) -> None:
-    """The step of an optimiser that cannot be told to leave it out."""
+    """The step of an optimiser that cannot be told to leave it out: weights and momentum are put back."""
     weights = [p for group in part.param_groups for p in group["params"] if p.grad is not None]
-    before = [p.detach().clone() for p in weights]
+    momentum = [x for p in weights for x in part.state[p].values() if torch.is_tensor(x)]
+    moving = weights + momentum  # momentum that this step begins begins as zeros in any case
+    before = [x.detach().clone() for x in moving]
     for p in weights:
         p.grad = torch.where(finite, p.grad, 0)
     part.step()
     with torch.no_grad():
-        for p, old in zip(weights, before, strict=True):
-            p.copy_(torch.where(finite, p, old))
+        for x, old in zip(moving, before, strict=True):
+            x.copy_(torch.where(finite, x, old))
 
 
 class MovingAverage:
@@ -93,10 +95,13 @@ class MovingAverage:
         self.module, self.decay = copy.deepcopy(module), decay
 
     @torch.no_grad()
-    def update(self, module: nn.Module, count: int) -> None:
-        """Takes the weights as they are after `count` updates before this one."""
+    def update(self, module: nn.Module, count: int, finite: Tensor) -> None:
+        """Takes the weights as they are after `count` updates before this one; none where `finite` () is 0:
+        the host need not know.
+        """
         share = max(1 - self.decay, 9 / (10 + count)) if count else 1.0
-        pairs = list(zip(self.module.state_dict().values(), module.state_dict().values(), strict=True))
+        pairs = zip(self.module.state_dict().values(), module.state_dict().values(), strict=True)
+        pairs = [(kept, torch.where(finite, new, kept)) for kept, new in pairs]
         moving = [pair for pair in pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_([kept for kept, _ in moving], [new for _, new in moving], share)
         for kept, new in pairs:

@@ -17,10 +17,12 @@ PATIENCE = timedelta(days=7)  # a process may wait for another that collects, en
 
 
 class Ranks:
-    """This process among `count` of them, `rank` 0 being the first: the one that speaks and decides."""
+    """This process among `count` of them, `rank` 0 being the first: the one that speaks and decides. `local`
+    is its number on this machine, None where it is alone.
+    """
 
-    def __init__(self, rank: int = 0, count: int = 1):
-        self.rank, self.count = rank, count
+    def __init__(self, rank: int = 0, count: int = 1, local: int | None = None):
+        self.rank, self.count, self.local = rank, count, local
         self.first = rank == 0
         # for numbers that are read on the CPU in each step: NCCL would wait for the GPU
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE) if count > 1 else None
@@ -63,13 +65,6 @@ class Ranks:
         largest, smallest = self.agree(number, -number)
         return largest == -smallest
 
-    def device(self, device: torch.device) -> torch.device:
-        """The device of this process: where there are several, its own GPU of this machine."""
-        if device.type == "cuda" and self.count > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        return device
-
     def share(self, module: nn.Module) -> nn.Module:
         """The module with gradients averaged over all processes."""
         if self.count == 1:
@@ -82,6 +77,11 @@ class Ranks:
         return nullcontext() if last or self.count == 1 else runner.no_sync()
 
 
+def backend(device: str, has_cuda: bool) -> str:
+    """What exchanges gradients for `device=`; what processes agree on never goes that way."""
+    return "nccl" if has_cuda and (device == "auto" or device.startswith("cuda")) else "gloo"
+
+
 @contextmanager
 def open_ranks(device: str) -> Iterator[Ranks]:
     """The processes as torchrun describes them in the environment; alone without it."""
@@ -89,9 +89,8 @@ def open_ranks(device: str) -> Iterator[Ranks]:
     if count == 1:
         yield Ranks()
         return
-    on_gpu = torch.cuda.is_available() and device != "cpu"
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    dist.init_process_group(backend(device, torch.cuda.is_available()), timeout=PATIENCE)
     try:
-        yield Ranks(rank, count)
+        yield Ranks(rank, count, int(os.environ.get("LOCAL_RANK", rank)))
     finally:
         dist.destroy_process_group()

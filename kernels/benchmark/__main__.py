@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if options.share:
         kind, part = options.share
         todo = {"gate": gate.checks, "tune": tuning.checks}[kind](gate.operations(device), device)
@@ -62,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.joinpath("bench.json").write_text(json.dumps(rounded(result), indent=1) + "\n", "utf-8")
     options.out.joinpath("table.md").write_text(markdown(result), "utf-8")
     print(last_line(result), flush=True)
-    return int(result["gate"] == "red")
+    failed = options.tune and "tune" in result.get("skipped", {})
+    return int(failed or result["gate"] == "red")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

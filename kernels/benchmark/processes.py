@@ -102,7 +102,7 @@ def side_by_side(
 
 
 def _start(kind: str, device: torch.device, part: str, seconds: float, file: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", f"{__package__}.benchmark", "--device", str(device)]
+    command = [sys.executable, "-m", __package__, "--device", str(device)]
     command += ["--share", kind, part, "--budget", str(seconds), "--out", str(file)]
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(x for x in (os.getcwd(), *sys.path) if x))
     with file.with_suffix(".log").open("w") as log:

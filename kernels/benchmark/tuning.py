@@ -40,7 +40,6 @@ def candidates(ops, case: AttentionCase, device: torch.device) -> list:
         make(64, 64, 4, 3),
         make(64, 64, 4, 3, 0, True),
     ]
-    tried += [make(128, 128, 4, 2, 0, True, True), make(128, 64, 4, deep + 1, 0, True, True)]
     tried += [make(16, 64, 4, 3), make(32, 64, 4, 3), make(32, 32, 2, 3), make(64, 32, 4, 3)]
     if rows > 256:  # small tiles are for few queries
         tried = [config for config in tried if config.block_m >= 64]
