@@ -31,8 +31,10 @@ ARROWS = {
 FLAT = (
     "__init__",
     "config",
+    "console",
     "device",
     "errors",
+    "options",
     "shipped",
     "stage_config",
 )  # in engine/ itself: they count as config
