@@ -68,7 +68,7 @@ def test_another_environment_is_refused(tmp_path) -> None:
 def test_a_start_brings_its_state_into_its_own_world_alone(tmp_path) -> None:
     """x and y of another map are places of another map."""
     where, space = str(record(tmp_path / "a")), ActionSpace(("go",), (("W",),))
-    own = load_start(f"{where}:2", space, {}, 16, "yard")
+    own = load_start(f"{where}:2", space, {}, 16, YARD)
     assert own.states == Recording(where).states and own.states[2] == {"x": 2.0, "y": 5.0}
-    foreign = load_start(f"{where}:2", space, {}, 16, "meadow")
+    foreign = load_start(f"{where}:2", space, {}, 16, replace(YARD, name="meadow"))
     assert foreign.states is None and np.array_equal(foreign.frames, own.frames)

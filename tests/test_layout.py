@@ -173,6 +173,14 @@ def test_importing_does_no_work(file: str) -> None:
         assert fine or docstring or guarded_import, f"{file}:{node.lineno} does work when it is imported"
 
 
+@pytest.mark.parametrize("file", [f for f in SOURCES if "__main__" in (ROOT / f).read_text("utf-8")])
+def test_programs_print_in_every_encoding(file: str) -> None:
+    """Each sees to it before anything else; those of engine/programs do so in `program`."""
+    started = re.split(r'^if __name__ == "__main__":$', (ROOT / file).read_text("utf-8"), flags=re.MULTILINE)
+    first = started[1].strip().splitlines()[0]
+    assert first in ("escape_what_cannot_be_printed()", "sys.exit(program())"), f"{file} begins with {first}"
+
+
 def test_tests_call_nothing_private() -> None:
     """Where they need to, the seam is wrong. Named tuples and libraries have theirs."""
     allowed = {"_replace", "_asdict", "_python_dispatch", "_pytree", "_is_mkldnn_bf16_supported"}

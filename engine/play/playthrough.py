@@ -48,7 +48,12 @@ class Playthrough:
         self.action = np.zeros(len(game.action_space), np.float32)
         self._film = Film(config.video, *self.frame.shape[:2], game.fps) if config.video else None
         if config.record:
-            self.record(config.record, self._reset_event())
+            try:
+                self.record(config.record, self._reset_event())
+            except BaseException:
+                if self._film:
+                    self._film.discard()
+                raise
         if self._film:
             self._film.add(self.frame)
 

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 from ..config import TrainConfig, UserError, load_config
+from ..console import escape_what_cannot_be_printed
 from ..model.layers import choose_kernels
 from ..stage_config import TRAINED
 from ..train.parallel import open_ranks
@@ -103,4 +104,5 @@ def refuse(said: str, code: int) -> int:
 
 def program() -> int:
     """The command line's program → its exit code."""
+    escape_what_cannot_be_printed()
     return main(sys.argv[1:])
