@@ -1,4 +1,4 @@
-"""Still pictures: PNG files and the grids that training and evaluation show."""
+"""Still pictures: those to start from, PNG files, and the grids that training and evaluation show."""
 
 from __future__ import annotations
 
@@ -61,13 +61,12 @@ def load_picture(path: str | Path) -> np.ndarray:
         pictures = codec.decode(av.Packet(data)) or codec.decode(None)
         if not pictures or pictures[0].is_corrupt:
             raise ValueError("it is damaged")
+        pixels = pictures[0].to_ndarray(format="rgba")
     except (OSError, ValueError, MemoryError, av.FFmpegError) as error:
         said = getattr(error, "strerror", None) or str(error)
         kinds = "PNG, JPEG, WebP, GIF, BMP or TIFF"
         raise UserError(f"The picture {path} could not be read ({said}); give a {kinds} file.") from error
-    pixels = pictures[0].to_ndarray(format="rgba")
-    opaque = pixels[..., 3:]
-    picture = pixels[..., :3]
+    picture, opaque = pixels[..., :3], pixels[..., 3:]
     if opaque.min() < 255:
         picture = ((picture * opaque.astype(np.uint16) + 127) // 255).astype(np.uint8)
     return upright(picture, orientation_of(data))

@@ -3,7 +3,7 @@
 Without options a window opens and you walk through the world that the network in assets/ draws; F1 shows the
 keys. Where there is no display, a policy plays 300 frames into a video. Often used options:
   checkpoint=FILE   which network           game=true world=NAME   the real game instead, with the same keys
-  start=WHERE       where a dream starts: a shipped start's name, a recording DIR or DIR:FRAME, a picture
+  start=WHERE       where a dream starts: a shipped start's name, a recording DIR or DIR:FRAME, any picture
   record=DIR        records frames and keys, to train on or to replay
   video=FILE.mp4    films what is seen
   policy=NAME       who plays: keyboard explore scripted random taps idle spin walls, or a recording to replay
