@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import UserError
+from .options import build, lay, split_texts
 from .shipped import shipped
 from .stage_config import TRAINED, StageConfig, StagesConfig
 
@@ -199,7 +200,7 @@ class PlayConfig:
     threads: int = 2  # of as many cores as there are; more gain little; 0: torch decides
 
     def __post_init__(self) -> None:
-        self.game = self.game.lower()  # YAML reads true as a truth value, which comes here as "True"
+        self.game = self.game.lower()
         if self.game not in ("dream", "true"):
             raise UserError(f"game must be dream or true, not {self.game!r}.")
         if self.display not in ("auto", "window", "headless"):
@@ -215,11 +216,12 @@ def _check_arithmetic(precision: str, kernels: str) -> None:
             raise UserError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
 
 
-def load_config(program: str, schema: type, overrides: list[str]) -> Any:
-    """Composes configs/{program}.yaml with command-line overrides into an instance of `schema`.
+def load_config(program: str, schema: type, words: list[str]) -> Any:
+    """Composes configs/{program}.yaml with the command line's `name=value` into an instance of `schema`.
 
-    Hydra's compose call is used instead of its main decorator, so that a mistake is one sentence (UserError)
-    and no output folder appears. Unknown keys and wrong types are refused.
+    Text is taken as it stands (options.py), all else is in Hydra's grammar. Hydra's compose call is used
+    instead of its main decorator, so that a mistake is one sentence (UserError) and no output folder appears.
+    Unknown keys and wrong types are refused.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -229,15 +231,14 @@ def load_config(program: str, schema: type, overrides: list[str]) -> Any:
 
     folder = shipped("configs")
     ConfigStore.instance().store(name=f"{program}_schema", node=schema)
+    texts, overrides = split_texts(schema, words, folder)
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            config = compose(program, overrides=overrides)
-        made = OmegaConf.to_object(config)
-        if hasattr(made, "given"):
-            made.given = [text.partition("=")[0].lstrip("+~") for text in overrides]
-        return made
+            values = OmegaConf.to_container(compose(program, overrides=overrides), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        said = " ".join(str(error).split())
+        said = " ".join(f"{error} {error.__cause__ or ''}".split())
         raise UserError(f"The options {' '.join(overrides)!r} were not understood: {said}") from None
+    made = build(schema, lay(texts, values))
+    if hasattr(made, "given"):
+        made.given = [word.partition("=")[0].lstrip("+~") for word in words]
+    return made

@@ -109,7 +109,11 @@ def test_wrong_config_in_a_checkpoint(refused, tiny_checkpoint, tmp_path):
         ("display=tv", "tv"),
         ("precision=int3", "int3"),
         ("policy=clever", "clever"),
-        ("world=doom_nowhere", "doom_nowhere"),
+        ("world=doom_nowhere", "choose one of doom_arena"),
+        ("world=doom (1)", "choose one of doom_arena"),
+        ("=3", "no option"),
+        ("world.nmae=x", "world.nmae"),
+        ("world.keys.forwrd=[W]", "only forward, backward"),
         ("world.tics=0", "positive"),
         ("device=abacus", "abacus"),
         ("just words", "just words"),
@@ -171,10 +175,15 @@ def test_broken_recordings(refused, tmp_path, tiny_checkpoint, capsys):
 
 
 def test_pictures_to_start_from(refused, tmp_path):
-    save_picture(tmp_path / "small.png", np.zeros((48, 64, 3), np.uint8))
-    assert "128x96" in refused("start=small.png")
     (tmp_path / "text.png").write_text("no picture")
     assert "text.png" in refused("start=text.png")
+    save_picture(tmp_path / "there.png", np.zeros((96, 128, 3), np.uint8))
+    playlist = f"#EXTM3U\n#EXTINF:1,\n{(tmp_path / 'there.png').as_uri()}\n#EXT-X-ENDLIST\n"
+    for name in ("list.png", "list.m3u8"):  # a file that one was given opens no others
+        (tmp_path / name).write_text(playlist)
+        assert "no picture" in refused(f"start={name}")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "there.png").read_bytes()[:-40])
+    assert "cut.png could not be read" in refused("start=cut.png")
 
 
 # what cannot be written --------------------------------------------------------------------------
@@ -189,6 +198,27 @@ def test_places_that_cannot_be_written(refused, tmp_path):
     assert "file/r" in refused("record=file/r")
     assert "file/v.mp4" in refused("video=file/v.mp4")
     assert "video=FILE.mp4" in refused("video=there")  # a folder
+
+
+def test_nothing_is_begun_before_all_is_checked(refused, tmp_path):
+    """A video that is there is not touched, and of what is refused nothing stays."""
+    walk(tmp_path / "there", WorldConfig(keys={"forward": ["W"]}))
+    (tmp_path / "old.mp4").write_bytes(b"mine")
+    before = sorted(tmp_path.rglob("*"))
+    assert "old.mp4 is there already" in refused("video=old.mp4", "record=new")
+    assert "already holds a recording" in refused("video=new.mp4", "record=there")
+    assert "already holds a recording" in refused("video=there/new.mp4", "record=there")
+    assert "start=nowhere" in refused("video=old.mp4", "record=new", "start=nowhere")
+    assert "Cannot record into" in refused("video=a/b/new.mp4", f"record=c/d/{'x' * 300}")
+    assert "could not be written" in refused(f"video=a/b/{'x' * 300}.mp4", "record=c/d")
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "old.mp4").read_bytes() == b"mine"
+
+
+def test_keys_are_checked_before_anything_is_written(refused, tmp_path):
+    pytest.importorskip("vizdoom")
+    options = ["game=true", "world.keys.forward=[Wheel]", "video=v.mp4", "record=r"]
+    assert "'Wheel'" in refused(*options, display="window")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")

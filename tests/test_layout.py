@@ -29,7 +29,7 @@ ARROWS = {
     "programs": "play train evaluation rollout model data worlds config",
 }
 # The files in engine/ itself; they count as config.
-FLAT = "__init__ config device errors shipped stage_config".split()
+FLAT = "__init__ config console device errors options shipped stage_config".split()
 
 FOLDERS = ("engine", "kernels")
 SOURCES = sorted(
@@ -163,6 +163,14 @@ def test_importing_does_no_work(file: str) -> None:
         gradient = isinstance(call, ast.Attribute) and call.attr == "register_autograd"
         fine = isinstance(node, allowed) and not switch or gradient
         assert fine or docstring or guarded_import, f"{file}:{node.lineno} does work when it is imported"
+
+
+@pytest.mark.parametrize("file", [f for f in SOURCES if "__main__" in (ROOT / f).read_text("utf-8")])
+def test_programs_print_in_every_encoding(file: str) -> None:
+    """Each sees to it before anything else; those of engine/programs do so in `program`."""
+    started = re.split(r'^if __name__ == "__main__":$', (ROOT / file).read_text("utf-8"), flags=re.MULTILINE)
+    first = started[1].strip().splitlines()[0]
+    assert first in ("escape_what_cannot_be_printed()", "sys.exit(program())"), f"{file} begins with {first}"
 
 
 def test_tests_call_nothing_private() -> None:

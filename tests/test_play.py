@@ -97,7 +97,10 @@ def test_without_a_display_a_policy_plays_into_a_video(tiny_checkpoint, tmp_path
     said = capsys.readouterr().out
     assert "window" in said and str(tmp_path / "rollplay.mp4") in said
     assert json.loads(said.splitlines()[-1])["frames"] == 20
-    assert (tmp_path / "rollplay.mp4").stat().st_size > 1000
+    first = (tmp_path / "rollplay.mp4").read_bytes()
+    assert len(first) > 1000
+    assert run(capsys, f"checkpoint={tiny_checkpoint}", "frames=3")["video"] == "rollplay-2.mp4"
+    assert (tmp_path / "rollplay.mp4").read_bytes() == first and (tmp_path / "rollplay-2.mp4").exists()
 
 
 def test_help(capsys):
@@ -173,6 +176,57 @@ def test_starts(tiny_checkpoint, tmp_path):
     picture = np.random.default_rng(1).integers(0, 255, (96, 128, 3), np.uint8)
     save_picture(tmp_path / "p.png", picture)
     np.testing.assert_array_equal(game.reset(0, str(tmp_path / "p.png")), picture)
+
+
+def test_a_start_from_ones_own_screenshot_is_the_frame(tiny_checkpoint, tmp_path, capsys):
+    """F12 enlarges frames by four; any other picture is fitted, too, and that is told."""
+    game = open_game(PlayConfig(checkpoint=str(tiny_checkpoint), precision="fp32"))
+    frame = np.random.default_rng(1).integers(0, 255, (96, 128, 3), np.uint8)
+    save_picture(tmp_path / "shot.png", frame.repeat(4, 0).repeat(4, 1))
+    np.testing.assert_array_equal(game.reset(0, str(tmp_path / "shot.png")), frame)
+    assert "512x384" in (said := capsys.readouterr().err) and "128x96" in said
+    wide = np.zeros((50, 300, 3), np.uint8)
+    wide[:, 116:184] = 200  # the middle, of a frame's shape
+    save_picture(tmp_path / "wide.png", wide)
+    assert (game.reset(0, str(tmp_path / "wide.png")) == 200).all()
+
+
+def test_shipped_starts_of_another_size_are_not_offered(tiny_checkpoint, tmp_path):
+    before, path = Checkpoint(tiny_checkpoint), tmp_path / "other.safetensors"
+    extras = dict(before.extras)
+    extras["starts.a.latents"] = extras["starts.a.latents"][..., :-1].contiguous()
+    model = replace(before.model, state=StateConfig())
+    networks = {"autoencoder": load_autoencoder(before), "denoiser": make_denoiser(model, before.world)}
+    save_checkpoint(path, networks, model, before.world, extras)
+    game = open_game(PlayConfig(checkpoint=str(path), device="cpu", precision="fp32"))
+    assert game.start == "b"
+    game.choose_next()
+    assert game.start == "b"
+
+
+def test_names_with_colons(tiny_checkpoint, tmp_path, monkeypatch):
+    """The whole name comes first, then DIR:FRAME; names are no protocols and no patterns."""
+    monkeypatch.chdir(tmp_path)
+    game = playthrough(
+        tiny_checkpoint, policy="random", record="10:30", video="http:%03d?.mp4", start="b", seed=4
+    )
+    for _ in range(5):
+        game.advance()
+    game.close()
+    walk = Recording("10:30")
+    assert len(walk) == 6
+    with av.open((tmp_path / "http:%03d?.mp4").open("rb")) as file:
+        assert sum(1 for _ in file.decode(video=0)) == 6
+    dream = open_game(PlayConfig(checkpoint=str(tiny_checkpoint), device="cpu", precision="fp32"))
+    np.testing.assert_array_equal(dream.reset(0, "10:30"), walk.frames(5, 6)[0])
+    np.testing.assert_array_equal(dream.reset(0, "10:30:2"), walk.frames(2, 3)[0])
+    shutil.copytree("10:30", "10")
+    np.testing.assert_array_equal(dream.reset(0, "10:3"), walk.frames(3, 4)[0])
+    save_picture("shot:7.png", np.full((96, 128, 3), 9, np.uint8))
+    (tmp_path / "shot:7.png").rename("shot:7")
+    assert (dream.reset(0, "shot:7") == 9).all()
+    again = playthrough(tiny_checkpoint, policy="10:30")
+    assert again.replay.left == 5
 
 
 def test_a_cut_start_stays_in_its_episode(tiny_checkpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -343,6 +344,25 @@ def test_never_overwrites(whole):
     with pytest.raises(UserError, match="already holds"):
         Recorder(whole, WORLD, "true", 0)
     assert len(Recording(whole)) == 120
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes").write_text("mine")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.data.recording.VideoWriter", full)
+        for place in ("own", "a/b"):
+            with pytest.raises(UserError, match="No space left"):
+                Recorder(tmp_path / place, WORLD, "true", 0)
+    with pytest.raises(UserError, match="Cannot record into"):
+        Recorder(tmp_path / "a" / "b" / ("x" * 300), WORLD, "true", 0)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "own", tmp_path / "own" / "notes"]
+    write(tmp_path / "own", 3)
+    assert len(Recording(tmp_path / "own")) == 3
 
 
 def test_no_permission(tmp_path):

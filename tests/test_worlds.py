@@ -13,7 +13,7 @@ from engine.config import UserError, WorldConfig
 from engine.data.sight import free_distances
 from engine.worlds import make_world
 from engine.worlds.base import STATE_KINDS
-from engine.worlds.gym import fit
+from engine.worlds.frames import fit
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "world"
 DOOM = ("doom_arena", "doom_gathering", "doom_defend", "doom_home")

@@ -11,15 +11,18 @@ import av
 import numpy as np
 
 from ..config import UserError
+from .new_files import NewFiles
+from .video import url_of
 
 SCALE = 3  # video pixels per frame pixel: small frames would be blurred by players that enlarge them
 AHEAD = 64  # frames that may wait for the encoder
 
 
 class Film:
-    """Appends frames, uint8 (h, w, 3), enlarged, to an H.264 mp4; encoded in an own thread, none dropped.
+    """Appends frames, uint8 (h, w, 3), enlarged, to a new H.264 mp4; encoded in an own thread, none dropped.
 
-    A file that cannot be written raises UserError, at once or from the next `add` or `close`.
+    A file that is there already, or cannot be written, raises UserError, at once or from the next `add` or
+    `close`.
     """
 
     def __init__(self, path: str | Path, height: int, width: int, fps: float) -> None:
@@ -27,13 +30,18 @@ class Film:
         self._error: BaseException | None = None
         self._size = (height * SCALE, width * SCALE)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.open("wb").close()  # libav itself would tell only with the first frame
+            self._begun = NewFiles(self.path)
+        except OSError as error:
+            raise self._told(error) from None
+        try:
+            self.path.open("xb").close()  # libav itself would tell only with the first frame
             # the format is named, so that any file name will do; the index goes to the front for browsers
             moving = {"format": "webp", "options": {"loop": "0"}}
             mp4 = {"format": "mp4", "options": {"movflags": "+faststart"}}
-            self._file = av.open(str(self.path), "w", **(moving if self.path.suffix == ".webp" else mp4))
+            kind = moving if self.path.suffix == ".webp" else mp4
+            self._file = av.open(url_of(self.path), "w", **kind)
         except (OSError, av.FFmpegError) as error:
+            self._begun.remove()
             raise self._told(error) from None
         rate = Fraction(fps).limit_denominator(1001)
         codec, options = ("libx264", {"preset": "ultrafast", "crf": "18"})
@@ -60,7 +68,16 @@ class Film:
         if self._error:
             raise self._told(self._error)
 
+    def discard(self) -> None:
+        """Ends the film as if it had not begun."""
+        self._queue.put(None)
+        self._thread.join()
+        self._begun.remove()
+
     def _told(self, error: BaseException) -> UserError:
+        if isinstance(error, FileExistsError) and error.filename == str(self.path):
+            said = f"The video {self.path} is there already"
+            return UserError(f"{said}; choose another place with video=FILE.mp4.")
         said = getattr(error, "strerror", None) or str(error)
         return UserError(
             f"The video {self.path} could not be written ({said}); choose another place with video=FILE.mp4."

@@ -1,7 +1,8 @@
-"""Still pictures: PNG files and the grids that training and evaluation show."""
+"""Still pictures: those to start from, PNG files, and the grids that training and evaluation show."""
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,6 +10,19 @@ import av
 import numpy as np
 
 from ..config import UserError
+
+KINDS = {  # how files begin → the decoder
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"\xff\xd8\xff": "mjpeg",
+    b"RIFF....WEBP": "webp",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II\\*\0|MM\0\\*": "tiff",
+}
+MAGIC_BYTES = 12
+JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
+LARGEST = 1 << 28  # pixels of a picture that is read
+ORIENTATION = 0x112  # EXIF's name of it
 
 
 def save_picture(path: str | Path, picture: np.ndarray) -> None:
@@ -29,14 +43,61 @@ def save_picture(path: str | Path, picture: np.ndarray) -> None:
 
 
 def load_picture(path: str | Path) -> np.ndarray:
-    """Any image file that FFmpeg reads → uint8 (h, w, 3)."""
+    """A picture file → uint8 (h, w, 3), the right way up, on black where it is transparent.
+
+    Its content tells its kind, and a decoder alone reads it: what libav opens by name may be a playlist.
+    """
     try:
-        with av.open(str(path)) as container:
-            return next(container.decode(video=0)).to_ndarray(format="rgb24")
-    except (OSError, StopIteration, av.FFmpegError) as error:
-        raise UserError(
-            f"The picture {path} could not be read ({error}); give a PNG or JPEG file."
-        ) from error
+        with open(path, "rb") as file:
+            data = file.read(MAGIC_BYTES)
+            kind = next((kind for magic, kind in KINDS.items() if re.match(magic, data, re.DOTALL)), None)
+            if kind is None:
+                raise ValueError("it is no picture")
+            data += file.read()
+        if kind == "mjpeg" and data.rfind(JPEG_END) < data.rfind(JPEG_SCAN):
+            raise ValueError("it is cut short")  # libav would fill it up with grey
+        codec = av.CodecContext.create(kind, "r")
+        codec.options = {"max_pixels": str(LARGEST), "err_detect": "crccheck"}
+        pictures = codec.decode(av.Packet(data)) or codec.decode(None)
+        if not pictures or pictures[0].is_corrupt:
+            raise ValueError("it is damaged")
+        pixels = pictures[0].to_ndarray(format="rgba")
+    except (OSError, ValueError, MemoryError, av.FFmpegError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        kinds = "PNG, JPEG, WebP, GIF, BMP or TIFF"
+        raise UserError(f"The picture {path} could not be read ({said}); give a {kinds} file.") from error
+    picture, opaque = pixels[..., :3], pixels[..., 3:]
+    if opaque.min() < 255:
+        picture = ((picture * opaque.astype(np.uint16) + 127) // 255).astype(np.uint8)
+    return upright(picture, orientation_of(data))
+
+
+def upright(picture: np.ndarray, orientation: int) -> np.ndarray:
+    """uint8 (h, w, 3) as it was taken → as it is to be seen, by EXIF's number from 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        picture = picture.swapaxes(0, 1)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(picture[::rows, ::columns])
+
+
+def orientation_of(data: bytes) -> int:
+    """What EXIF in a picture file tells of how the camera was held; 1, upright, where it tells nothing.
+
+    Read here, as PyAV tells of the decoder's finding only the angle, not whether it is mirrored.
+    """
+    begin = re.search(rb"(?:\A|Exif\0\0|eXIf|EXIF.{4})(?=II\*\0|MM\0\*)", data, re.DOTALL)
+    if begin is None:
+        return 1
+    at = begin.end()
+    order = "little" if data.startswith(b"II", at) else "big"
+
+    def number(offset: int, size: int) -> int:
+        return int.from_bytes(data[at + offset : at + offset + size], order)
+
+    first = number(4, 4)  # directory: how many entries, then those, of 12 bytes each
+    entries = (first + 2 + 12 * entry for entry in range(number(first, 2)))
+    return next((number(entry + 8, 2) for entry in entries if number(entry, 2) == ORIENTATION), 1)
 
 
 def grid(rows: list[np.ndarray], gap: int = 2) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 
 from .. import __version__
 from ..config import UserError, WorldConfig
+from .new_files import NewFiles
 from .schema import ACTIONS, FRAMES, HEADER, SCHEMA, known_kinds, read_header, read_lines
 from .video import CODEC, EXACT, QUALITY, VideoWriter, count_frames, read_frames
 
@@ -93,16 +94,21 @@ class Recorder:
         self._thread.start()
 
     def _open(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for name in (HEADER, ACTIONS, FRAMES):
-            if (self.directory / name).exists():
-                raise UserError(f"{self.directory} already holds a recording; choose another directory.")
-        partial = self.directory / (HEADER + ".tmp")
-        partial.write_text(json.dumps(self._header, indent=1) + "\n")
-        os.replace(partial, self.directory / HEADER)
-        self._lines = open(self.directory / ACTIONS, "xb", buffering=0)
-        (height, width, _), lossless = self._shape, self._header["codec"]["lossless"]
-        self._video = VideoWriter(self.directory / FRAMES, height, width, self._header["fps"], lossless)
+        names = [self.directory / name for name in (HEADER, ACTIONS, FRAMES)]
+        if any(map(os.path.lexists, names)):
+            raise UserError(f"{self.directory} already holds a recording; choose another directory.")
+        begun = NewFiles(*names)
+        try:
+            partial = self.directory / (HEADER + ".tmp")
+            partial.write_text(json.dumps(self._header, indent=1) + "\n")
+            os.replace(partial, self.directory / HEADER)
+            self._lines = open(self.directory / ACTIONS, "xb", buffering=0)
+            (height, width, _), lossless = self._shape, self._header["codec"]["lossless"]
+            self._video = VideoWriter(self.directory / FRAMES, height, width, self._header["fps"], lossless)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            begun.remove()
+            raise
 
     def add(
         self,

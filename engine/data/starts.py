@@ -5,6 +5,7 @@ Shipped starts lie inside the checkpoint, encoded already.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import numpy as np
 from ..config import UserError, WorldConfig
 from ..worlds import make_world
 from ..worlds.base import ActionSpace
+from ..worlds.frames import fit
 from .about_world import check_keys_mean_the_same
 from .picture import load_picture
 from .policies import make_policy
@@ -55,7 +57,8 @@ def packed_starts(extras: dict[str, Any], state_names: Sequence[str]) -> dict[st
 def load_start(
     choice: str, space: ActionSpace, shipped: dict[str, Start], frames: int, world: WorldConfig
 ) -> Start:
-    """A shipped start's name, a recording `DIR` or `DIR:FRAME`, or a picture → at most `frames` frames.
+    """A shipped start's name, a recording `DIR` or `DIR:FRAME`, or a picture → at most `frames` frames. Of a
+    picture of another size its middle is taken, which is told.
 
     Raises UserError where the choice is none of these, is damaged, holds keys that `space` lacks, or is of a
     game whose keys do something else than those of `world`.
@@ -63,14 +66,19 @@ def load_start(
     if choice in shipped:
         return shipped[choice]
     directory, last = split_choice(choice)
-    if (directory / HEADER).is_file():
+    if os.path.isfile(directory / HEADER):
         recording = Recording(directory)
         if last is None:
             last = min(frames, recording.episodes()[0][1] if len(recording) else 1) - 1
         return cut_start(recording, last, space, frames, choice, world)
-    if directory.is_file():
+    if os.path.isfile(choice):
         picture = load_picture(choice)
-        return Start(choice, picture[None], np.zeros((1, len(space)), np.float32))
+        frame = fit(picture, world.height, world.width, whole=False)
+        if picture.shape != frame.shape:
+            size = f"{picture.shape[1]}x{picture.shape[0]}"
+            said = f"{choice} is of {size}; its middle is fitted to {world.width}x{world.height}."
+            print(said, file=sys.stderr)
+        return Start(choice, frame[None], np.zeros((1, len(space)), np.float32))
     known = (
         f"its shipped starts are {', '.join(shipped)}" if shipped else "no start is shipped for this world"
     )
@@ -78,8 +86,8 @@ def load_start(
 
 
 def split_choice(choice: str) -> tuple[Path, int | None]:
-    """`DIR:FRAME` → (DIR, FRAME); without a frame (choice, None)."""
-    parts = re.fullmatch(r"(.+):(\d+)", choice)
+    """`DIR:FRAME` → (DIR, FRAME); without a frame, or where all of it is a name, (choice, None)."""
+    parts = None if os.path.exists(choice) else re.fullmatch(r"(.+):(\d+)", choice)
     return (Path(parts[1]), int(parts[2])) if parts else (Path(choice), None)
 
 

@@ -22,13 +22,21 @@ def _rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
+def url_of(path: Path) -> str:
+    """What libav opens as this file, whatever it is called: `day:1` alone is for it a protocol `day`."""
+    return f"file:{path.absolute()}"
+
+
 class VideoWriter:
-    """Appends uint8 (h, w, 3) frames to the new file `path`; disk errors come as OSError from any call."""
+    """Appends uint8 (h, w, 3) frames to the new file `path`; disk errors, as where there is one already, come
+    as OSError from any call.
+    """
 
     def __init__(self, path: Path, height: int, width: int, fps: float, lossless: bool) -> None:
         # bitexact: no random segment id, so that the same frames make the same bytes.
         container = {"cluster_time_limit": str(CLUSTER_MS), "flush_packets": "1", "fflags": "+bitexact"}
-        self._file = av.open(str(path), "w", options=container)
+        path.open("xb").close()  # libav itself would tell only with the first frame
+        self._file = av.open(url_of(path), "w", format="matroska", options=container)
         self._rate = _rate(fps)
         # zerolatency: no B-frames and no lookahead, so that every frame leaves the encoder at once.
         codec = {"preset": "ultrafast", "tune": "zerolatency"} | (EXACT if lossless else QUALITY)
@@ -58,7 +66,7 @@ def read_frames(path: Path, fps: float, start: int = 0) -> Iterator[av.VideoFram
     """Decodes from frame number `start` on, until the end or the first gap or damage."""
     number = start
     try:
-        with av.open(str(path)) as file:
+        with av.open(url_of(path), format="matroska") as file:
             stream = file.streams.video[0]
             stream.codec_context.thread_count = 1
             # a picture that was mended by guessing is damage
@@ -86,7 +94,7 @@ def count_frames(path: Path, fps: float, checksums: Sequence[int | None]) -> tup
     """
     count, later = 0, 0
     try:
-        with av.open(str(path)) as file:
+        with av.open(url_of(path), format="matroska") as file:
             stream = file.streams.video[0]
             scale = float(stream.time_base * _rate(fps))
             for packet in file.demux(stream):

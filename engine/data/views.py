@@ -6,6 +6,7 @@ import json
 import sys
 
 from ..config import UserError, WorldConfig
+from ..console import escape_what_cannot_be_printed
 from ..worlds import make_world
 from .recording import Recording, find_recordings
 from .sight import wall_share
@@ -37,6 +38,7 @@ def measure(folder: str) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
+    escape_what_cannot_be_printed()
     try:
         print(json.dumps(measure(sys.argv[1] if len(sys.argv) > 1 else "runs/data")))
     except UserError as error:

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import TrainConfig, UserError, load_config
+from ..console import escape_what_cannot_be_printed
 from ..data.policies import OPPOSITES, make_policy
 from ..data.sight import free_distances, wall_views
 from ..worlds import make_world
@@ -221,6 +222,8 @@ def build_routes(config: TrainConfig) -> dict:
     path = Path(config.out)
     if path.suffix != ".json":
         raise UserError(f"out={path} must be the .json file that the routes are written to.")
+    if path.exists() and not config.again:
+        raise UserError(f"{path} is there already; choose another out=FILE, or again=true to replace it.")
     world = make_world(config.world)
     try:
         builder = Builder(Truth(world, 1), world.map_lines(), world.fps, config.seed)
@@ -234,6 +237,7 @@ def build_routes(config: TrainConfig) -> dict:
 
 
 if __name__ == "__main__":
+    escape_what_cannot_be_printed()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # killed at once, it would leave its simulator
     try:
         print(json.dumps(build_routes(load_config("train", TrainConfig, sys.argv[1:]))))

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from ..console import escape_what_cannot_be_printed
 from .drift import POLICIES
 from .fidelity import HORIZONS
 from .section import STATELESS
@@ -54,6 +55,7 @@ def compare(before: dict, after: dict) -> str:
 
 
 if __name__ == "__main__":
+    escape_what_cannot_be_printed()
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     print(compare(*(json.loads(Path(name).read_text("utf-8")) for name in sys.argv[1:])))

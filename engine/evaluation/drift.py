@@ -283,6 +283,7 @@ def _pictures(scope: Scope, section: Section, both: Played, name: str) -> None:
 def _film(scope: Scope, beside: list[list[np.ndarray]]) -> None:
     """The first minute, generated, and where there is a true world it on the left."""
     height, width = beside[0][0].shape[:2]
+    (scope.folder / FILM).unlink(missing_ok=True)  # an evaluation's, which is done anew
     film = Film(scope.folder / FILM, height, width * len(beside), scope.player.world.fps)
     for pictures in zip(*beside, strict=True):
         film.add(np.concatenate(pictures, 1))

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from ..console import escape_what_cannot_be_printed
 from .variants import VARIANTS
 
 BEGIN, END = "<!-- ablation -->", "<!-- /ablation -->"
@@ -71,6 +72,7 @@ def write_table(folder: Path, document: Path) -> None:
 
 
 if __name__ == "__main__":
+    escape_what_cannot_be_printed()
     given = [Path(argument) for argument in sys.argv[1:]]
     folder, document, *_ = given + [DOCS / "ablation", DOCS / "rolling-forcing.md"][len(given) :]
     write_table(folder, document)

@@ -46,7 +46,12 @@ class Playthrough:
         self._begin(config, replay.first() if replay else None)
         self._film = Film(config.video, *self.frame.shape[:2], game.fps) if config.video else None
         if config.record:
-            self.record(config.record)
+            try:
+                self.record(config.record)
+            except BaseException:
+                if self._film:
+                    self._film.discard()
+                raise
         if self._film:
             self._film.add(self.frame)
 

@@ -3,7 +3,7 @@
 Without options a window opens and you walk through the world that the network in assets/ draws; F1 shows the
 keys. Where there is no display, a policy plays 300 frames into a video. Often used options:
   checkpoint=FILE   which network           game=true world=NAME   the real game instead, with the same keys
-  start=WHERE       where a dream starts: a shipped start's name, a recording DIR or DIR:FRAME, a picture
+  start=WHERE       where a dream starts: a shipped start's name, a recording DIR or DIR:FRAME, any picture
   record=DIR        records frames and keys, to train on or to replay
   video=FILE.mp4    films what is seen
   policy=NAME       who plays: keyboard explore scripted random taps idle spin walls, or a recording to replay
@@ -13,18 +13,22 @@ All options with their defaults: engine/config.py, PlayConfig. The last line of 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from ..config import PlayConfig, UserError, load_config
+from ..console import escape_what_cannot_be_printed
 from ..play.timings import seconds_since_start
+from ..worlds.base import ActionSpace
 
 HEADLESS_FRAMES = 300
-HEADLESS_VIDEO = "rollplay.mp4"
+HEADLESS_VIDEO = "rollplay{}.mp4"
 NAMED = 20  # actions without a key, in words
 
 
@@ -45,13 +49,21 @@ def choose_display(config: PlayConfig) -> PlayConfig:
         why = trouble or "SDL draws into nothing"
         print(f"There is no display here ({why}), so a policy plays into a video.")
         print("For a window start play.py on a desktop, or through one that is forwarded (ssh -X).")
-        config = replace(config, video=config.video or HEADLESS_VIDEO)
+        config = replace(config, video=config.video or free_name(HEADLESS_VIDEO))
     policy = "explore" if config.policy == "keyboard" else config.policy
     return replace(config, display="headless", policy=policy)
 
 
-def open_playthrough(config: PlayConfig) -> Any:
-    """The game with its policy, recording and film; what is quick to check comes before torch."""
+def free_name(pattern: str) -> str:
+    """The first of "", -2, -3, … in place of {} that makes the name of no file here."""
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    return next(name for name in map(pattern.format, numbers) if not os.path.lexists(name))
+
+
+def open_playthrough(config: PlayConfig, check: Callable[[ActionSpace], None] | None = None) -> Any:
+    """The game with its policy, recording and film; what is quick to check comes before torch, and all that
+    may be refused, such as keys by `check`, before anything is written.
+    """
     from ..play.game import open_game
     from ..play.playthrough import Playthrough, check_policy
 
@@ -59,6 +71,8 @@ def open_playthrough(config: PlayConfig) -> Any:
     game = open_game(config)
     tell_keyless(game.action_space)
     try:
+        if check:
+            check(game.action_space)
         return Playthrough(config, game, replay)
     except BaseException:
         game.close()
@@ -93,9 +107,10 @@ def play_headless(config: PlayConfig) -> dict[str, Any]:
 
 def play_window(config: PlayConfig) -> dict[str, Any]:
     """In a window, at the world's rate → figures."""
+    from ..play.ui.keys import check_bindings
     from ..play.ui.loop import Loop
 
-    loop = Loop(config, lambda: open_playthrough(config))
+    loop = Loop(config, lambda: open_playthrough(config, check_bindings))
     figures = loop.run().figures()
     schedule = loop.stepper.schedule
     figures |= {"first_frame_s": round(loop.first_frame_s, 2)}
@@ -133,5 +148,6 @@ def main(arguments: list[str]) -> int:
 
 def program() -> int:
     """The command line's program → its exit code."""
+    escape_what_cannot_be_printed()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a logout closes files, as Ctrl-C does
     return main(sys.argv[1:])

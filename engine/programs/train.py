@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 from ..config import TrainConfig, UserError, load_config
+from ..console import escape_what_cannot_be_printed
 from ..data.dataset import recorded_world
 from ..model.layers import choose_kernels
 from ..stage_config import TRAINED
@@ -106,4 +107,5 @@ def refuse(said: str, code: int) -> int:
 
 def program() -> int:
     """The command line's program → its exit code."""
+    escape_what_cannot_be_printed()
     return main(sys.argv[1:])

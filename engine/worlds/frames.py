@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -81,21 +82,31 @@ class Pixels:
         raise UserError(f"The environment {self._name!r} renders {what}; pictures are {wanted}.") from None
 
 
-def fit(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Picture (h, w, 3) → uint8 (height, width, 3): whole, averaged over areas, centred on black.
+def fit(picture: np.ndarray, height: int, width: int, whole: bool = True) -> np.ndarray:
+    """Picture (h, w, 3) → uint8 (height, width, 3), averaged over areas: whole, centred on black; or its
+    middle, as large as fills the frame.
 
     Areas have whole-pixel borders: integer arithmetic, the same everywhere. Enlarging repeats pixels.
     """
-    scale = min(height / picture.shape[0], width / picture.shape[1])
+    scale = (min if whole else max)(height / picture.shape[0], width / picture.shape[1])
+    picture = middle(picture, math.ceil(height / scale), math.ceil(width / scale))
     rows, columns = (max(round(side * scale), 1) for side in picture.shape[:2])
-    total = picture.astype(np.uint32)
+    total = picture
     area = np.ones((1, 1, 1), np.uint32)
     for axis, (old, new) in enumerate(((picture.shape[0], rows), (picture.shape[1], columns))):
         borders = np.arange(new) * old // new
-        total = np.add.reduceat(total, borders, axis=axis)
+        total = np.add.reduceat(total, borders, axis=axis, dtype=np.uint32)
         sizes = np.maximum(np.diff(np.append(borders, old)), 1)
         area = area * np.expand_dims(sizes, tuple(i for i in range(3) if i != axis))
+    made = middle((total + area // 2) // area, height, width)
     frame = np.zeros((height, width, 3), np.uint8)
+    rows, columns = made.shape[:2]
     top, left = (height - rows) // 2, (width - columns) // 2
-    frame[top : top + rows, left : left + columns] = (total + area // 2) // area
+    frame[top : top + rows, left : left + columns] = made
     return frame
+
+
+def middle(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle of a picture (h, w, 3), of at most that size."""
+    top, left = (max(0, old - new) // 2 for old, new in zip(picture.shape, (height, width), strict=False))
+    return picture[top : top + height, left : left + width]

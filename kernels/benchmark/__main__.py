@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from engine.console import escape_what_cannot_be_printed
+
 from ..dispatch import use
 from . import endtoend, gate, optable, tuning
 from .processes import share
@@ -187,4 +189,5 @@ def shipped_step(device: torch.device, budget: Budget) -> dict:
 
 
 if __name__ == "__main__":
+    escape_what_cannot_be_printed()
     sys.exit(main())

@@ -16,7 +16,7 @@ from ..playthrough import Playthrough
 from ..stepper import Stepper, View
 from ..timings import Latency, seconds_since_start
 from .hud import draw_banner, draw_help, draw_hud, draw_loading, functions_of
-from .keys import HeldKeys, actions_of, check_bindings, scancode_name
+from .keys import HeldKeys, actions_of, scancode_name
 from .screen import Screen
 
 POLL_MS = 8  # the longest that the loop sleeps; an event or a new frame wakes it at once
@@ -41,19 +41,7 @@ class Loop:
         self._functions = functions_of(None)
         self._frame_event = pygame.event.custom_type()
         self._draw()  # before anything slow begins
-        self.stepper = Stepper(self._checked(open), self._read, self._wake, config.frames)
-
-    def _checked(self, open: Callable[[], Playthrough]) -> Callable[[], Playthrough]:
-        def make() -> Playthrough:
-            playthrough = open()
-            try:
-                check_bindings(playthrough.game.action_space)
-            except UserError:
-                playthrough.close()
-                raise
-            return playthrough
-
-        return make
+        self.stepper = Stepper(open, self._read, self._wake, config.frames)
 
     def _read(self, playthrough: Playthrough) -> tuple[np.ndarray, list]:
         """Called by the playing thread right before a step."""
