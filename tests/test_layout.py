@@ -30,9 +30,11 @@ ARROWS = {
 }
 FLAT = (
     "__init__",
+    "bounds",
     "config",
     "device",
     "errors",
+    "files",
     "shipped",
     "stage_config",
 )  # in engine/ itself: they count as config

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..bounds import short_seed
 from ..config import TrainConfig, UserError, WorldConfig
 from ..worlds import make_world
-from ..worlds.base import short_seed
 from .policies import SHARES, PolicyMixture
 from .recording import Recorder, Recording
 from .schema import HEADER, SCHEMA, read_header

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..config import TrainConfig, UserError, load_config
 from ..data.policies import OPPOSITES, make_policy
 from ..data.sight import free_distances, wall_views
+from ..errors import run_program
 from ..worlds import make_world
 from .branches import Truth
 from .measures import psnr
@@ -232,12 +233,12 @@ def build_routes(config: TrainConfig) -> dict:
     return {"routes": len(routes)} | {kind: sum(r.kind == kind for r in routes) for kind in kinds}
 
 
+def main(arguments: list[str]) -> int:
+    """The program → its exit code."""
+    print(json.dumps(build_routes(load_config("train", TrainConfig, arguments))))
+    return 0
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # killed at once, it would leave its simulator
-    try:
-        print(json.dumps(build_routes(load_config("train", TrainConfig, sys.argv[1:]))))
-    except UserError as error:
-        print(f"build_routes: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(run_program("build_routes", lambda: main(sys.argv[1:])))

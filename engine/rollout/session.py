@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..bounds import short_seed
 from ..config import UserError
 from ..data.floor import BODY
 from ..data.starts import Start
 from ..device import autocast
-from ..worlds.base import ActionSpace, short_seed
+from ..worlds.base import ActionSpace
 from .cuda_graph import StepGraph
 from .player import Player
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ..bounds import short_seed
 from ..config import UserError, WorldConfig
-from .base import ActionSpace, short_seed
+from .base import ActionSpace
 
 NATURAL = {
     "left": ("Left", "A"),
