@@ -55,7 +55,7 @@ def compare(before: dict, after: dict) -> str:
 
 
 def read(path: Path) -> dict:
-    """The figures in a file that stage=evaluate has written. Raises UserError where it holds anything else."""
+    """The figures in a file that stage=evaluate has written. Raises UserError for any other file."""
     try:
         figures = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from engine.errors import run_program
+from engine.errors import UserError, run_program
 from engine.files import write_whole
 
 from ..dispatch import use
@@ -53,7 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace) -> int:
     if options.table:
-        write_tables(options.table, options.document)
+        try:
+            write_tables(options.table, options.document)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            said = f"No tables can be made of these files ({error})"
+            raise UserError(f"{said}; give bench.json of this program.") from error
         return 0
     device = options.device
     if device.type == "cuda" and device.index is None:
