@@ -18,16 +18,21 @@ def run_program(name: str, work: Callable[[], int]) -> int:
     """
     _open_missing()
     try:
-        code = work()
+        try:
+            code = work()
+        except SystemExit as asked:  # a parser has said why
+            code = asked.code
         sys.stdout.flush()  # now, as an error at the exit could not be told
         return code
     except UserError as error:
         return refuse(name, _line(error), 2)
     except OSError as error:
-        if not _flushed(sys.stdout):
+        if not _flushed(sys.stdout) or isinstance(error, BrokenPipeError):
             return refuse(name, f"the output could not be written: {reason(error)}.", 2)
+        if _folder_is_gone():
+            return refuse(name, "the folder that this was started in is gone; cd to one that is there.", 2)
         where = f"{error.filename}: " if error.filename else ""
-        return refuse(name, f"{where}{reason(error)}; free some space or choose another place.", 2)
+        return refuse(name, f"{where}{reason(error)}; free some space, or write to another place.", 2)
     except KeyboardInterrupt:
         return refuse(name, "stopped.", 130)
 
@@ -52,6 +57,14 @@ def _line(error: BaseException) -> str:
     if words.startswith("Caught "):
         words = words.splitlines()[-1].partition(": ")[2]
     return " ".join(words.split())
+
+
+def _folder_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return True
+    return False
 
 
 def _open_missing() -> None:

@@ -102,15 +102,16 @@ def test_wrong_config_in_a_checkpoint(refused, tiny_checkpoint, tmp_path):
     [
         ("polcy=idle", "polcy"),
         ("frames=many", "frames"),
-        ("frames=-1", "negative"),
-        ("seed=-1", "negative"),
-        ("scale=0", "scale"),
+        ("frames=-1", "frames must be at least 0"),
+        ("threads=-1", "threads must be at least 0"),
+        ("scale=0", "scale must be at least 1"),
+        ("world.fps=nan", "world.fps must be"),
         ("game=chess", "chess"),
         ("display=tv", "tv"),
         ("precision=int3", "int3"),
         ("policy=clever", "clever"),
         ("world=doom_nowhere", "doom_nowhere"),
-        ("world.tics=0", "positive"),
+        ("world.tics=0", "world.tics must be at least 1"),
         ("device=abacus", "abacus"),
         ("just words", "just words"),
         ("start=nowhere", "its shipped starts are a, b"),
@@ -189,6 +190,24 @@ def test_places_that_cannot_be_written(refused, tmp_path):
     assert "file/r" in refused("record=file/r")
     assert "file/v.mp4" in refused("video=file/v.mp4")
     assert "video=FILE.mp4" in refused("video=there")  # a folder
+
+
+@pytest.mark.parametrize("option", ["record", "video", "checkpoint", "policy"])
+def test_every_error_of_the_system_is_a_sentence(refused, option):
+    name = 300 * "x" + (".mp4" if option == "video" else "")
+    assert "too long" in refused(f"{option}={name}").lower()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders in use cannot be deleted")
+def test_a_folder_that_is_gone(tmp_path):
+    code = "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); "
+    code += "from engine.programs import play; sys.exit(play.main(['display=headless', 'frames=2']))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("play.py: the folder that this was started in is gone"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")

@@ -47,7 +47,7 @@ def packed_starts(extras: dict[str, Any], state_names: Sequence[str]) -> dict[st
     for name in names:
         part = {key: extras.get(f"starts.{name}.{key}") for key in ("latents", "actions", "states")}
         sizes = [() if tensor is None else tuple(tensor.shape) for tensor in part.values()]
-        if list(map(len, sizes)) != [4, 2, 2] or len({size[0] for size in sizes} - {0}) != 1:
+        if list(map(len, sizes)) != [4, 2, 2] or {size[0] for size in sizes} != {sizes[0][0] or 1}:
             raise UserError(f"The start {name!r} inside the checkpoint is damaged; pack it again.")
         if sizes[2][1] != len(state_names):
             raise UserError(f"The start {name!r} tells another state than its network knows; pack it again.")

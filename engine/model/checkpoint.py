@@ -31,7 +31,6 @@ from .state_spec import StateSpec
 FORMAT = 2  # 1: the networks with a flow, always packed
 SCALE = "#scale"  # behind the name of a tensor kept in 8 bits: that of its rows' scales
 EXTRAS = "extras"  # before the names of tensors that are no network's
-REMEMBERED = 2**31  # numbers that a network may remember of a game: 8 GiB; a header may say anything
 ABOUT = {  # what a header must have, and of which type
     "format": (int,),
     "modules": (list,),
@@ -127,7 +126,6 @@ class Checkpoint:
         except (KeyError, TypeError, UserError) as error:
             said = f"The config inside {self.path} is not one that this version understands"
             raise UserError(f"{said}: {str(error).rstrip('.')}.") from error
-        self._check_memory()
         prefix = EXTRAS + "."
         self.extras = {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)}
 
@@ -178,14 +176,6 @@ class Checkpoint:
 
     def _misfit(self, name: str, where: str) -> UserError:
         return UserError(f"The weights of {name} in {self.path} do not fit its config ({where}); train anew.")
-
-    def _check_memory(self) -> None:
-        """Raises UserError where a game's keys and values would need more memory than one will give."""
-        c, (_, rows, columns) = self.model.denoiser, self.model.autoencoder.latent_shape(self.world)
-        frames = c.context_frames + c.sink_frames + c.window_frames
-        if 2 * c.layers * frames * (1 + rows * columns // c.patch**2) * c.width > REMEMBERED:
-            said = f"The network in {self.path} would remember {frames} frames of {columns}x{rows} latents"
-            raise UserError(f"{said} in {c.layers} layers, more than fits into memory; train a smaller one.")
 
     def digest(self) -> str:
         """Short hash of the file: the name by which recordings, caches and later stages know it."""
