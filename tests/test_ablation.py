@@ -224,7 +224,7 @@ def test_the_table_has_the_variants_in_order_and_then_other_rows(tmp_path):
     ]
     assert text.count("`abc`") == 1 and "old" not in text
     document.write_text("no place for it")
-    with pytest.raises(ValueError, match="each once"):
+    with pytest.raises(UserError, match="each once"):
         table.write_table(tmp_path, document)
 
 

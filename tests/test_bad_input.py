@@ -102,9 +102,10 @@ def test_wrong_config_in_a_checkpoint(refused, tiny_checkpoint, tmp_path):
     [
         ("polcy=idle", "polcy"),
         ("frames=many", "frames"),
-        ("frames=-1", "negative"),
-        ("seed=-1", "negative"),
-        ("scale=0", "scale"),
+        ("frames=-1", "frames must be at least 0"),
+        ("threads=-1", "threads must be at least 0"),
+        ("scale=0", "scale must be at least 1"),
+        ("world.fps=nan", "world.fps must be"),
         ("game=chess", "chess"),
         ("display=tv", "tv"),
         ("precision=int3", "int3"),
@@ -114,7 +115,7 @@ def test_wrong_config_in_a_checkpoint(refused, tiny_checkpoint, tmp_path):
         ("=3", "no option"),
         ("world.nmae=x", "world.nmae"),
         ("world.keys.forwrd=[W]", "only forward, backward"),
-        ("world.tics=0", "positive"),
+        ("world.tics=0", "world.tics must be at least 1"),
         ("device=abacus", "abacus"),
         ("just words", "just words"),
         ("start=nowhere", "its shipped starts are a, b"),
@@ -219,6 +220,24 @@ def test_keys_are_checked_before_anything_is_written(refused, tmp_path):
     options = ["game=true", "world.keys.forward=[Wheel]", "video=v.mp4", "record=r"]
     assert "'Wheel'" in refused(*options, display="window")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["record", "video", "checkpoint", "policy"])
+def test_every_error_of_the_system_is_a_sentence(refused, option):
+    name = 300 * "x" + (".mp4" if option == "video" else "")
+    assert "too long" in refused(f"{option}={name}").lower()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders in use cannot be deleted")
+def test_a_folder_that_is_gone(tmp_path):
+    code = "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); "
+    code += "from engine.programs import play; sys.exit(play.main(['display=headless', 'frames=2']))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("play.py: the folder that this was started in is gone"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")

@@ -20,7 +20,7 @@ import engine.model.checkpoint
 from engine.config import AutoencoderConfig, DenoiserConfig, ModelConfig, UserError, WorldConfig
 from engine.model.autoencoder import Autoencoder
 from engine.model.checkpoint import Checkpoint, kept, read_about, save_checkpoint, weights_digest
-from engine.model.networks import make_denoiser
+from engine.model.networks import load_denoiser, make_denoiser
 
 MODEL = ModelConfig(
     AutoencoderConfig(channels=4, widths=[8, 8, 8, 8], depth=1),
@@ -188,6 +188,27 @@ def test_other_kinds_of_files(tmp_path):
         "impossible value": lambda head: head["model"]["denoiser"].update(head_dim=48),
         "a size beyond all memory": lambda head: head["model"]["denoiser"].update(context_frames=10**9),
         "a size that is no number": lambda head: head["model"]["denoiser"].update(width=float("nan")),
+        "a size that is text": lambda head: head["model"]["denoiser"].update(width="64"),
+        "a size that is a fraction": lambda head: head["model"]["denoiser"].update(layers=2.5),
+        "widths that are one": lambda head: head["model"]["autoencoder"].update(widths=8),
+        "no widths": lambda head: head["model"]["autoencoder"].update(widths=[]),
+        "a level that is no number": lambda head: head["model"]["denoiser"].update(ladder=[0.5, None, 1]),
+        "levels of another window": lambda head: head["model"]["denoiser"].update(ladder=[0.5, 1]),
+        "a level of nan": lambda head: head["model"]["denoiser"].update(ladder=[0.5, float("nan"), 1]),
+        "a world of another kind": lambda head: head.update(world=[1]),
+        "a world without a rate": lambda head: head["world"].update(fps=0),
+        "a picture beyond all memory": lambda head: head["world"].update(height=2**20, width=2**20),
+        "keys that are none": lambda head: head["world"].update(keys=5),
+        "keys without a list": lambda head: head["world"].update(keys={"left": "A"}),
+        "a state without kinds": lambda head: head["model"]["state"].update(names=["x"]),
+        "a state of an unknown kind": lambda head: head["model"]["state"].update(names=["x"], kinds=["y"]),
+        "more parts": lambda head: head["model"].update(colour={}),
+        "modules that are numbers": lambda head: head.update(modules=[1]),
+        "a format that is text": lambda head: head.update(format="2"),
+        "an origin that is text": lambda head: head.update(origin="x"),
+        "made from a list": lambda head: head.update(origin={"made_from": []}),
+        "scores that are none": lambda head: head.update(scores=5),
+        "deeply nested": lambda head: "[" * 100_000,
         "not an object": lambda head: "[1, 2]",
         "not JSON": lambda head: "{",
     }.items(),
@@ -249,6 +270,41 @@ def test_sizes_are_compared_before_memory_is_taken(tmp_path, part, sizes):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert "do not fit" in said
+
+
+def test_headers_alone_are_checked_too(tmp_path):
+    path = save(tmp_path / "model.safetensors")
+    for change in (
+        lambda head: "[1]",
+        lambda head: head.update(format=3),
+        lambda head: head.update(origin=5),
+    ):
+        refusal(read_about, rewrite(save(path), change))
+
+
+def test_what_a_game_would_remember_is_bounded(tmp_path):
+    """No weight tells how many frames are remembered, so the file's size says nothing of it."""
+
+    def endless(head: dict) -> None:
+        head["model"]["denoiser"].update(context_frames=4096, sink_frames=4096)
+        head["world"].update(height=4096, width=4096)
+
+    model, world = MODEL, replace(WORLD, height=4096, width=4096)
+    modules = {"denoiser": make_denoiser(model, world)}
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, modules, model, world)
+    assert load_denoiser(Checkpoint(path)).config.context_frames == 8
+    assert "remember 8195 frames" in refusal(load_denoiser, Checkpoint(rewrite(path, endless)))
+
+
+def test_scales_of_another_size_are_refused(tmp_path):
+    """They would be multiplied to a tensor of any size before anybody compared it."""
+    path = save(tmp_path / "model.safetensors")
+    with safe_open(path, framework="pt") as file:
+        head, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    name = "denoiser.transformer.patch_in.weight"
+    save_file(tensors | {name + "#scale": torch.ones(1000, 1, 1)}, path, metadata=head)
+    assert "do not fit" in refusal(Checkpoint(path).load_into, "denoiser", networks()["denoiser"])
 
 
 def test_what_was_trained_stays_but_for_what_is_given():

@@ -29,7 +29,7 @@ ARROWS = {
     "programs": "play train evaluation rollout model data worlds config",
 }
 # The files in engine/ itself; they count as config.
-FLAT = "__init__ config console device errors options shipped stage_config".split()
+FLAT = "__init__ bounds config console device errors files options shipped stage_config".split()
 
 FOLDERS = ("engine", "kernels")
 SOURCES = sorted(
@@ -166,11 +166,15 @@ def test_importing_does_no_work(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", [f for f in SOURCES if "__main__" in (ROOT / f).read_text("utf-8")])
-def test_programs_print_in_every_encoding(file: str) -> None:
-    """Each sees to it before anything else; those of engine/programs do so in `program`."""
-    started = re.split(r'^if __name__ == "__main__":$', (ROOT / file).read_text("utf-8"), flags=re.MULTILINE)
-    first = started[1].strip().splitlines()[0]
-    assert first in ("escape_what_cannot_be_printed()", "sys.exit(program())"), f"{file} begins with {first}"
+def test_programs_end_as_run_program_says(file: str) -> None:
+    """In every encoding, and with a sentence for every error; those of engine/programs do so in `main`."""
+    text = (ROOT / file).read_text("utf-8")
+    started = re.split(r'^if __name__ == "__main__":$', text, flags=re.MULTILINE)[1].strip()
+    if started != "sys.exit(program())":
+        assert re.fullmatch(r"sys\.exit\((run_program\(.*\)|main\(\))\)", started), (
+            f"{file} begins: {started}"
+        )
+        assert "run_program(" in text, file
 
 
 def test_tests_call_nothing_private() -> None:

@@ -321,10 +321,10 @@ def test_precision_is_decided_once(begin, monkeypatch):
 def test_what_cannot_be_negative_is_refused(option, capsys):
     assert train.main([option]) == 2
     out, err = capsys.readouterr()
-    assert not out and option.split("=")[0] in err and "negative" in err and len(err.splitlines()) == 1
+    assert not out and f"{option.split('=')[0]} must be at least 0" in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_says_so(number, options, tmp_path, capsys, monkeypatch):
     plain = LineStage.batch
 
@@ -359,6 +359,18 @@ def test_the_second_signal_ends_it_at_once():
             with pytest.raises(Stopped) as caught:
                 os.kill(os.getpid(), signal.SIGINT)
             assert caught.value.code == 130
+
+
+def test_under_nohup_it_goes_on_when_the_terminal_goes():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = Stop()
+        with stop.listening(), stop.gently():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.signal
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_it_waits_while_a_pause_file_is_there(run, tmp_path, capsys, monkeypatch):
@@ -416,9 +428,9 @@ def test_every_error_of_the_system_is_a_sentence(option, error, word, options, t
     [
         ("stages.autoencoder.batch=0", "at least 1"),
         ("stages.autoencoder.accumulate=0", "at least 1"),
-        ("stages.autoencoder.max_minutes=-1", "not negative"),
-        ("max_minutes=-3", "not negative"),
-        ("steps=-1", "at least 1"),
+        ("stages.autoencoder.max_minutes=-1", "stages.autoencoder.max_minutes must be at least 0"),
+        ("max_minutes=-3", "max_minutes must be at least 0"),
+        ("steps=-1", "steps must be at least 0"),
     ],
 )
 def test_numbers_that_train_nothing_are_refused(option, word, options, capsys):

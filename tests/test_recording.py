@@ -299,6 +299,22 @@ WRONG_HEADERS = [
     {"state_kinds": {"x": "colour"}},
     {"parent": "abc"},
     {"config": []},
+    {"keymap": {"forward": 5}},
+    {"keymap": {"forward": [5]}},
+    {"seed": "x"},
+    {"seed": True},
+    {"policies": {"idle": "x"}},
+    {"names": [str(number) for number in range(5000)]},
+    {"fps": 1e-9},
+    {"state_kinds": {"x": ["position"]}},
+]
+WRONG_CONFIGS = [
+    {"keys": 5},
+    {"keys": {"forward": "W"}},
+    {"fps": "x"},
+    {"height": 10**9},
+    {"tics": 0},
+    {"name": 5},
 ]
 WRONG_LINES = [
     *({"t_ns": time} for time in ("x", 1.5, 2**70, None)),
@@ -310,6 +326,13 @@ WRONG_LINES = [
     {"state": [1]},
     {"state": {"x": "1"}},
     {"axes": {"stick": None}},
+    {"axes": {"stick": 1e300}},
+    {"state": {"x": 1e300}},
+    {"state": {"x": 10**40}},
+    {"events": [{"reset": 5}]},
+    {"events": [{"reset": {"seed": "x"}}]},
+    {"events": [{"reset": {"seed": 1.5}}]},
+    {"events": [{"reset": {"start": 5}}]},
 ]
 
 
@@ -319,7 +342,10 @@ WRONG_LINES = [
         (HEADER, None, "not a recording"),
         (HEADER, b"{", "not JSON"),
         (HEADER, b'{"a": 1}', "not written by Rollplay"),
-        (HEADER, b'{"schema": 99, "names": [], "fps": 1, "height": 32, "width": 32}', "schema 99"),
+        *((HEADER, header(schema=schema), "has schema") for schema in (99, 0, -1, "2", None, True, 1.5, [2])),
+        *((HEADER, header(config=wrong), "in its config world") for wrong in WRONG_CONFIGS),
+        (HEADER, header(height=64, width=96), "has pictures of 128x96, but its recording tells of 96x64"),
+        (HEADER, header().replace(b"17.5", b"1e999"), "its fps cannot be"),
         *((HEADER, header(**wrong), f"its {next(iter(wrong))} cannot be") for wrong in WRONG_HEADERS),
         *((ACTIONS, line(**wrong), "damaged at line 1") for wrong in WRONG_LINES),
         (ACTIONS, line(keys=["fly"]), "the key 'fly'"),
@@ -338,6 +364,15 @@ def test_foreign_and_broken_directories(whole, tmp_path, name, content, said):
     with pytest.raises(UserError, match=said) as caught:
         Recording(tmp_path / "r")
     assert "\n" not in str(caught.value)
+
+
+def test_seeds_of_any_size_are_read(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "r")
+    for seed in (-3, 2**70):
+        (tmp_path / "r" / HEADER).write_bytes(header(seed=seed))
+        (tmp_path / "r" / ACTIONS).write_bytes(line(events=[{"reset": {"seed": seed, "start": "a"}}, "W"]))
+        recording = Recording(tmp_path / "r")
+        assert recording.header["seed"] == recording.events[0][0]["reset"]["seed"] == seed
 
 
 def test_never_overwrites(whole):

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..bounds import short_seed
 from ..config import TrainConfig, UserError, WorldConfig
+from ..errors import reason
 from ..worlds import make_world
-from ..worlds.base import short_seed
 from .about_world import described, world_of
 from .dataset import true_headers
 from .lock import alone
@@ -243,14 +244,13 @@ def play(job: Job) -> int:
             shutil.rmtree(draft)
         world = make_world(job.world)
         try:
-            kinds = world.state_kinds
             with Recorder(
                 draft,
                 described(job.world, world),
                 "true",
                 job.seed,
                 lossless=job.lossless,
-                state_kinds=kinds,
+                state_kinds=world.state_kinds,
                 policies=SHARES,
             ) as recorder:
                 episodes = _play_into(recorder, world, job)
@@ -265,8 +265,8 @@ def play(job: Job) -> int:
         else:
             draft.rename(job.directory)
     except OSError as error:
-        said = error.strerror or str(error)
-        raise UserError(f"The recording {draft} could not be written: {said}; run again to go on.") from None
+        said = f"The recording {draft} could not be written: {reason(error)}"
+        raise UserError(f"{said}; run again to go on.") from None
     return episodes
 
 

@@ -10,6 +10,7 @@ import av
 import numpy as np
 
 from ..config import UserError
+from ..files import write_whole
 
 KINDS = {  # how files begin → the decoder
     b"\x89PNG\r\n\x1a\n": "png",
@@ -33,13 +34,7 @@ def save_picture(path: str | Path, picture: np.ndarray) -> None:
     packets = codec.encode(
         av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
     ) + codec.encode(None)
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_bytes(b"".join(bytes(packet) for packet in packets))
-    except OSError as error:
-        raise UserError(
-            f"The picture {path} could not be written ({error}); choose another place."
-        ) from error
+    write_whole(Path(path), b"".join(bytes(packet) for packet in packets))
 
 
 def load_picture(path: str | Path) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..bounds import short_seed
 from ..config import POLICIES, UserError
 from ..worlds.base import ActionSpace
 from .explorer import Bursts, Explorer
@@ -35,6 +36,7 @@ def make_policy(name: str, action_space: ActionSpace, seed: int, lines: np.ndarr
 
     `lines` (m, 4) are the walls of the world's map, if it has one; without, `explore` plays as `scripted`.
     """
+    seed = short_seed(seed)
     classes = {
         "scripted": Scripted,
         "random": Random,

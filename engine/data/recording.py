@@ -219,7 +219,8 @@ class Recording:
         self.fps = float(self.header["fps"])
         lines = read_lines(self.directory, self.names)
         checksums = [line.get("crc") for line in lines]
-        whole, later = count_frames(self.directory / FRAMES, self.fps, checksums)
+        size = self.header["height"], self.header["width"]
+        whole, later = count_frames(self.directory / FRAMES, self.fps, checksums, size)
         if not whole and len(lines) > max(1, self.fps):
             # A session killed in its first moments has no frame yet; with more lines than that it is damage.
             raise UserError(f"{self.directory / FRAMES} cannot be read: it is missing or damaged.")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
-from ..config import UserError
+from ..bounds import wrong
+from ..config import FASTEST, SLOWEST, UserError, WorldConfig
 from ..worlds.base import STATE_KINDS
 
 SCHEMA = 2  # 1 had no state kinds, axes, parent and checksums, and is still read
 HEADER, ACTIONS, FRAMES = "session.json", "actions.jsonl", "frames.mkv"
-LARGEST = 16_384  # pixels a side, and keys
+LARGEST = 16_384  # pixels a side
+KEYS = 1024  # of a recording, and numbers of a state
+FAR = 1e12  # that a number of a state may be away from 0: its square fits into float32
 KINDS_OF_1 = {"x": "position", "y": "position", "angle": "angle", "health": "scalar", "ammo": "scalar"}
 
 
@@ -28,13 +30,16 @@ def read_header(directory: Path) -> dict:
         raise UserError(f"{path} is damaged: it is not JSON.") from None
     if not isinstance(header, dict) or not {"schema", "names", "fps", "height", "width"} <= header.keys():
         raise UserError(f"{path} was not written by Rollplay.")
-    if header["schema"] not in (1, SCHEMA):
-        raise UserError(f"{path} has schema {header['schema']}, but this version reads 1 and {SCHEMA}.")
+    if not _is_whole(header["schema"]) or header["schema"] not in (1, SCHEMA):
+        said = f"{path} has schema {_short(header['schema'])}"
+        raise UserError(f"{said}, but this version reads 1 and {SCHEMA}; it may come from a newer one.")
     known = {"source": "", "checkpoint": "", "seed": 0, "world": "", "config": {}, "keymap": {}, "codec": {}}
     header = {**known, "state_kinds": None, "parent": None, "policies": None, **header}
-    wrong = [name for name, right in HEADER_CHECKS.items() if not right(header[name])]
-    if wrong:
-        raise UserError(f"{path} is damaged: its {wrong[0]} cannot be {_short(header[wrong[0]])}.")
+    for name, right in HEADER_CHECKS.items():
+        if not right(header[name]):
+            raise UserError(f"{path} is damaged: its {name} cannot be {_short(header[name])}.")
+    if said := wrong(WorldConfig, header["config"]):
+        raise UserError(f"{path} is damaged: in its config {said}")
     return header
 
 
@@ -80,7 +85,7 @@ def _is_line(line: object, number: int) -> bool:
         and _is_whole(line["t_ns"])
         and isinstance(line["keys"], list)
         and all(isinstance(name, str) for name in line["keys"])
-        and isinstance(line["events"], list)
+        and _are_events(line["events"])
         and isinstance(line["reset"], bool)
         and _is_whole(line.get("rng", 0))
         and _is_whole(line.get("crc", 0))
@@ -95,13 +100,26 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= FAR
 
 
 def _are_numbers(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
+    return isinstance(value, dict) and len(value) <= KEYS and all(map(_is_number, value.values()))
+
+
+def _is_seed(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_events(value: object) -> bool:
+    """Raw input events, of any form; where one tells what the game was reset to, that is replayed."""
+    if not isinstance(value, list):
+        return False
+    began = [event["reset"] for event in value if isinstance(event, dict) and "reset" in event]
+    return all(
+        isinstance(told, dict) and _is_seed(told.get("seed", 0)) and isinstance(told.get("start", ""), str)
+        for told in began
+    )
 
 
 def _is_size(value: object) -> bool:
@@ -112,25 +130,33 @@ def _are_names(value: object) -> bool:
     return (
         isinstance(value, list)
         and all(isinstance(name, str) for name in value)
-        and len(set(value)) == len(value) <= LARGEST
+        and len(set(value)) == len(value) <= KEYS
     )
 
 
 def _are_kinds(value: object) -> bool:
-    return value is None or (isinstance(value, dict) and set(map(str, value.values())) <= set(STATE_KINDS))
+    return value is None or (
+        isinstance(value, dict) and len(value) <= KEYS and all(kind in STATE_KINDS for kind in value.values())
+    )
+
+
+def _are_bindings(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(keys, list) and all(isinstance(key, str) for key in keys) for keys in value.values()
+    )
 
 
 HEADER_CHECKS = {
     "names": _are_names,
-    "fps": lambda value: _is_number(value) and 0 < value <= 10_000,
+    "fps": lambda value: _is_number(value) and SLOWEST <= value <= FASTEST,
     "height": _is_size,
     "width": _is_size,
     "world": lambda value: isinstance(value, str),
     "source": lambda value: isinstance(value, str),
     "checkpoint": lambda value: isinstance(value, str),
-    "seed": lambda value: isinstance(value, int),
+    "seed": _is_seed,
     "config": lambda value: isinstance(value, dict),
-    "keymap": lambda value: isinstance(value, dict),
+    "keymap": _are_bindings,
     "codec": lambda value: isinstance(value, dict),
     "state_kinds": _are_kinds,
     "parent": lambda value: value is None or isinstance(value, dict),

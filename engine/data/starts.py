@@ -43,11 +43,18 @@ class Start:
 
 
 def packed_starts(extras: dict[str, Any], state_names: Sequence[str]) -> dict[str, Start]:
-    """The starts that a checkpoint holds as tensors (packing.py), by name."""
+    """The starts that a checkpoint holds as tensors (packing.py), by name. Raises UserError for one that is
+    damaged.
+    """
     names = sorted({key.split(".")[1] for key in extras if key.startswith("starts.")})
     starts = {}
     for name in names:
-        part = {key: extras[f"starts.{name}.{key}"] for key in ("latents", "actions", "states")}
+        part = {key: extras.get(f"starts.{name}.{key}") for key in ("latents", "actions", "states")}
+        sizes = [() if tensor is None else tuple(tensor.shape) for tensor in part.values()]
+        if list(map(len, sizes)) != [4, 2, 2] or {size[0] for size in sizes} != {sizes[0][0] or 1}:
+            raise UserError(f"The start {name!r} inside the checkpoint is damaged; pack it again.")
+        if sizes[2][1] != len(state_names):
+            raise UserError(f"The start {name!r} tells another state than its network knows; pack it again.")
         states = [dict(zip(state_names, row, strict=True)) for row in part["states"].tolist()]
         latents, actions = part["latents"].float() / STEPS, part["actions"].float().numpy()
         starts[name] = Start(name, None, actions, states or None, latents)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-from ..config import UserError, WorldConfig
-from ..console import escape_what_cannot_be_printed
+from ..config import WorldConfig
+from ..errors import run_program
 from ..worlds import make_world
 from .recording import Recording, find_recordings
 from .sight import wall_share
@@ -37,9 +37,11 @@ def measure(folder: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def main(arguments: list[str]) -> int:
+    """The program → its exit code."""
+    print(json.dumps(measure(arguments[0] if arguments else "runs/data")))
+    return 0
+
+
 if __name__ == "__main__":
-    escape_what_cannot_be_printed()
-    try:
-        print(json.dumps(measure(sys.argv[1] if len(sys.argv) > 1 else "runs/data")))
-    except UserError as error:
-        sys.exit(f"engine.data.views: {error}")
+    sys.exit(run_program("views", lambda: main(sys.argv[1:])))

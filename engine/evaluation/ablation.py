@@ -17,11 +17,11 @@ import torch
 
 from ..config import TrainConfig, UserError
 from ..data.cache import content_of
+from ..files import write_whole
 from .control import control
 from .drift import drift
 from .fidelity import fidelity
 from .latency import latency
-from .report import write
 from .section import Scope, Size
 from .speed import speed
 from .stage import LIBRARIES, open_scope
@@ -60,7 +60,7 @@ def ablate(config: TrainConfig) -> dict:
             made = {name: value for name, value in scope.player.checkpoint.about.items() if name in TOLD}
             seconds = round(time.perf_counter() - clock, 1)
             kept = {**key, "made": made, "machine": machine(scope), "seconds": seconds, "figures": figures}
-            write(file, json.dumps(kept, indent=1) + "\n")
+            write_whole(file, json.dumps(kept, indent=1) + "\n")
             done["measured"].append(row)
     finally:
         if scope.truth is not None:

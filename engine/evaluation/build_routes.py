@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import TrainConfig, UserError, load_config
-from ..console import escape_what_cannot_be_printed
 from ..data.policies import OPPOSITES, make_policy
 from ..data.sight import free_distances, wall_views
+from ..errors import run_program
 from ..worlds import make_world
 from .measures import psnr
 from .route import RETURN, Route, save_routes
@@ -236,13 +236,12 @@ def build_routes(config: TrainConfig) -> dict:
     return {"routes": len(routes)} | {kind: sum(r.kind == kind for r in routes) for kind in kinds}
 
 
-if __name__ == "__main__":
-    escape_what_cannot_be_printed()
+def main(arguments: list[str]) -> int:
+    """The program → its exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # killed at once, it would leave its simulator
-    try:
-        print(json.dumps(build_routes(load_config("train", TrainConfig, sys.argv[1:]))))
-    except UserError as error:
-        print(f"build_routes: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    print(json.dumps(build_routes(load_config("train", TrainConfig, arguments))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("build_routes", lambda: main(sys.argv[1:])))

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..console import escape_what_cannot_be_printed
+from ..errors import UserError, run_program
 from .drift import POLICIES
 from .fidelity import HORIZONS
 from .section import STATELESS
@@ -54,8 +54,29 @@ def compare(before: dict, after: dict) -> str:
     return "\n".join(lines)
 
 
+def read(path: Path) -> dict:
+    """The figures in a file that stage=evaluate has written. Raises UserError for any other file."""
+    try:
+        figures = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON; give the figures.json of stage=evaluate.") from error
+    if not isinstance(figures, dict):
+        raise UserError(f"{path} holds no figures; give the figures.json of stage=evaluate.")
+    for name in {name for names in (*ROWS.values(), "fps_p50") for name in names.split()}:
+        if not isinstance(figures.get(name, 0.0), int | float | None):
+            raise UserError(f"{path} is damaged: its {name} is no number.")
+    return figures
+
+
+def main(arguments: list[str]) -> int:
+    """The program → its exit code."""
+    if len(arguments) != 2:
+        raise UserError(
+            "Give two files of figures: python -m engine.evaluation.compare BEFORE.json AFTER.json"
+        )
+    print(compare(*(read(Path(name)) for name in arguments)))
+    return 0
+
+
 if __name__ == "__main__":
-    escape_what_cannot_be_printed()
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    print(compare(*(json.loads(Path(name).read_text("utf-8")) for name in sys.argv[1:])))
+    sys.exit(run_program("compare", lambda: main(sys.argv[1:])))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-from ..config import UserError
+from ..files import write_whole
 from .section import Section
 
 REPORT, FIGURES = "report.md", "figures.json"
@@ -24,17 +23,5 @@ def write_report(
     lines += ["", f"All figures: [{FIGURES}]({FIGURES})"]
     for section in sections:
         lines += ["", f"## {section.title}", "", *section.lines]
-    write(folder / REPORT, "\n".join(lines).rstrip() + "\n")
-    write(folder / FIGURES, json.dumps(figures, indent=1) + "\n")
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file beside and then renames it. Raises UserError where the disk is full or forbids it."""
-    beside = path.with_suffix(".tmp")
-    try:
-        beside.write_text(text, "utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written ({error.strerror}); free some space and run again."
-        ) from error
+    write_whole(folder / REPORT, "\n".join(lines).rstrip() + "\n")
+    write_whole(folder / FIGURES, json.dumps(figures, indent=1) + "\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import UserError
+from ..files import write_whole
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "routes"
@@ -71,9 +72,7 @@ def save_routes(path: Path, world: str, keys: Iterable[str], routes: list[Route]
         line |= {"warmup": written(route.warmup, names), "keys": written(route.actions, names)}
         lines.append(json.dumps(line | {"end": [round(value, 2) for value in route.end]}))
     head = json.dumps({"format": FORMAT, "world": world, "keys": names, "made": made})[1:-1]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("{" + head + ', "routes": [\n' + ",\n".join(lines) + "\n]}\n", "utf-8")
-    beside.replace(path)
+    write_whole(path, "{" + head + ', "routes": [\n' + ",\n".join(lines) + "\n]}\n")
 
 
 def load_routes(path: str | Path, world: str, keys: Iterable[str]) -> list[Route]:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..data.cache import content_of
-from .report import write
+from ..files import write_whole
 from .section import Scope, Section
 
 VERSION = 3  # to be raised when a part comes to measure something else
@@ -36,7 +36,7 @@ class SectionCache:
         """Saves a part; its pictures lie in the report's folder already."""
         self.folder.mkdir(exist_ok=True)
         kept = {"key": self.key, **asdict(section), "seconds": seconds}
-        write(self._file(name), json.dumps(kept, indent=1) + "\n")
+        write_whole(self._file(name), json.dumps(kept, indent=1) + "\n")
 
     def drop(self, name: str) -> None:
         """Forgets a part: before its pictures are painted over, and when the report is written."""

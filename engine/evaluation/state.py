@@ -16,6 +16,7 @@ from ..config import UserError
 from ..data.dataset import true_recordings
 from ..data.recording import Recording
 from ..data.state_logs import StateLogs
+from ..errors import run_program
 from ..model.checkpoint import Checkpoint
 from ..model.networks import load_states
 from ..model.state import StateModel
@@ -176,11 +177,13 @@ class Rooms:
         return beyond | ~self.free[tuple(torch.minimum(cells.clamp_min(0), top - 1).T)]
 
 
+def main(arguments: list[str]) -> int:
+    """The program → its exit code."""
+    if len(arguments) != 2:
+        raise UserError("Give a checkpoint and recordings: python -m engine.evaluation.state CHECKPOINT DATA")
+    print(json.dumps(state_of(*arguments)))
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    try:
-        print(json.dumps(state_of(*sys.argv[1:])))
-    except UserError as error:
-        print(f"engine.evaluation.state: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_program("state", lambda: main(sys.argv[1:])))

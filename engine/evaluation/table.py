@@ -6,7 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from ..console import escape_what_cannot_be_printed
+from ..errors import UserError, run_program
+from ..files import write_whole
 from .variants import VARIANTS
 
 BEGIN, END = "<!-- ablation -->", "<!-- /ablation -->"
@@ -62,17 +63,30 @@ def _line(title: str, figures: dict) -> list[str]:
 
 
 def write_table(folder: Path, document: Path) -> None:
-    """Puts the table of the folder's rows between the document's two markers."""
+    """Puts the table of the folder's rows between the document's two markers. Raises UserError where the
+    document lacks these, or a file is no row.
+    """
     text = document.read_text("utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{document} needs {BEGIN} and, behind it, {END}, each once")
-    rows = [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
+        raise UserError(f"{document} needs {BEGIN} and, behind it, {END}, each once.")
+    rows = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            rows.append(json.loads(file.read_text("utf-8")))
+            render(rows[-1:])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is no row of an ablation ({error}); delete it.") from error
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    document.write_text(f"{before}{BEGIN}\n\n{render(rows)}\n\n{END}{after}", "utf-8")
+    write_whole(document, f"{before}{BEGIN}\n\n{render(rows)}\n\n{END}{after}")
+
+
+def main(arguments: list[str]) -> int:
+    """The program → its exit code."""
+    given = [Path(argument) for argument in arguments]
+    folder, document, *_ = given + [DOCS / "ablation", DOCS / "rolling-forcing.md"][len(given) :]
+    write_table(folder, document)
+    return 0
 
 
 if __name__ == "__main__":
-    escape_what_cannot_be_printed()
-    given = [Path(argument) for argument in sys.argv[1:]]
-    folder, document, *_ = given + [DOCS / "ablation", DOCS / "rolling-forcing.md"][len(given) :]
-    write_table(folder, document)
+    sys.exit(run_program("table", lambda: main(sys.argv[1:])))

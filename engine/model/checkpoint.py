@@ -26,13 +26,16 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from ..config import ModelConfig, UserError, WorldConfig
+from .state_spec import StateSpec
 from .transformer import OPEN
 
-FORMAT = 3  # 1: the networks with a flow, always packed; 2: a denoiser without a gate, is still read
+FORMAT = 3  # 1: the networks with a flow, always packed
+GATELESS = 2  # a denoiser without a gate; is still read
 SCALE = "#scale"  # behind the name of a tensor kept in 8 bits: that of its rows' scales
 EXTRAS = "extras"  # before the names of tensors that are no network's
-LARGEST = 4096  # that a size in a header may be; a million frames remembered fit into no memory
-
+# what a header must have, and what it may have, by type
+ABOUT = {"format": int, "modules": list, "model": dict, "world": dict}
+KNOWN = {"stage": str, "origin": dict, "scores": dict, "card": dict, "steps": int, "minutes": int | float}
 
 T = TypeVar("T")
 
@@ -86,7 +89,7 @@ def kept(made: T, wanted: T, given: Collection[str], section: str, free: Collect
     changes = {}
     for name in (f.name for f in fields(made)):
         option, before, now = f"{section}.{name}", getattr(made, name), getattr(wanted, name)
-        if before == now or not ({option, section} & set(given)):
+        if before == now or option not in given:
             continue
         if name not in free:
             raise UserError(f"{option}={now} cannot be chosen any more: it was trained with {before}.")
@@ -103,24 +106,18 @@ class Checkpoint:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        head, self.tensors = _read(self.path)
+        self.about, self.tensors = _read(self.path)
+        if self.about["format"] == GATELESS:
+            self.tensors = _with_gate(self.tensors)
+        self.modules: list[str] = self.about["modules"]
+        parts, kinds = self.about["model"], get_type_hints(ModelConfig)
         try:
-            self.about: dict[str, Any] = json.loads(head)
-            if self.about["format"] == 2:
-                self.tensors = _with_gate(self.tensors)
-            elif self.about["format"] != FORMAT:
-                raise UserError(
-                    f"{self.path} has format {self.about['format']}; this version reads {FORMAT}."
-                )
-            self.modules = list(self.about["modules"])
-            parts, world, kinds = self.about["model"], self.about["world"], get_type_hints(ModelConfig)
-            _check_sizes([parts, [world.get(side, 0) for side in ("height", "width")]])
             self.model = ModelConfig(**{name: kinds[name](**part) for name, part in parts.items()})
-            self.world = WorldConfig(**world)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"The config inside {self.path} is not one that this version understands: {error}."
-            ) from error
+            self.world = WorldConfig(**self.about["world"])
+            StateSpec.from_dict(asdict(self.model.state))
+        except (KeyError, TypeError, UserError) as error:
+            said = f"The config inside {self.path} is not one that this version understands"
+            raise UserError(f"{said}: {str(error).rstrip('.')}.") from error
         prefix = EXTRAS + "."
         self.extras = {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)}
 
@@ -134,7 +131,7 @@ class Checkpoint:
         try:
             with _only_shapes(4 * there + 10**6):
                 made = {key: tuple(value.shape) for key, value in make().state_dict().items()}
-        except _TooLarge:
+        except (_TooLarge, ValueError, ArithmeticError, RuntimeError):
             made = {}
         if made != expected:
             wrong = sorted(key for key in made.keys() | expected.keys() if made.get(key) != expected.get(key))
@@ -147,6 +144,9 @@ class Checkpoint:
         """Fills `module` with the weights stored as `name`; refuses missing, foreign and misshapen ones."""
         own = self._weights(name)
         scales = {key: self.tensors.get(f"{name}.{key}{SCALE}") for key in own}
+        for key, scale in scales.items():
+            if scale is not None and scale.shape != (*own[key].shape[:1], *[1] * (own[key].ndim - 1)):
+                raise self._misfit(name, f"{key}{SCALE}")
         try:
             module.load_state_dict({k: x if scales[k] is None else x * scales[k] for k, x in own.items()})
         except RuntimeError as error:
@@ -176,14 +176,11 @@ class Checkpoint:
 
 def read_about(path: Path) -> dict[str, Any]:
     """The header of a checkpoint alone, which costs nothing; raises UserError as Checkpoint does."""
-    try:
-        return json.loads(_read(path, ())[0])
-    except ValueError as error:
-        raise UserError(f"The header of {path} is damaged; copy it again or train anew.") from error
+    return _read(path, ())[0]
 
 
-def _read(path: Path, wanted: Sequence[str] | None = None) -> tuple[str, dict[str, Tensor]]:
-    """→ the text of a file's header and its tensors, all of them or those that are wanted."""
+def _read(path: Path, wanted: Sequence[str] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """→ a file's header and its tensors, all of them or those that are wanted."""
     if not path.is_file():
         raise UserError(
             f"There is no checkpoint {path}; train one (python train.py) or give checkpoint=FILE."
@@ -191,31 +188,48 @@ def _read(path: Path, wanted: Sequence[str] | None = None) -> tuple[str, dict[st
     try:
         with safe_open(path, framework="pt") as file:
             head = (file.metadata() or {}).get("rollplay")
+            if head is None:
+                raise UserError(f"{path} holds weights of another program, not a Rollplay checkpoint.")
+            about = _header(path, head)
             tensors = {key: file.get_tensor(key) for key in (file.keys() if wanted is None else wanted)}
     except (SafetensorError, OSError, ValueError) as error:
         said = f"{path} is not a readable checkpoint (cut short, or another kind of file)"
         raise UserError(f"{said}; copy it again or train one.") from error
-    if head is None:
-        raise UserError(f"{path} holds weights of another program, not a Rollplay checkpoint.")
-    return head, tensors
+    return about, tensors
 
 
 def _with_gate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of a denoiser without a gate, as one whose gate is open."""
     last, made = "denoiser.transformer.write", dict(tensors)
     for name, value in ((".weight", 0), (".weight" + SCALE, 1), (".bias", OPEN)):
-        if (own := made.get(last + name)) is not None:
+        own = made.get(last + name)
+        if own is not None and own.ndim:  # a scalar is damage, which is told where networks are built
             made[last + name] = torch.cat([own, own.new_full(own[:1].shape, value)])
     return made
 
 
-def _check_sizes(part: Any) -> None:
-    """No number in a header's configs may be so large that what it describes fits into no memory."""
-    values = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-    for value in values:
-        if isinstance(value, int | float) and not abs(value) <= LARGEST:
-            raise ValueError(f"the size {value} is beyond {LARGEST}")
-        _check_sizes(value)
+def _header(path: Path, text: str) -> dict[str, Any]:
+    """A header's text → its content, of the right types."""
+    damaged = f"The header of {path} is damaged"
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{damaged}: it is not JSON; copy it again or train anew.") from error
+    if not isinstance(about, dict):
+        raise UserError(f"{damaged}: it holds no names; copy it again or train anew.")
+    if about.get("format") not in (GATELESS, FORMAT):
+        said = f"{path} has format {about.get('format')}"
+        raise UserError(f"{said}; this version reads {GATELESS} and {FORMAT}.")
+    for name, kinds in (ABOUT | KNOWN).items():
+        if (name in ABOUT or name in about) and not isinstance(about.get(name), kinds):
+            raise UserError(f"{damaged}: its {name} is missing or wrong; copy it again or train anew.")
+    names, made_from = about["modules"], about.get("origin", {}).get("made_from", {})
+    parts = about["model"].values()
+    if not all(isinstance(name, str) for name in names) or not all(
+        isinstance(part, dict) for part in (*parts, made_from)
+    ):
+        raise UserError(f"{damaged}: it names its parts wrongly; copy it again or train anew.")
+    return about
 
 
 class _TooLarge(Exception):

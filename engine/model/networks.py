@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from ..config import ModelConfig, WorldConfig
+from ..config import ModelConfig, UserError, WorldConfig
 from .autoencoder import Autoencoder
 from .checkpoint import Checkpoint
 from .denoiser import Denoiser
@@ -13,6 +13,8 @@ from .state import StateModel
 from .state_reader import StateReader
 from .state_spec import StateSpec, features_width, scene_columns
 from .world_model import Generator, WorldModel
+
+REMEMBERED = 2**31  # numbers, of a single game: 8 GiB. No weight tells how many frames a header may ask for
 
 
 def spec_of(model: ModelConfig) -> StateSpec | None:
@@ -79,7 +81,13 @@ def load_scene(checkpoint: Checkpoint) -> SceneModel | None:
 
 def load_denoiser(checkpoint: Checkpoint) -> Denoiser:
     """The denoiser of a checkpoint with its weights."""
-    return checkpoint.build("denoiser", lambda: make_denoiser(checkpoint.model, checkpoint.world))
+    denoiser = checkpoint.build("denoiser", lambda: make_denoiser(checkpoint.model, checkpoint.world))
+    c = denoiser.config
+    frames = c.context_frames + c.sink_frames + c.window_frames
+    if 2 * c.layers * frames * denoiser.transformer.tokens * c.width > REMEMBERED:
+        said = f"The network in {checkpoint.path} would remember {frames} frames of a game"
+        raise UserError(f"{said}, which fit into no memory; its header is damaged: copy it again.")
+    return denoiser
 
 
 def load_generator(checkpoint: Checkpoint, state: bool = True) -> Generator:

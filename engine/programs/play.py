@@ -23,10 +23,11 @@ from dataclasses import replace
 from typing import Any
 
 from ..config import PlayConfig, UserError, load_config
-from ..console import escape_what_cannot_be_printed
+from ..errors import refuse, run_program
 from ..play.timings import seconds_since_start
 from ..worlds.base import ActionSpace
 
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 HEADLESS_FRAMES = 300
 HEADLESS_VIDEO = "rollplay{}.mp4"
 NAMED = 20  # actions without a key, in words
@@ -126,18 +127,18 @@ def main(arguments: list[str]) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # no greeting on stdout
+    return run_program("play.py", lambda: _play(arguments))
+
+
+def _play(arguments: list[str]) -> int:
     if {"-h", "--help", "help"} & set(arguments):
         print(__doc__)
         return 0
     try:
         config = choose_display(load_config("play", PlayConfig, arguments))
         figures = play_window(config) if config.display == "window" else play_headless(config)
-    except UserError as error:
-        print(f"play.py: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("play.py: stopped; what was recorded is complete.", file=sys.stderr)
-        return 130
+        return refuse("play.py", "stopped; what was recorded is complete.", 130)
     for what, path in (("recording", config.record), ("video", config.video)):
         if path:
             print(f"The {what} is in {os.path.abspath(path)}")
@@ -148,6 +149,7 @@ def main(arguments: list[str]) -> int:
 
 def program() -> int:
     """The command line's program → its exit code."""
-    escape_what_cannot_be_printed()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a logout closes files, as Ctrl-C does
+    for number in ENDING:  # a logout and a terminal that goes close files, as Ctrl-C does
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     return main(sys.argv[1:])

@@ -21,7 +21,8 @@ Often used options:
   frames=N      collect: how many  max_minutes=M  seed=N  threads=N
   device=NAME   auto · cpu · cuda · cuda:1 · mps (untested)
   again=true    train anew what was made from something else than what is there now
-Ctrl-C and SIGTERM save before they stop; while a file `pause` lies in out=DIR, training waits.
+Ctrl-C, SIGTERM and a closed terminal save before they stop; while a file `pause` lies in out=DIR, training
+waits.
 All options with their defaults: engine/config.py, TrainConfig.
 Several processes: torchrun --nproc-per-node N train.py ...
 """
@@ -36,8 +37,8 @@ from typing import Any
 import torch
 
 from ..config import TrainConfig, UserError, load_config
-from ..console import escape_what_cannot_be_printed
 from ..data.dataset import recorded_world
+from ..errors import refuse, run_program
 from ..model.layers import choose_kernels
 from ..stage_config import TRAINED
 from ..train.parallel import open_ranks
@@ -48,6 +49,10 @@ UNTOUCHED = "what is finished stays, and the same command continues"
 
 def run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
     """The stage that `config.stage` names → its figures."""
+    given = [option for option in config.given if option.partition(".")[0] == "model"]
+    if given and config.stage in ("pack", "evaluate", "ablate", "precision"):
+        said = f"stage={config.stage} takes the networks as their checkpoint has them"
+        raise UserError(f"{said}; leave out {', '.join(given)}.")
     if config.stage in ("all", *TRAINED):
         config.world = recorded_world(config.data, config.world, config.given)
         with open_ranks(config.device) as ranks:
@@ -72,6 +77,11 @@ def run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
+    """The program → its exit code."""
+    return run_program("train.py", lambda: _train(arguments))
+
+
+def _train(arguments: list[str]) -> int:
     if {"-h", "--help", "help"} & set(arguments):
         print(__doc__)
         return 0
@@ -83,29 +93,16 @@ def main(arguments: list[str]) -> int:
                 torch.set_num_threads(config.threads)
             choose_kernels(config.kernels)
             figures = run(config, stop)
-    except UserError as error:
-        return refuse(str(error), 2)
     except Stopped as stopped:
-        return refuse(str(stopped) or f"stopped; {UNTOUCHED}.", stopped.code)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        said = f"{where}{error.strerror or error}"
-        return refuse(f"{said}; free some space or choose other places with data=DIR and out=DIR.", 2)
+        return refuse("train.py", str(stopped) or f"stopped; {UNTOUCHED}.", stopped.code)
     except torch.OutOfMemoryError:
         said = "The GPU's memory is too small for this"
-        return refuse(f"{said}; lower stages.NAME.batch and raise stages.NAME.accumulate.", 2)
+        raise UserError(f"{said}; lower stages.NAME.batch and raise stages.NAME.accumulate.") from None
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(figures))
     return 0
 
 
-def refuse(said: str, code: int) -> int:
-    """Says in one sentence why there is no result → the exit code."""
-    print(f"train.py: {said}", file=sys.stderr)
-    return code
-
-
 def program() -> int:
     """The command line's program → its exit code."""
-    escape_what_cannot_be_printed()
     return main(sys.argv[1:])

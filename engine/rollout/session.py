@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..bounds import short_seed
 from ..config import UserError
 from ..data.floor import BODY
 from ..data.starts import Start
 from ..device import autocast
-from ..worlds.base import ActionSpace, short_seed
+from ..worlds.base import ActionSpace
 from .cuda_graph import StepGraph
 from .player import Player
 
@@ -63,6 +64,9 @@ class Session:
         """Starts where `start` (starts.py) says → its last frame."""
         if start.latents is None:
             return self.reset(seed, start.frames, start.actions, start.states)
+        shape, keys = self.player.model.generator.denoiser.shape, len(self.action_space)
+        if (*start.latents.shape[1:], start.actions.shape[1]) != (*shape, keys):
+            raise UserError(f"The start {start.name!r} is of another network than this one; pack it again.")
         latents = start.latents[None].to(self.player.device)
         frame = self.player.decode(latents[:, -1])[0]
         return self._begin(seed, frame, latents, start.actions, start.states)

@@ -56,7 +56,7 @@ class DistillLoss(RolloutLoss):
             head = torch.where(back[..., None, None, None], corrected, made[:, :1])
             made = torch.cat([head, made[:, 1:]], 1)
             right = torch.cat([torch.where(back, 1, right[:, :1]), right[:, 1:]], 1)
-        size = self.stage.coarse
+        size = min(self.stage.coarse, *made.shape[-2:])
         coarse = F.avg_pool2d((made - true).flatten(0, 1), size).square().mean((1, 2, 3))
         error = coarse.view(right.shape) * size
         matched, learnt = self._matched(rollout, made, action)

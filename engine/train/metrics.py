@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ..config import TrainConfig, UserError
+from ..files import write_whole
 from .parallel import Ranks
 
 
@@ -114,9 +114,7 @@ def _cut(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # half a line, from a kill
-    beside = path.with_suffix(".jsonl.tmp")
-    beside.write_text("".join(kept))
-    os.replace(beside, path)
+    write_whole(path, "".join(kept))
 
 
 def _tensorboard(config: TrainConfig):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 from ..config import TrainConfig, UserError
 from ..data.collection import collect
 from ..data.dataset import recorded_world
+from ..files import write_whole
 from ..stage_config import TRAINED
 from .loop import train_stage
 from .parallel import Ranks
@@ -119,9 +119,7 @@ class Plan:
                 self._write()
 
     def _write(self) -> None:
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(json.dumps({"given": self.given, "spent": self.spent}) + "\n")
-        os.replace(beside, self.path)
+        write_whole(self.path, json.dumps({"given": self.given, "spent": self.spent}) + "\n")
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

@@ -1,5 +1,5 @@
-"""Being stopped and being paused: Ctrl-C, SIGTERM, and a file called `pause` in the folder of a training.
-What is saved then, says resume.py.
+"""Being stopped and being paused: signals, and a file called `pause` in the folder of a training. What is
+saved then, says resume.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PAUSE = "pause"  # in out=DIR: while a file of this name is there, training waits
-CAUGHT = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C, the system's end, and that of the terminal
+CAUGHT = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stopped(BaseException):
@@ -38,12 +39,15 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """A context in which signals come here instead of ending the program as they are."""
-        before = [signal.signal(number, self._arrive) for number in CAUGHT]
+        before = {number: signal.getsignal(number) for number in CAUGHT}
+        before = {number: how for number, how in before.items() if how is not signal.SIG_IGN}  # nohup
+        for number in before:
+            signal.signal(number, self._arrive)
         try:
             yield
         finally:
-            for number, handler in zip(CAUGHT, before, strict=True):
-                signal.signal(number, handler)
+            for number, how in before.items():
+                signal.signal(number, how)
 
     @contextmanager
     def gently(self) -> Iterator[None]:

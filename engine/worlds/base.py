@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,13 +39,6 @@ class ActionSpace:
     def decode(self, action: np.ndarray) -> tuple[str, ...]:
         """Multi-hot (k,) → names of held keys."""
         return tuple(name for name, held in zip(self.names, action, strict=True) if held > 0.5)
-
-
-def short_seed(seed: int) -> int:
-    """A seed of any size or sign → 0 to 2**31 - 1, which every world takes; itself where it fits."""
-    if 0 <= seed < 2**31:
-        return seed
-    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big") >> 1
 
 
 class World(Protocol):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..bounds import short_seed
 from ..config import UserError, WorldConfig
-from .base import ActionSpace, short_seed
+from .base import ActionSpace
 from .guard import Guard, children
 
 BUTTONS = {

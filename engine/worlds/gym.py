@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ..config import UserError, WorldConfig
-from .base import ActionSpace, short_seed
+from ..bounds import short_seed
+from ..config import FASTEST, UserError, WorldConfig
+from .base import ActionSpace
 from .frames import Pixels, fit
 from .gym_keys import bindings_of, moves_of
 
 FPS = 20.0  # of an environment that does not tell its own
-FASTEST = 10_000  # what recordings take
 
 
 class GymWorld:

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-from engine.console import escape_what_cannot_be_printed
+from engine.errors import UserError, run_program
+from engine.files import write_whole
 
 from ..dispatch import use
 from . import endtoend, gate, optable, tuning
@@ -47,11 +48,19 @@ STOP = 5.0  # seconds at the end of the budget in which no section is begun
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    """The program → its exit code."""
+    return run_program("benchmark", lambda: _measure(parse(arguments)))
+
+
+def _measure(options: argparse.Namespace) -> int:
     if options.table:
-        write_tables(options.table, options.document)
+        try:
+            write_tables(options.table, options.document)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            said = f"No tables can be made of these files ({error})"
+            raise UserError(f"{said}; give bench.json of this program.") from error
         return 0
-    device = torch.device(options.device)
+    device = options.device
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)
     if device.type == "cuda":
@@ -63,8 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     result = bench(device, options)
-    options.out.joinpath("bench.json").write_text(json.dumps(rounded(result), indent=1) + "\n", "utf-8")
-    options.out.joinpath("table.md").write_text(markdown(result), "utf-8")
+    write_whole(options.out / "bench.json", json.dumps(rounded(result), indent=1) + "\n")
+    write_whole(options.out / "table.md", markdown(result))
     print(last_line(result), flush=True)
     failed = options.tune and "tune" in result.get("skipped", {})
     return int(failed or result["gate"] == "red")
@@ -72,9 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m engine.kernels.benchmark", description=__doc__)
-    parser.add_argument("--budget", type=float, default=450.0, help="seconds that all of it may take")
+    parser.add_argument("--budget", type=_seconds, default=450.0, help="seconds that all of it may take")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for bench.json and table.md")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help=f"some of {','.join(SHARES)}; unchecked without gate")
     parser.add_argument("--tune", action="store_true", help="make this GPU's table of configurations")
     parser.add_argument("--workers", type=int, default=-1, help="processes that check; 0: this one")
@@ -89,8 +98,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.only = list(TUNING if options.tune else MEASURING)
     if options.workers < 0:
         spare = (os.cpu_count() or 2) - 2
-        options.workers = max(1, min(14, spare)) if options.device.startswith("cuda") else 0
+        options.workers = max(1, min(14, spare)) if options.device.type == "cuda" else 0
     return options
+
+
+def _seconds(text: str) -> float:
+    if not 0 < (seconds := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time that something can take")
+    return seconds
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"there is no device {text!r} here") from error
+    return device
 
 
 def say(text: str) -> None:
@@ -153,8 +177,8 @@ def shipped_step(device: torch.device, budget: Budget) -> dict:
     import numpy as np
 
     from engine.rollout.player import Player
-    from engine.rollout.rollout import Rollout
-    from engine.rollout.session import Session  # here alone, as kernels/ is to work without engine
+    from engine.rollout.rollout import Rollout  # late, as only this needs it
+    from engine.rollout.session import Session
 
     gpu = device.type == "cuda"
     shipped = ROOT / "assets" / "doom_gathering.safetensors"
@@ -189,5 +213,4 @@ def shipped_step(device: torch.device, budget: Budget) -> dict:
 
 
 if __name__ == "__main__":
-    escape_what_cannot_be_printed()
     sys.exit(main())

@@ -122,4 +122,6 @@ def write_tables(files: Sequence[Path], document: Path) -> None:
         raise ValueError(f"{document} needs {BEGIN} and, behind it, {END}, each once")
     made = [markdown(json.loads(file.read_text("utf-8"))) for file in sorted(files)]
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    document.write_text(f"{before}{BEGIN}\n\n" + "\n".join(made) + f"\n{END}{after}", "utf-8")
+    beside = document.with_name(document.name + ".tmp")
+    beside.write_text(f"{before}{BEGIN}\n\n" + "\n".join(made) + f"\n{END}{after}", "utf-8")
+    beside.replace(document)
