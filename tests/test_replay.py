@@ -149,5 +149,5 @@ def test_a_recording_that_does_not_fit_is_refused_in_words(record, tiny_checkpoi
     ],
 )
 def test_a_damaged_beginning_is_told(told, record, tiny_checkpoint):
-    with pytest.raises(UserError, match="damaged: its reset at frame 0"):
+    with pytest.raises(UserError, match="damaged at line 1"):
         opened(dream(tiny_checkpoint, policy=str(record("r", told))))

@@ -244,15 +244,8 @@ def play(job: Job) -> int:
             shutil.rmtree(draft)
         world = make_world(job.world)
         try:
-            with Recorder(
-                draft,
-                described(job.world, world),
-                "true",
-                job.seed,
-                lossless=job.lossless,
-                state_kinds=world.state_kinds,
-                policies=SHARES,
-            ) as recorder:
+            how = {"lossless": job.lossless, "state_kinds": world.state_kinds, "policies": SHARES}
+            with Recorder(draft, described(job.world, world), "true", job.seed, **how) as recorder:
                 episodes = _play_into(recorder, world, job)
         finally:
             world.close()

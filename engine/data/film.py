@@ -10,8 +10,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from ..config import UserError
-from .new_files import NewFiles
+from ..errors import UserError, reason
+from ..files import NewFiles
 from .video import url_of
 
 SCALE = 3  # video pixels per frame pixel: small frames would be blurred by players that enlarge them
@@ -78,10 +78,8 @@ class Film:
         if isinstance(error, FileExistsError) and error.filename == str(self.path):
             said = f"The video {self.path} is there already"
             return UserError(f"{said}; choose another place with video=FILE.mp4.")
-        said = getattr(error, "strerror", None) or str(error)
-        return UserError(
-            f"The video {self.path} could not be written ({said}); choose another place with video=FILE.mp4."
-        )
+        said = f"The video {self.path} could not be written ({reason(error)})"
+        return UserError(f"{said}; choose another place with video=FILE.mp4.")
 
     def _work(self) -> None:
         """The encoder's thread; after an error it still empties the queue, so that `add` never hangs."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from ..config import UserError
+from ..errors import UserError, reason
 from ..files import write_whole
 
 KINDS = {  # how files begin → the decoder
@@ -58,9 +58,8 @@ def load_picture(path: str | Path) -> np.ndarray:
             raise ValueError("it is damaged")
         pixels = pictures[0].to_ndarray(format="rgba")
     except (OSError, ValueError, MemoryError, av.FFmpegError) as error:
-        said = getattr(error, "strerror", None) or str(error)
-        kinds = "PNG, JPEG, WebP, GIF, BMP or TIFF"
-        raise UserError(f"The picture {path} could not be read ({said}); give a {kinds} file.") from error
+        said = f"The picture {path} could not be read ({reason(error)})"
+        raise UserError(f"{said}; give a PNG, JPEG, WebP, GIF, BMP or TIFF file.") from error
     picture, opaque = pixels[..., :3], pixels[..., 3:]
     if opaque.min() < 255:
         picture = ((picture * opaque.astype(np.uint16) + 127) // 255).astype(np.uint8)

@@ -21,15 +21,12 @@ import numpy as np
 
 from .. import __version__
 from ..config import UserError, WorldConfig
-from .new_files import NewFiles
+from ..errors import reason
+from ..files import NewFiles, replace_whole
 from .schema import ACTIONS, FRAMES, HEADER, SCHEMA, known_kinds, read_header, read_lines
 from .video import CODEC, EXACT, QUALITY, VideoWriter, count_frames, read_frames
 
 LOGGER = logging.getLogger(__name__)
-
-
-def _sentence(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class Recorder:
@@ -86,7 +83,7 @@ class Recorder:
         try:
             self._open()
         except OSError as error:
-            raise UserError(f"Cannot record into {self.directory}: {_sentence(error)}.") from error
+            raise UserError(f"Cannot record into {self.directory}: {reason(error)}.") from error
         # Under half a second of frames: enough for a hiccup of the disk, and little is lost in a kill.
         self._queue: queue.Queue = queue.Queue(max(4, min(32, int(world.fps / 2))))
         self._start = time.monotonic_ns()
@@ -99,14 +96,11 @@ class Recorder:
             raise UserError(f"{self.directory} already holds a recording; choose another directory.")
         begun = NewFiles(*names)
         try:
-            partial = self.directory / (HEADER + ".tmp")
-            partial.write_text(json.dumps(self._header, indent=1) + "\n")
-            os.replace(partial, self.directory / HEADER)
+            replace_whole(self.directory / HEADER, json.dumps(self._header, indent=1) + "\n")
             self._lines = open(self.directory / ACTIONS, "xb", buffering=0)
             (height, width, _), lossless = self._shape, self._header["codec"]["lossless"]
             self._video = VideoWriter(self.directory / FRAMES, height, width, self._header["fps"], lossless)
         except BaseException:
-            partial.unlink(missing_ok=True)
             begun.remove()
             raise
 
@@ -174,7 +168,7 @@ class Recorder:
         if self._error is None:
             raise UserError(f"The recording in {self.directory} is closed.")
         message = f"Recording into {self.directory} stopped after {self.frames_written} frames"
-        raise UserError(f"{message}: {_sentence(self._error)}.") from self._error
+        raise UserError(f"{message}: {reason(self._error)}.") from self._error
 
     def _work(self) -> None:
         """The writer thread; after an error it still empties the queue, so that `add` never hangs."""

@@ -116,9 +116,28 @@ def _are_events(value: object) -> bool:
     if not isinstance(value, list):
         return False
     began = [event["reset"] for event in value if isinstance(event, dict) and "reset" in event]
-    return all(
-        isinstance(told, dict) and _is_seed(told.get("seed", 0)) and isinstance(told.get("start", ""), str)
-        for told in began
+    return all(map(_is_beginning, began))
+
+
+def _is_beginning(told: object) -> bool:
+    return (
+        isinstance(told, dict)
+        and _is_seed(told.get("seed", 0))
+        and isinstance(told.get("start", ""), str)
+        and isinstance(told.get("held", []), list)
+        and all(map(_is_run, told.get("held", [])))
+    )
+
+
+def _is_run(run: object) -> bool:
+    """Whether it is [names of held keys, frames for which they were held]."""
+    return (
+        isinstance(run, list)
+        and len(run) == 2
+        and isinstance(run[0], list)
+        and all(isinstance(name, str) for name in run[0])
+        and _is_whole(run[1])
+        and run[1] > 0
     )
 
 

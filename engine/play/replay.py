@@ -88,27 +88,6 @@ class Replay:
         return Beginning(seed, told.get("start", ""), before)
 
     def _told(self, frame: int) -> dict[str, Any]:
-        """What is recorded of the reset at this frame, checked; nothing, where that was not noted."""
+        """What is recorded of the reset at this frame; nothing, where that was not noted."""
         events = [event for event in self._recording.events[frame] if isinstance(event, dict)]
-        told = next((event["reset"] for event in events if "reset" in event), {})
-        if not (
-            isinstance(told, dict)
-            and isinstance(told.get("seed", 0), int)
-            and isinstance(told.get("start", ""), str)
-            and isinstance(told.get("held", []), list)
-            and all(_is_run(run) for run in told.get("held", []))
-        ):
-            raise UserError(f"{self._recording.directory} is damaged: its reset at frame {frame} cannot be.")
-        return told
-
-
-def _is_run(run: object) -> bool:
-    """Whether it is [names of held keys, frames for which they were held]."""
-    return (
-        isinstance(run, list)
-        and len(run) == 2
-        and isinstance(run[0], list)
-        and all(isinstance(name, str) for name in run[0])
-        and isinstance(run[1], int)
-        and run[1] > 0
-    )
+        return next((event["reset"] for event in events if "reset" in event), {})

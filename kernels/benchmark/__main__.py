@@ -30,7 +30,7 @@ from engine.files import write_whole
 from ..dispatch import use
 from . import endtoend, gate, optable, tuning
 from .processes import share
-from .report import last_line, markdown, rounded, write_tables
+from .report import last_line, markdown, rounded, with_tables
 from .timing import Budget, ceilings, why
 
 # The largest share of the budget that a section may take; what one leaves over is the next one's.
@@ -55,10 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _measure(options: argparse.Namespace) -> int:
     if options.table:
         try:
-            write_tables(options.table, options.document)
+            text = with_tables(options.table, options.document)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             said = f"No tables can be made of these files ({error})"
             raise UserError(f"{said}; give bench.json of this program.") from error
+        write_whole(options.document, text)
         return 0
     device = options.device
     if device.type == "cuda" and device.index is None:

@@ -115,13 +115,11 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
 
 
-def write_tables(files: Sequence[Path], document: Path) -> None:
-    """Puts the files' tables between the document's two markers."""
+def with_tables(files: Sequence[Path], document: Path) -> str:
+    """The document's text with the files' tables between its two markers."""
     text = document.read_text("utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{document} needs {BEGIN} and, behind it, {END}, each once")
     made = [markdown(json.loads(file.read_text("utf-8"))) for file in sorted(files)]
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    beside = document.with_name(document.name + ".tmp")
-    beside.write_text(f"{before}{BEGIN}\n\n" + "\n".join(made) + f"\n{END}{after}", "utf-8")
-    beside.replace(document)
+    return f"{before}{BEGIN}\n\n" + "\n".join(made) + f"\n{END}{after}"
