@@ -116,7 +116,7 @@ def packed_with(tiny_checkpoint, out, **options) -> dict:
     checkpoint = str(tiny_checkpoint.parent / "startless.safetensors")
     config = TrainConfig("pack", checkpoint=checkpoint, out=str(out / "small.safetensors"), **options)
     small = Checkpoint(packing.pack(config)["checkpoint"])
-    return packed_starts(small.extras, small.model.state.names)
+    return packed_starts(small.extras, small.model, small.world)
 
 
 def write(directory, world: WorldConfig, frames: int, held: str = "", episode: int = 100) -> None:

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import PlayConfig, StateConfig
+from engine.config import PlayConfig, StateConfig, UserError
 from engine.data.floor import BODY
 from engine.data.picture import load_picture, save_picture
 from engine.data.recording import Recording
 from engine.data.starts import cut_start, packed_starts
 from engine.model.checkpoint import Checkpoint, save_checkpoint
-from engine.model.networks import load_autoencoder, make_denoiser
+from engine.model.networks import load_autoencoder, load_states, make_denoiser
 from engine.play.game import open_game
 from engine.play.playthrough import Playthrough, check_policy
 from engine.play.schedule import Schedule
@@ -55,7 +55,7 @@ def playthrough(checkpoint: Path, **options) -> Playthrough:
 def drawn(checkpoint, name: str) -> np.ndarray:
     """What the network draws of a shipped start's last latents, uint8 (h, w, 3)."""
     player = Player(checkpoint, "cpu", "fp32")
-    start = packed_starts(player.checkpoint.extras, player.states.spec.names)[name]
+    start = packed_starts(player.checkpoint.extras, player.checkpoint.model, player.world)[name]
     return player.decode(start.latents[-1:])[0]
 
 
@@ -191,17 +191,30 @@ def test_a_start_from_ones_own_screenshot_is_the_frame(tiny_checkpoint, tmp_path
     assert (game.reset(0, str(tmp_path / "wide.png")) == 200).all()
 
 
-def test_shipped_starts_of_another_size_are_not_offered(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("part", ["latents", "actions", "states"])
+def test_shipped_starts_of_other_networks_are_not_offered(tiny_checkpoint, tmp_path, part):
     before, path = Checkpoint(tiny_checkpoint), tmp_path / "other.safetensors"
     extras = dict(before.extras)
-    extras["starts.a.latents"] = extras["starts.a.latents"][..., :-1].contiguous()
-    model = replace(before.model, state=StateConfig())
-    networks = {"autoencoder": load_autoencoder(before), "denoiser": make_denoiser(model, before.world)}
+    extras[f"starts.a.{part}"] = extras[f"starts.a.{part}"][..., :-1].contiguous()
+    model, networks = before.model, {"autoencoder": load_autoencoder(before), "states": load_states(before)}
+    networks["denoiser"] = make_denoiser(model, before.world)
     save_checkpoint(path, networks, model, before.world, extras)
     game = open_game(PlayConfig(checkpoint=str(path), device="cpu", precision="fp32"))
     assert game.start == "b"
     game.choose_next()
     assert game.start == "b"
+
+
+def test_a_damaged_shipped_start_is_told(tiny_checkpoint):
+    made = Checkpoint(tiny_checkpoint)
+    for part in ("latents", "actions", "states"):
+        name = f"starts.a.{part}"
+        for extras in ({name: made.extras[name][:-1]}, {name: made.extras[name][0]}):
+            with pytest.raises(UserError, match="start 'a' inside the checkpoint is damaged"):
+                packed_starts(made.extras | extras, made.model, made.world)
+        without = {key: value for key, value in made.extras.items() if key != name}
+        with pytest.raises(UserError, match="damaged"):
+            packed_starts(without, made.model, made.world)
 
 
 def test_names_with_colons(tiny_checkpoint, tmp_path, monkeypatch):
@@ -243,7 +256,7 @@ def test_a_shipped_start_is_the_recording_that_it_was_cut_from(tiny_checkpoint):
     """Latents (in 8 bits), keys and states as they were: the game is the same, and knows where it is."""
     player = Player(tiny_checkpoint, "cpu", "fp32")
     walk, shipped, recorded = Recording(tiny_checkpoint.parent / "walk"), Session(player), Session(player)
-    start = packed_starts(player.checkpoint.extras, player.states.spec.names)["a"]
+    start = packed_starts(player.checkpoint.extras, player.checkpoint.model, player.world)["a"]
     np.testing.assert_array_equal(shipped.begin(4, start), drawn(tiny_checkpoint, "a"))
     recorded.reset(4, walk.frames(0, 13), walk.actions[:13], walk.states[:13])
     assert shipped.state() == recorded.state() == {"x": 108, "y": 40, "angle": 84}

@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..config import UserError, WorldConfig
+from ..config import ModelConfig, UserError, WorldConfig
 from ..worlds import make_world
 from ..worlds.base import ActionSpace
 from ..worlds.frames import fit
@@ -42,10 +41,12 @@ class Start:
     latents: Any = None  # then these (t, c, y, x)
 
 
-def packed_starts(extras: dict[str, Any], state_names: Sequence[str]) -> dict[str, Start]:
-    """The starts that a checkpoint holds as tensors (packing.py), by name. Raises UserError for one that is
-    damaged.
+def packed_starts(extras: dict[str, Any], model: ModelConfig, world: WorldConfig) -> dict[str, Start]:
+    """The starts that a checkpoint holds as tensors (packing.py), by name, but for those of other networks:
+    of latents, keys or a state of other sizes. Raises UserError for one that is damaged.
     """
+    told = model.state.names
+    fitting = (*model.autoencoder.latent_shape(world), len(world.keys), len(told))
     names = sorted({key.split(".")[1] for key in extras if key.startswith("starts.")})
     starts = {}
     for name in names:
@@ -53,9 +54,9 @@ def packed_starts(extras: dict[str, Any], state_names: Sequence[str]) -> dict[st
         sizes = [() if tensor is None else tuple(tensor.shape) for tensor in part.values()]
         if list(map(len, sizes)) != [4, 2, 2] or {size[0] for size in sizes} != {sizes[0][0] or 1}:
             raise UserError(f"The start {name!r} inside the checkpoint is damaged; pack it again.")
-        if sizes[2][1] != len(state_names):
-            raise UserError(f"The start {name!r} tells another state than its network knows; pack it again.")
-        states = [dict(zip(state_names, row, strict=True)) for row in part["states"].tolist()]
+        if (*sizes[0][1:], sizes[1][1], sizes[2][1]) != fitting:
+            continue
+        states = [dict(zip(told, row, strict=True)) for row in part["states"].tolist()]
         latents, actions = part["latents"].float() / STEPS, part["actions"].float().numpy()
         starts[name] = Start(name, None, actions, states or None, latents)
     return starts

@@ -46,8 +46,8 @@ def _play(player: Player, path: Path, steps: int, seed: int) -> tuple[np.ndarray
     """→ the first frames of each game, uint8 (games, frames, h, w, 3), and milliseconds of a step."""
     session = Session(player)
     space, games = session.action_space, []
-    names = player.states.spec.names if player.states else ()
-    starts = list(packed_starts(player.checkpoint.extras, names).values())
+    made = player.checkpoint
+    starts = list(packed_starts(made.extras, made.model, made.world).values())
     blank = np.zeros((1, player.world.height, player.world.width, 3), np.uint8)
     starts = starts or [Start("blank", blank, np.zeros((1, len(space)), np.float32))]
     for number, start in enumerate(starts):

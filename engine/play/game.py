@@ -79,10 +79,7 @@ class Dream:
         player = Player(path, config.device, config.precision)
         self._session = Session(player, config.graph)
         self._frames = player.known_frames
-        names = player.states.spec.names if player.states else ()
-        shape = player.checkpoint.model.autoencoder.latent_shape(player.world)
-        starts = packed_starts(player.checkpoint.extras, names)
-        self._shipped = {name: x for name, x in starts.items() if x.latents.shape[1:] == shape}
+        self._shipped = packed_starts(player.checkpoint.extras, player.checkpoint.model, player.world)
         self._loaded: dict[str, Start] = {}
         self.action_space, self.fps = self._session.action_space, self._session.fps
         self.state_kinds = self._session.state_kinds

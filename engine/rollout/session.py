@@ -64,9 +64,6 @@ class Session:
         """Starts where `start` (starts.py) says → its last frame."""
         if start.latents is None:
             return self.reset(seed, start.frames, start.actions, start.states)
-        shape, keys = self.player.model.generator.denoiser.shape, len(self.action_space)
-        if (*start.latents.shape[1:], start.actions.shape[1]) != (*shape, keys):
-            raise UserError(f"The start {start.name!r} is of another network than this one; pack it again.")
         latents = start.latents[None].to(self.player.device)
         frame = self.player.decode(latents[:, -1])[0]
         return self._begin(seed, frame, latents, start.actions, start.states)
