@@ -369,7 +369,7 @@ def test_the_rate_is_recorded_and_trained_with(tmp_path, capsys):
 
 
 def test_a_rate_of_nought_is_for_gymnasium_alone():
-    with pytest.raises(UserError, match="must be positive"):
+    with pytest.raises(UserError, match="at least 0.01, or 0 for kind gym"):
         WorldConfig(fps=0)
 
 
