@@ -62,12 +62,12 @@ def wrong(kind: type[Checked], values: Mapping[str, Any]) -> str:
             continue
         value, must = values[one.name], f"{kind.section}.{one.name}".lstrip(".") + " must be"
         if not _fits(value, _hints(kind)[one.name]):
-            return f"{must} {_words(_hints(kind)[one.name])}, not {_short(value)}."
+            return f"{must} {_words(_hints(kind)[one.name])}, not {shortened(repr(value))}."
         bounds = one.metadata.get("bounds", {})
         several = value if isinstance(value, (list, tuple)) else [value]
         if not all(PASSES[name][1](x, bound) for x in several for name, bound in bounds.items()):
             said = [f"{PASSES[name][0]} {bound:,}".removesuffix(".0") for name, bound in bounds.items()]
-            return f"{must} {' and '.join(said)}, not {_short(value)}."
+            return f"{must} {' and '.join(said)}, not {shortened(repr(value))}."
     return ""
 
 
@@ -115,6 +115,7 @@ def _words(kind: Any) -> str:
     return WORDS.get(kind, "a mapping of options")
 
 
-def _short(value: Any) -> str:
-    said = " ".join(repr(value).split())
+def shortened(said: str) -> str:
+    """A value's text, so that it fits into a sentence."""
+    said = " ".join(said.split())
     return said if len(said) < 60 else said[:57] + "..."

@@ -32,18 +32,11 @@ def told(header: dict) -> dict[str, Any]:
     """What the header of a recording (schema.py) tells of its world, by the names of WorldConfig's fields;
     what it leaves open is not among it.
     """
-    config, keymap = header["config"], header["keymap"]
-    plain = WorldConfig()
-    about = {name: config[name] for name in TAKEN if isinstance(config.get(name), type(getattr(plain, name)))}
-    about |= {"name": header["world"], **{name: header[name] for name in ("width", "height")}}
-    about |= {"fps": float(header["fps"]), "keys": {name: _codes(keymap, name) for name in header["names"]}}
+    about = header["config"] | {"name": header["world"], "fps": float(header["fps"])}
+    about |= {name: header[name] for name in ("width", "height")}
+    about |= {"keys": {name: list(header["keymap"].get(name, [])) for name in header["names"]}}
     about = {name: about[name] for name in TAKEN if about.get(name) or name == "keys"}
     return {"id": "", **about} if "name" in about else about
-
-
-def _codes(keymap: dict, name: str) -> list[str]:
-    codes = keymap.get(name)
-    return [str(code) for code in codes] if isinstance(codes, list) else []
 
 
 def world_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..bounds import wrong
+from ..bounds import shortened, wrong
 from ..config import FASTEST, SLOWEST, UserError, WorldConfig
 from ..worlds.base import STATE_KINDS
 
@@ -31,13 +31,13 @@ def read_header(directory: Path) -> dict:
     if not isinstance(header, dict) or not {"schema", "names", "fps", "height", "width"} <= header.keys():
         raise UserError(f"{path} was not written by Rollplay.")
     if not _is_whole(header["schema"]) or header["schema"] not in (1, SCHEMA):
-        said = f"{path} has schema {_short(header['schema'])}"
+        said = f"{path} has schema {shortened(json.dumps(header['schema']))}"
         raise UserError(f"{said}, but this version reads 1 and {SCHEMA}; it may come from a newer one.")
     known = {"source": "", "checkpoint": "", "seed": 0, "world": "", "config": {}, "keymap": {}, "codec": {}}
     header = {**known, "state_kinds": None, "parent": None, "policies": None, **header}
     for name, right in HEADER_CHECKS.items():
         if not right(header[name]):
-            raise UserError(f"{path} is damaged: its {name} cannot be {_short(header[name])}.")
+            raise UserError(f"{path} is damaged: its {name} cannot be {shortened(json.dumps(header[name]))}.")
     if said := wrong(WorldConfig, header["config"]):
         raise UserError(f"{path} is damaged: in its config {said}")
     return header
@@ -185,8 +185,3 @@ HEADER_CHECKS = {
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number")
-
-
-def _short(value: object) -> str:
-    said = json.dumps(value)
-    return said if len(said) < 60 else said[:57] + "..."
