@@ -126,7 +126,7 @@ def _fps(metadata: Any) -> float:
 
 
 def _action_space(config: WorldConfig, names: list[str]) -> ActionSpace:
-    """Keys that are given by the environment's names change these alone; by other names they are all of them."""
+    """Keys given by the environment's own names change only these; given by other names they are all."""
     given = {name: tuple(codes) for name, codes in config.keys.items()}
     if given.keys() <= set(names):
         return ActionSpace(tuple(names), tuple(bindings_of(names, given)))
