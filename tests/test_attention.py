@@ -288,7 +288,8 @@ def test_a_library_over_pages_is_the_definition():
 def test_tables_may_prefer_a_library(monkeypatch):
     """For many queries, and only where the host knows what is seen."""
     rule = {"head_dim": [32], "dtype": ["float32"], "rows": 4, "provider": "sdpa"}
-    monkeypatch.setattr(attention, "read_table", lambda name: {"libraries": [rule]})
+    read = attention.read_table
+    monkeypatch.setattr(attention, "read_table", lambda name: read(name) | {"libraries": [rule]})
     q, keys, values, pages, _, lengths = given((3, 4), 2, 5, 3, 32, (7, 9))
     assert libraries.preferred(q, (3, 4), None) == "sdpa"
     assert libraries.preferred(q, (3, 3), None) is None, "too few"
