@@ -468,7 +468,7 @@ def launch(tmp_path: Path, options: list[str], signal: int = -1) -> subprocess.C
     script.write_text(RANKED.format(tests=str(ROOT / "tests"), signal=signal))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 120}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 400}
     return subprocess.run([*command, str(script), *options], cwd=ROOT, env=environment, **pipes)
 
 
