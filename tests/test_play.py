@@ -32,6 +32,7 @@ from engine.play.timings import Timings
 from engine.programs import play
 from engine.rollout.player import Player
 from engine.rollout.session import Session
+from engine.shipped import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,6 +102,20 @@ def test_without_a_display_a_policy_plays_into_a_video(tiny_checkpoint, tmp_path
     assert len(first) > 1000
     assert run(capsys, f"checkpoint={tiny_checkpoint}", "frames=3")["video"] == "rollplay-2.mp4"
     assert (tmp_path / "rollplay.mp4").read_bytes() == first and (tmp_path / "rollplay-2.mp4").exists()
+
+
+def test_without_a_display_the_shipped_world_is_shown_by_its_walk(tmp_path, monkeypatch):
+    """Recorded with the network that ships, or its film would show other places than those that were walked."""
+    for name in ("SDL_VIDEODRIVER", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    walk = Recording(play.choose_display(PlayConfig()).policy)
+    assert walk.header["checkpoint"] == Checkpoint(shipped(PlayConfig.checkpoint)).digest()
+    assert len(walk) > 200 and not walk.resets[1:].any()
+    assert (np.diff(walk.actions, axis=0) != 0).any(1).sum() > 10, "somebody plays"
+    for own in ({"seed": 5}, {"start": "2"}, {"checkpoint": "other.safetensors"}):
+        assert play.choose_display(PlayConfig(**own)).policy == "explore"
+    assert play.choose_display(PlayConfig(policy="spin")).policy == "spin"
 
 
 def test_help(capsys):

@@ -1,7 +1,7 @@
 """Plays a world: python play.py [name=value ...]
 
 Without options a window opens and you walk through the world that the network in assets/ draws; F1 shows the
-keys. Where there is no display, a policy plays 300 frames into a video. Often used options:
+keys. Where there is no display, a recorded walk is played into a video. Often used options:
   checkpoint=FILE   which network           game=true world=NAME   the real game instead, with the same keys
   start=WHERE       where a dream starts: a shipped start's name, a recording DIR or DIR:FRAME, any picture
   record=DIR        records frames and keys, to train on or to replay
@@ -25,11 +25,13 @@ from typing import Any
 from ..config import PlayConfig, UserError, load_config
 from ..errors import refuse, run_program
 from ..play.timings import seconds_since_start
+from ..shipped import shipped
 from ..worlds.base import ActionSpace
 
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 HEADLESS_FRAMES = 300
 HEADLESS_VIDEO = "rollplay{}.mp4"
+WALK = "assets/walk"  # a recording in the shipped world
 NAMED = 20  # actions without a key, in words
 
 
@@ -48,11 +50,18 @@ def choose_display(config: PlayConfig) -> PlayConfig:
         if not trouble and (config.display == "window" or seen_by_somebody()):
             return replace(config, display="window")
         why = trouble or "SDL draws into nothing"
-        print(f"There is no display here ({why}), so a policy plays into a video.")
+        print(f"There is no display here ({why}), so a recorded walk or a policy plays into a video.")
         print("For a window start play.py on a desktop, or through one that is forwarded (ssh -X).")
-        config = replace(config, video=config.video or free_name(HEADLESS_VIDEO))
+        config = replace(config, video=config.video or free_name(HEADLESS_VIDEO), policy=showing(config))
     policy = "explore" if config.policy == "keyboard" else config.policy
     return replace(config, display="headless", policy=policy)
+
+
+def showing(config: PlayConfig) -> str:
+    """Who plays where nobody can: of the shipped world the recorded walk that came with it."""
+    walk, given = shipped(WALK), (config.start, config.seed)
+    untouched = config.checkpoint == PlayConfig.checkpoint and config.game == "dream" and not any(given)
+    return str(walk) if config.policy == "keyboard" and untouched and walk.is_dir() else config.policy
 
 
 def free_name(pattern: str) -> str:
