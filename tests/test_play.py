@@ -105,7 +105,7 @@ def test_without_a_display_a_policy_plays_into_a_video(tiny_checkpoint, tmp_path
 
 
 def test_without_a_display_the_shipped_world_is_shown_by_its_walk(tmp_path, monkeypatch):
-    """Recorded with the network that ships, or its film would show other places than those that were walked."""
+    """Recorded with the network that ships, or its film would show other places than were walked."""
     for name in ("SDL_VIDEODRIVER", "DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
