@@ -21,7 +21,6 @@ from engine.config import AutoencoderConfig, DenoiserConfig, ModelConfig, UserEr
 from engine.model.autoencoder import Autoencoder
 from engine.model.checkpoint import Checkpoint, kept, read_about, save_checkpoint, weights_digest
 from engine.model.networks import load_denoiser, make_denoiser
-from engine.model.packing import packed
 
 MODEL = ModelConfig(
     AutoencoderConfig(channels=4, widths=[8, 8, 8, 8], depth=1),
@@ -129,41 +128,6 @@ def test_loaded_networks_do_the_same(tmp_path):
         assert (expected - b.attention.qkv(tokens)).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("small", [False, True], ids=["as trained", "packed"])
-@torch.no_grad()
-def test_a_denoiser_of_before_the_gate_is_read_with_an_open_one(tmp_path, small):
-    """Format 2: of what the network writes the gate's row is missing."""
-    model = replace(MODEL, denoiser=replace(MODEL.denoiser, conv_width=128))  # so large that it is packed
-    torch.manual_seed(0)
-    denoiser = make_denoiser(model, WORLD)
-    for parameter in denoiser.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    write, last = denoiser.transformer.write, "denoiser.transformer.write"
-    write.weight[-1], write.bias[-1] = 0, 100  # a gate that lets through everything is none
-    path = tmp_path / "model.safetensors"
-    save_checkpoint(path, {"denoiser": denoiser}, model, WORLD)
-    with safe_open(path, framework="pt") as file:
-        head = json.loads(file.metadata()["rollplay"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    tensors |= {f"{last}.{key}": tensors[f"{last}.{key}"][:-1].clone() for key in ("weight", "bias")}
-    if small:
-        tensors = {name: part for key, value in tensors.items() for name, part in packed(key, value).items()}
-        assert tensors[last + ".weight"].dtype == torch.int8
-        assert len(tensors[last + ".weight#scale"]) == len(write.bias) - 1
-    save_file(tensors, path, metadata={"rollplay": json.dumps(head | {"format": 2})})
-    loaded = load_denoiser(Checkpoint(path))
-    found = loaded.transformer.write
-    assert not found.weight[-1].any() and found.bias[-1].sigmoid() > 0.99
-    torch.testing.assert_close(found.weight[:-1], write.weight[:-1], rtol=0, atol=0.01 if small else 0)
-    features = torch.randn(2, 128, 8, 12)
-    made, gate = found(features).tensor_split((-1,), 1)
-    before = write(features)[:, :-1]
-    assert (made * gate.sigmoid() - before).norm() < 0.02 * before.norm(), "it plays nearly as before"
-    again = tmp_path / "again.safetensors"
-    save_checkpoint(again, {"denoiser": loaded}, model, WORLD)
-    assert torch.equal(load_denoiser(Checkpoint(again)).transformer.write.weight, found.weight)
-
-
 def test_digests_tell_weights_apart(tmp_path):
     first, again, other = networks(0), networks(0), networks(1)
     assert weights_digest(first["autoencoder"]) == weights_digest(again["autoencoder"])
@@ -178,7 +142,7 @@ def test_digests_tell_weights_apart(tmp_path):
 
 def test_the_header_can_be_read_alone(tmp_path):
     path = save(tmp_path / "model.safetensors", origin={"made_from": {"motion": "abc"}})
-    assert read_about(path) == Checkpoint(path).about and read_about(path)["format"] == 3
+    assert read_about(path) == Checkpoint(path).about and read_about(path)["format"] == 2
     assert "no checkpoint" in refusal(read_about, tmp_path / "none.safetensors")
     path.write_bytes(b"no checkpoint at all")
     assert "not a readable checkpoint" in refusal(read_about, path)

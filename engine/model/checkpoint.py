@@ -27,10 +27,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import ModelConfig, UserError, WorldConfig
 from .state_spec import StateSpec
-from .transformer import OPEN
 
-FORMAT = 3  # 1: the networks with a flow, always packed
-GATELESS = 2  # a denoiser without a gate; is still read
+FORMAT = 2  # 1: the networks with a flow, always packed
 SCALE = "#scale"  # behind the name of a tensor kept in 8 bits: that of its rows' scales
 EXTRAS = "extras"  # before the names of tensors that are no network's
 # what a header must have, and what it may have, by type
@@ -107,8 +105,6 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.about, self.tensors = _read(self.path)
-        if self.about["format"] == GATELESS:
-            self.tensors = _with_gate(self.tensors)
         self.modules: list[str] = self.about["modules"]
         parts, kinds = self.about["model"], get_type_hints(ModelConfig)
         try:
@@ -198,16 +194,6 @@ def _read(path: Path, wanted: Sequence[str] | None = None) -> tuple[dict[str, An
     return about, tensors
 
 
-def _with_gate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of a denoiser without a gate, as one whose gate is open."""
-    last, made = "denoiser.transformer.write", dict(tensors)
-    for name, value in ((".weight", 0), (".weight" + SCALE, 1), (".bias", OPEN)):
-        own = made.get(last + name)
-        if own is not None and own.ndim:  # a scalar is damage, which is told where networks are built
-            made[last + name] = torch.cat([own, own.new_full(own[:1].shape, value)])
-    return made
-
-
 def _header(path: Path, text: str) -> dict[str, Any]:
     """A header's text → its content, of the right types."""
     damaged = f"The header of {path} is damaged"
@@ -217,9 +203,8 @@ def _header(path: Path, text: str) -> dict[str, Any]:
         raise UserError(f"{damaged}: it is not JSON; copy it again or train anew.") from error
     if not isinstance(about, dict):
         raise UserError(f"{damaged}: it holds no names; copy it again or train anew.")
-    if about.get("format") not in (GATELESS, FORMAT):
-        said = f"{path} has format {about.get('format')}"
-        raise UserError(f"{said}; this version reads {GATELESS} and {FORMAT}.")
+    if about.get("format") != FORMAT:
+        raise UserError(f"{path} has format {about.get('format')}; this version reads {FORMAT}.")
     for name, kinds in (ABOUT | KNOWN).items():
         if (name in ABOUT or name in about) and not isinstance(about.get(name), kinds):
             raise UserError(f"{damaged}: its {name} is missing or wrong; copy it again or train anew.")

@@ -72,7 +72,7 @@ class Denoiser(nn.Module):
             given = [torch.cat(both, 1) for both in zip(self._committed(pending), given, strict=True)]
             frame = frame - 1
         made = self._transformed(*given, frame, memory, context_only_frames=1 if pending else 0)
-        return prev_frame + made
+        return prev_frame + made.float()
 
     def commit(
         self, clean: Tensor, condition: Tensor, frame: int, memory: KVRecorder, sigma: Tensor | None = None

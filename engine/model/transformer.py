@@ -12,16 +12,13 @@ from torch import Tensor, nn
 from ..config import DenoiserConfig, UserError
 from .layers import AttentionContext, Condition, ConvLayer, DiTLayer, Positions, SigmaEncoder, modulated_norm
 
-OPEN = 5.0  # where gates begin: nearly all is let through
-
 
 class Transformer(nn.Module):
     """Latents of some frames (b, t, c, y, x), conditioned frame by frame → as many of the same shape.
 
     Convolutions at the latents' own resolution stand before and behind the tokens, joined past them (as in a
     U-Net, Ronneberger et al., 2015): fine things nearby are their work, far and long-ago ones that of the
-    attention over a few large tokens. What they say passes a gate, one for each place: to say nothing at all,
-    as where nothing moves, is one number then, not the exact sum of many.
+    attention over a few large tokens.
     """
 
     def __init__(self, config: DenoiserConfig, channels: int, rows: int, columns: int, scene: bool = False):
@@ -49,12 +46,11 @@ class Transformer(nn.Module):
         self.last = nn.Linear(width, 2 * width)
         self.patch_out = nn.Linear(width, fine * self.patch**2)
         self.conv_out = nn.ModuleList(ConvLayer(fine, width) for _ in range(config.conv_out_layers))
-        self.write = nn.Conv2d(fine, channels + 1, 3, padding=1)
+        self.write = nn.Conv2d(fine, channels, 3, padding=1)
         self.positions = Positions(config.head_dim, self.rows, self.columns)
         for zero in (self.modulation, self.last, self.patch_out, self.write):
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
-        nn.init.constant_(self.write.bias[-1:], OPEN)
 
     def forward(
         self,
@@ -99,8 +95,7 @@ class Transformer(nn.Module):
         fine = fine + out.permute(0, 3, 1, 2)
         for conv in self.conv_out:
             fine = conv(fine, condition)
-        made, gate = self.write(F.silu(fine)).unflatten(0, (b, t)).tensor_split((-1,), 2)
-        return made.float() * gate.float().sigmoid()
+        return self.write(F.silu(fine)).unflatten(0, (b, t))
 
     def _conditions(self, condition: Tensor) -> list[Condition]:
         """Each layer's own from the frames' (b, t, d)."""
