@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from engine.config import TrainConfig, UserError, WorldConfig, load_config
+from engine.data.dataset import recorded_world
 from engine.data.recording import Recorder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.programs import train
@@ -534,7 +535,7 @@ def test_a_killed_training_goes_on(options, tmp_path):
     reached, saved = torch.load(state)["step"], Checkpoint(tmp_path / "out" / "autoencoder.safetensors")
     saved.load_into("line", Line())
     assert reached > 0 and 0 <= saved.about["steps"] - reached <= 1, "the checkpoint is never older"
-    config = config_of([*given, f"steps={reached + 2}"])
+    config = recorded_world(config_of([*given, f"steps={reached + 2}"]))
     assert train_stage(config, Ranks(), Stop())["steps"] == reached + 2
     assert not list((tmp_path / "out").glob("*.tmp")), "leftovers are gone"
 

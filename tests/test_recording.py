@@ -451,6 +451,7 @@ def test_a_slow_disk_holds_up_the_caller_and_drops_nothing(tmp_path, monkeypatch
     check_alignment(Recording(tmp_path / "r"))
 
 
+@pytest.mark.slow
 def test_recording_costs_less_than_3_percent_of_a_step(tmp_path):
     frames, spent = [numbered(i) for i in range(60)], []
     with Recorder(tmp_path / "r", WORLD, "true", 0) as recorder:
