@@ -535,7 +535,8 @@ def test_a_killed_training_goes_on(options, tmp_path):
     reached, saved = torch.load(state)["step"], Checkpoint(tmp_path / "out" / "autoencoder.safetensors")
     saved.load_into("line", Line())
     assert reached > 0 and 0 <= saved.about["steps"] - reached <= 1, "the checkpoint is never older"
-    config = recorded_world(config_of([*given, f"steps={reached + 2}"]))
+    config = config_of([*given, f"steps={reached + 2}"])
+    config.world = recorded_world(config.data, config.world, config.given)
     assert train_stage(config, Ranks(), Stop())["steps"] == reached + 2
     assert not list((tmp_path / "out").glob("*.tmp")), "leftovers are gone"
 
