@@ -104,7 +104,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _seconds(text: str) -> float:
-    if not 0 < (seconds := float(text)) < float("inf"):
+    if not 0 <= (seconds := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no time that something can take")
     return seconds
 
