@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 
 import pytest
@@ -17,11 +18,11 @@ from engine.rollout.rollout import Rollout
 from engine.stage_config import DistillStageConfig
 from engine.train.denoiser import PlainLoss
 from engine.train.distill import DistillLoss
-from engine.train.rollout import RolloutLoss
+from engine.train.rollout import RolloutLoss, Windows
 
 START, HISTORY = SMALL.sink_frames + SMALL.context_frames, SMALL.action_history
 STRIPES = torch.tensor([1.0, -1.0]).repeat(SHAPE[2] // 2)
-OWN = DistillStageConfig(game_frames=6, game_groups=1, teacher_forcing=0.0)
+OWN = DistillStageConfig(game_frames=6, game_groups=1, teacher_forcing=0.0, still_games=0, lost=1e6)
 
 
 def random_clip(batch: int = 2, frames: int = START + 8) -> Clip:
@@ -166,14 +167,87 @@ def test_games_whose_truth_stands_still_may_stand_so_to_their_end(stop):
     clip.actions[:, HISTORY - 1 + START + 5 :, 1] = 1
     stage = DistillStageConfig(**{**vars(OWN), "stop": stop, "stateless": 0.0})
     loss = RolloutLoss(Generator(make_denoiser()), stage)
-    loss(clip, 0)
-    (game,) = loss.games
-    true = clip.latents.clone()
-    actions = clip.actions.clone()
+    played = overheard(loss, clip, 6)
+    true, actions = clip.latents.clone(), clip.actions[:, HISTORY - 1 :].clone()
     if stop:
         true[:, START + 4 :] = true[:, START + 4 : START + 5]
-        actions[:, HISTORY - 1 + START + 4 :] = actions[:, HISTORY - 1 + START + 4 : HISTORY + START + 4]
-    assert torch.equal(game.clip.latents, true) and torch.equal(game.clip.actions, actions)
+        actions[:, START + 4 :] = actions[:, START + 4 : START + 5]
+    for number, windows in enumerate(played[:4]):
+        assert torch.equal(windows.true, true[:, START + number : START + number + 3])
+        assert torch.equal(windows.action, actions[:, START + number])
+
+
+def overheard(loss: RolloutLoss, clip: Clip, turns: int) -> list[Windows]:
+    """What is judged of the last group of games in each turn."""
+    heard, judged = [], loss.judged
+    loss.judged = lambda rollout, windows: heard.append(windows) or judged(rollout, windows)
+    for turn in range(turns):
+        loss(clip, turn)
+    return heard[len(loss.all_games) - 1 :: len(loss.all_games)]
+
+
+def test_some_games_stand_still_for_longer_than_any_recording():
+    """Those that come to stand first; nothing is learnt where it is not known what is true."""
+    clip = Clip(*(torch.cat(parts) for parts in zip(random_clip(3), still_clip(2), strict=True)))
+    clip = clip._replace(actions=torch.zeros_like(clip.actions))
+    n = clip.latents.shape[1]
+    clip.latents[:3] += 0.3 * torch.arange(n)[:, None, None, None]  # they never stand still
+    stage = DistillStageConfig(**{**vars(OWN), "still_games": 3, "still_frames": 40})
+    loss = RolloutLoss(Generator(make_denoiser()), stage)
+    played = overheard(loss, clip, 45)
+    assert loss.still.frame == START + 5, "the sixth frame of the second game is next"
+    for number, windows in enumerate(played):
+        true = clip.latents[3:, START - 1][:, None].expand(-1, 3, -1, -1, -1)
+        assert torch.equal(windows.true[:2], true) and windows.right[:2].all()
+        assert windows.right[2].all() == (START + number % 40 + 3 <= n)
+        assert windows.still[:2].all() and not windows.action.any()
+    anchors = torch.stack([windows.shown[:2] for windows in played[:40]])
+    assert (anchors == anchors[0]).all(), "what they are held against stays the same for as long"
+
+
+def test_what_has_left_its_picture_is_asked_to_be_plausible():
+    """Neither is it drawn back to what it cannot know any more, nor is it free to become anything."""
+
+    def moved(**changes) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        networks = make_denoiser(True), make_states(), make_denoiser(True)
+        loss = DistillLoss(
+            Generator(*networks[:2]), DistillStageConfig(**{**vars(OWN), **changes}), networks[2]
+        )
+        with torch.no_grad():
+            for weight in loss.critic.parameters():
+                weight.add_(0.1)
+        torch.manual_seed(1)
+        loss(still_clip(), 0)[0].backward()
+        return {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
+
+    one, other = moved(lost=1e-9, kept=1.0), moved(lost=1e-9, kept=9.0)
+    assert alike(one, other, "generator.denoiser.")
+    assert not alike(one, moved(lost=1e-9, distribution=5.0), "generator.denoiser.")
+    assert not alike(moved(lost=1e6, kept=1.0), moved(lost=1e6, kept=9.0), "generator.denoiser.")
+
+
+def test_games_under_way_go_on_elsewhere():
+    """With what `under_way` tells, as plain values and tensors, another loss plays on just the same."""
+    clip = Clip(*(torch.cat(parts) for parts in zip(random_clip(3), still_clip(1), strict=True)))
+    stage = DistillStageConfig(**{**vars(OWN), "game_groups": 2, "still_games": 2, "still_frames": 30})
+    loss = RolloutLoss(Generator(make_denoiser(True), make_states()), stage)
+    for turn in range(4):
+        loss(clip, turn)
+    told = io.BytesIO()
+    torch.save(loss.under_way(), told)
+    told.seek(0)
+    other = RolloutLoss(copy.deepcopy(loss.generator), stage)
+    other.take_up(torch.load(told, weights_only=True))
+    for turn in range(4, 8):
+        values = []
+        for one in (loss, other):
+            torch.manual_seed(turn)
+            values.append(one(clip, turn)[0].item())
+        assert values[0] == values[1]
+    for one, two in zip(loss.all_games, other.all_games, strict=True):
+        assert (one.frame, one.end) == (two.frame, two.end)
+        assert torch.equal(one.rollout.last, two.rollout.last) and torch.equal(one.shown, two.shown)
 
 
 @torch.no_grad()

@@ -70,8 +70,12 @@ class LineStage:
         config = self.config
         save_checkpoint(path, {"line": module}, config.model, config.world, seed=config.seed, **about)
 
-    def saved(self) -> None:
+    def under_way(self) -> list:
         """Nothing is under way that a save does not hold."""
+        return []
+
+    def take_up(self, under_way: list) -> None:
+        """Nothing to take up."""
 
 
 @pytest.fixture

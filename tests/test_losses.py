@@ -163,7 +163,13 @@ def test_history_is_rough_in_a_share_of_games_and_the_network_is_told():
 # the model's own frames ---------------------------------------------------------------------------
 
 OWN = DistillStageConfig(
-    unroll=4, game_frames=12, game_groups=1, teacher_forcing=0.0, jitter=0.0, stateless=0.0
+    unroll=4,
+    game_frames=12,
+    game_groups=1,
+    teacher_forcing=0.0,
+    jitter=0.0,
+    stateless=0.0,
+    still_games=0,
 )
 
 

@@ -56,8 +56,12 @@ class LineStage:
     def save(self, path: Path, module: Line, about: dict) -> None:
         save_checkpoint(path, {"line": module}, self.config.model, self.config.world, **about)
 
-    def saved(self) -> None:
+    def under_way(self) -> list:
         """Nothing is under way that a save does not hold."""
+        return []
+
+    def take_up(self, under_way: list) -> None:
+        """Nothing to take up."""
 
 
 @pytest.fixture

@@ -67,6 +67,11 @@ class KVCache:
         self.lengths = both * tokens  # of both groups for passes over 0 … w frames of the window
         self._pass: tuple[Tensor, Tensor, tuple[int, ...], Tensor] | None = None
 
+    def state(self) -> dict[str, Tensor]:
+        """What changes from frame to frame, by name."""
+        parts = ("buffer", "unrotated_sink", "frame", "slots", "pages")
+        return {name: getattr(self, name) for name in parts}
+
     def reset(self) -> None:
         """Forgets everything; no memory is given back or taken."""
         self.buffer.zero_()

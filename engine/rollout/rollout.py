@@ -77,6 +77,23 @@ class Rollout:
         # the window's estimates under the keys held before, where they are made already, and what comes then
         self.speculated: tuple[Tensor, Coming] | None = None
 
+    def state(self) -> dict[str, Tensor]:
+        """All that a game under way is, by name; to be called between two steps, before `speculate`."""
+        parts = ("ladder", "seed", "actions", "frames_since_change", "last", "condition", "has_state")
+        state = {name: getattr(self, name) for name in parts} | {"window": self.window.clean}
+        state |= self.cache.state() | (self.carry._asdict() if self.carry else {})
+        return state | {"pending": torch.tensor(self.pending)}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Goes on where `state` was asked for; KeyError or RuntimeError where that was of other networks."""
+        own = self.state()
+        if own.keys() != state.keys():
+            raise KeyError("games of other networks")
+        for name, value in own.items():
+            value.copy_(state[name])
+        self.pending, self.speculated = bool(state["pending"]), None
+
     @property
     def start_frames(self) -> int:
         """How many frames a game needs to start from; fewer are filled up by repeating the first."""

@@ -123,5 +123,9 @@ class AutoencoderStage:
         config = self.config
         save_checkpoint(path, modules, config.model, config.world, licence=LICENCE, **about)
 
-    def saved(self) -> None:
+    def under_way(self) -> list:
         """Nothing is under way that a save does not hold."""
+        return []
+
+    def take_up(self, under_way: list) -> None:
+        """Nothing to take up."""

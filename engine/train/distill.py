@@ -61,6 +61,7 @@ class DistillLoss(RolloutLoss):
         error = coarse.view(right.shape) * size
         matched, learnt = self._matched(rollout, made, action)
         kept = (made - shown).square().mean((2, 3, 4))
+        still = still * (kept < self.stage.lost)
         self.told = {"coarse": error.mean().detach(), "critic": learnt.mean().detach()}
         self.told["kept"] = (kept * still).sum().detach() / still.sum().clamp_min(1)
         self.told["still"] = still.mean().detach()
@@ -98,11 +99,12 @@ class DistillStage(DenoiserStage):
         length = start + stage.game_frames + sizes.window_frames - 1
         return max(length, stage.clip), length - start
 
-    def saved(self) -> None:
-        """Games under way are not saved. They begin anew also where training goes on, so that a continued
-        run is the uninterrupted one.
-        """
-        self.module.games.clear()
+    def under_way(self) -> list:
+        """Its games: where each step takes seconds they would hardly become old between two saves."""
+        return self.module.under_way()
+
+    def take_up(self, under_way: list) -> None:
+        self.module.take_up(under_way)
 
     def loss(self) -> DistillLoss:
         path = Path(self.config.out) / f"{TRAINED[self.config.stage].reads[0]}.safetensors"

@@ -106,6 +106,7 @@ class Training:
             self.stage.save(checkpoint_of(self.config, self.config.stage), self.average.module, about)
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state: dict[str, Any] = {"step": self.step, "random": torch.get_rng_state(), "cuda_random": cuda}
+        state |= {"under_way": self.stage.under_way()}
         if self.ranks.first:
             state |= {"seconds": self.seconds, "precision": self.precision, "origin": self.origin}
             state |= {"scores": self.scores, "trains": self.stage.trains}
@@ -114,7 +115,6 @@ class Training:
         else:
             state["buffers"] = self._buffers()
         write_state(state_file(self.config, self.ranks.rank), state)
-        self.stage.saved()
 
     def _buffers(self) -> dict[str, Tensor]:
         """What of the module's state is no weight: its own on each process."""
@@ -140,6 +140,7 @@ class Training:
             if not own or own["step"] != self.step:
                 self._seed(self.step)  # it was not there before
                 return
+            self.stage.take_up(own["under_way"])
             torch.set_rng_state(own["random"])
             if own["cuda_random"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda_random"], self.device)

@@ -14,7 +14,7 @@ from ..config import TrainConfig, UserError
 from ..stage_config import StageConfig
 from .provenance import ELSEWHERE, check_upstream, checkpoint_of, differences, origin_of
 
-VERSION = 2  # of a state file's content
+VERSION = 3  # of a state file's content
 UNREADABLE = (OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError)
 
 

@@ -23,6 +23,8 @@ class Game(NamedTuple):
 
     rollout: Rollout
     clip: Clip
+    stop: Tensor  # (b,): the clip's frame from which on true game and keys stay as they are
+    known: Tensor  # (b,): the frame up to which that is what is true
     frame: int  # the next one, counted from the clip's first
     end: int
     stood: Tensor  # (b, 1, c, y, x): the true frame that moved last
@@ -33,7 +35,7 @@ class Windows(NamedTuple):
     """What the model has made of a window, and what was true."""
 
     made: Tensor  # (b, w, c, y, x), with gradients, under the keys held before
-    right: Tensor  # (b, w): 1 where these were held in the end, too
+    right: Tensor  # (b, w): 1 where these were held in the end, too, and what is true is known
     corrected: Tensor | None  # (b, 1, c, y, x): the leaving frame, sent back, if any game's is
     back: Tensor  # (b,): whose is
     true: Tensor  # (b, w, c, y, x)
@@ -56,6 +58,16 @@ class RolloutLoss(PlainLoss):
     def __init__(self, generator: Generator, stage: DistillStageConfig):
         super().__init__(generator, stage)
         self.games: list[Game] = []
+        self.still: Game | None = None
+
+    @property
+    def start_frames(self) -> int:
+        return self.denoiser.config.sink_frames + self.denoiser.config.context_frames
+
+    @property
+    def all_games(self) -> list[Game]:
+        """`games`, and behind them the one group that stands still."""
+        return self.games + ([self.still] if self.still else [])
 
     def forward(self, clip: Clip, turn: int) -> tuple[Tensor, dict[str, Tensor]]:
         choice = random.Random(f"kind {turn}")
@@ -65,11 +77,15 @@ class RolloutLoss(PlainLoss):
             return super().forward(_cut(clip, first, length), turn)
         self._renew(clip)
         errors, weights, logs = [], [], {}
-        for number, game in enumerate(self.games):
+        for number, game in enumerate(self.all_games):
             for _ in range(min(self.stage.unroll, game.end - game.frame)):
                 error, weight, head, game = self._step(game)
                 errors.append(error.flatten())
                 weights.append(weight.flatten())
+            if number == len(self.games):
+                self.still = game
+                logs["own_still"] = head
+                continue
             self.games[number] = game
             age = game.frame - game.rollout.start_frames
             logs["own_old" if age > self.stage.game_frames // 2 else "own_young"] = head
@@ -82,7 +98,7 @@ class RolloutLoss(PlainLoss):
         """
         groups = min(self.stage.game_groups, len(clip.latents))
         shares = [Clip(*parts) for parts in zip(*(part.tensor_split(groups) for part in clip), strict=True)]
-        start = self.denoiser.config.sink_frames + self.denoiser.config.context_frames
+        start = self.start_frames
         longest = clip.latents.shape[1] - self.denoiser.config.window_frames + 1
         if not self.games:
             lives = [(longest - start) * (number + 1) // groups for number in range(groups)]
@@ -93,6 +109,8 @@ class RolloutLoss(PlainLoss):
         for number, (game, share) in enumerate(zip(self.games, shares, strict=True)):
             if game.frame >= game.end:
                 self.games[number] = self._begin(share, game.rollout, longest)
+        if self.stage.still_games and (self.still is None or self.still.frame >= self.still.end):
+            self.still = self._begin_still(clip, self.still and self.still.rollout)
 
     def _step(self, game: Game) -> tuple[Tensor, Tensor, Tensor, Game]:
         """Plays the game's next frame → squared errors and their weights (b, w or more), that of what is
@@ -100,13 +118,15 @@ class RolloutLoss(PlainLoss):
         """
         rollout, clip, frame = game.rollout, game.clip, game.frame
         size = self.denoiser.config.window_frames
-        true = clip.latents[:, frame : frame + size]
+        at = torch.minimum(torch.arange(frame, frame + size, device=game.stop.device), game.stop[:, None])
+        rows = torch.arange(len(at), device=at.device)[:, None]
+        true = clip.latents[rows, at]
         still = self._alike(true, game.stood).to(true.dtype)
-        begin = self.denoiser.config.action_history - 1 + frame
-        actions = clip.actions[:, begin : begin + size]
+        actions = clip.actions[rows, self.denoiser.config.action_history - 1 + at]
         action, assumed = actions[:, 0], rollout.assumed_action(actions[:, 0])
         made = rollout.predict(assumed)
-        right = (actions == assumed[:, None]).all(-1).to(made.dtype).cumprod(1)
+        right = (actions == assumed[:, None]).all(-1) & (frame + size <= game.known)[:, None]
+        right = right.to(made.dtype).cumprod(1)
         back, corrected = rollout.needs_renoise(action), None
         if rollout.correction:  # whether a game needs it is known to the device alone
             corrected = rollout.correct(made[:, :1].detach(), action)
@@ -133,11 +153,27 @@ class RolloutLoss(PlainLoss):
         return torch.cat([error, again], 1), torch.cat([right, back[:, None].to(right.dtype)], 1)
 
     def _begin(self, clip: Clip, rollout: Rollout | None, end: int) -> Game:
-        """Games (in the memory of earlier ones, if given) right after true frames."""
+        """Games (in the memory of earlier ones, if given) right after true frames. A share of them, where the
+        truth stands still, stand so to their end: recorded players hardly ever stand as long as people do.
+        """
+        n, first = clip.latents.shape[1], self._stands(clip)
+        stop = torch.where(torch.rand(len(first), device=first.device) < self.stage.stop, first, n)
+        return self._begin_game(clip, stop, torch.full_like(stop, n), rollout, end)
+
+    def _begin_still(self, clip: Clip, rollout: Rollout | None) -> Game:
+        """Those of the clip that come to stand still first, and stand so for `still_frames`. What others
+        among them would show when their clip is over is not known, nor learnt from.
+        """
+        n, first = clip.latents.shape[1], self._stands(clip)
+        chosen = first.argsort(stable=True)[: self.stage.still_games]
+        clip, stop = Clip(*(part[chosen] for part in clip)), first[chosen]
+        end = self.start_frames + self.stage.still_frames
+        known = torch.where(stop < n, end + n, n)
+        return self._begin_game(clip, stop, known, rollout, end)
+
+    def _begin_game(self, clip: Clip, stop: Tensor, known: Tensor, rollout: Rollout | None, end: int) -> Game:
         b, config = len(clip.latents), self.denoiser.config
-        if rollout is None:
-            dtype = compute_dtype(clip.latents.device)
-            rollout = Rollout(self.generator, b, dtype)
+        rollout = rollout or Rollout(self.generator, b, compute_dtype(clip.latents.device))
         start, history = rollout.start_frames, config.action_history - 1
         has_state, states = self.known_states(clip)
         states = torch.where(has_state[:, None, None] > 0, states, torch.nan)[:, :start]
@@ -146,26 +182,39 @@ class RolloutLoss(PlainLoss):
         ladder = jittered(self.denoiser.ladder.expand(b, -1), self.stage.jitter)
         rollout.reset(clip.latents[:, :start], actions, seed, states if self.states else None, ladder)
         last = clip.latents[:, start - 1 : start]
-        return Game(rollout, self._stopped(clip, start), start, end, last, last)
+        stop = stop.clamp(max=clip.latents.shape[1] - 1)
+        return Game(rollout, clip, stop, known, start, end, last, last)
 
-    def _stopped(self, clip: Clip, start: int) -> Clip:
-        """The clip in which a share of the games, where the truth stands still under keys that have been held
-        for as long as they count, from `start` on, stand so to its end. Recorded players hardly ever stand
-        as long as people do.
+    def _stands(self, clip: Clip) -> Tensor:
+        """(b,): the first frame after the start at which the truth stands still under keys that have been
+        held for as long as they count; the clip's length where there is none.
         """
         history, n = self.denoiser.config.action_history, clip.latents.shape[1]
         same = self._alike(clip.latents[:, 1:], clip.latents[:, :-1])
         changes = F.pad((clip.actions[:, 1:] != clip.actions[:, :-1]).any(-1), (1, 0)).cumsum(1)
-        stop = F.pad(same, (1, 0)) & (changes[:, history - 1 :] == changes[:, :n])
-        stop &= torch.rand(len(stop), 1, device=stop.device) < self.stage.stop
-        count = torch.arange(n, device=stop.device)
-        stop &= count >= start
-        first = torch.where(stop, count, n).amin(1, keepdim=True)
-        number = torch.minimum(count, first)
-        rows = torch.arange(len(stop), device=stop.device)[:, None]
-        before = clip.actions[:, : history - 1]
-        actions = torch.cat([before, clip.actions[:, history - 1 :][rows, number]], 1)
-        return Clip(clip.latents[rows, number], actions, clip.states[rows, number])
+        stands = F.pad(same, (1, 0)) & (changes[:, history - 1 :] == changes[:, :n])
+        count = torch.arange(n, device=stands.device)
+        return torch.where(stands & (count >= self.start_frames), count, n).amin(1)
+
+    def under_way(self) -> list[dict]:
+        """The games, as plain values and tensors."""
+        return [
+            game._asdict() | {"rollout": game.rollout.state(), "clip": game.clip._asdict()}
+            for game in self.all_games
+        ]
+
+    def take_up(self, under_way: list[dict]) -> None:
+        """Goes on with games of another time."""
+        device = self.denoiser.ladder.device
+        games = []
+        for told in under_way:
+            rollout = Rollout(self.generator, len(told["stop"]), told["rollout"]["buffer"].dtype)
+            rollout.load_state(told["rollout"])
+            clip = Clip(**told["clip"]).to(device)
+            parts = {name: told[name].to(device) for name in ("stop", "known", "stood", "shown")}
+            games.append(Game(**told | parts | {"rollout": rollout, "clip": clip}))
+        self.still = games.pop() if games and self.stage.still_games else None
+        self.games = games
 
 
 def _cut(clip: Clip, first: int, length: int) -> Clip:

@@ -136,8 +136,12 @@ class LatentsStage(ABC):
             path, self.made(module).parts(), self.model, self.config.world, licence=LICENCE, **about
         )
 
-    def saved(self) -> None:  # noqa: B027 (most stages have nothing to do)
-        """Told on every process after a save."""
+    def under_way(self) -> list:
+        """What this process has begun and a save has to hold beside weights: plain values and tensors."""
+        return []
+
+    def take_up(self, under_way: list) -> None:  # noqa: B027 (most stages have nothing to do)
+        """Goes on with what `under_way` said."""
 
     @abstractmethod
     def made(self, module: nn.Module) -> WorldModel:

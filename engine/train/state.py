@@ -222,8 +222,12 @@ class StateStage:
         world = self.config.world
         save_checkpoint(path, modules, self.model, world, licence=LICENCE, **about)
 
-    def saved(self) -> None:
+    def under_way(self) -> list:
         """Nothing is under way that a save does not hold."""
+        return []
+
+    def take_up(self, under_way: list) -> None:
+        """Nothing to take up."""
 
 
 def _sizes(spec: StateSpec, error: Tensor, after: str) -> dict[str, float]:
