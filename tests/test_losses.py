@@ -217,7 +217,7 @@ def test_own_windows_are_learnt_from_where_their_keys_came_true(correction):
 
 
 def test_groups_of_games_are_of_different_ages_and_none_is_longer_than_asked():
-    stage = DistillStageConfig(game_frames=8, game_groups=4, teacher_forcing=0.0)
+    stage = DistillStageConfig(game_frames=8, game_groups=4, teacher_forcing=0.0, still_games=0)
     loss, ages = RolloutLoss(Generator(make_denoiser(True), make_states()), stage), []
     clip = random_clip(frames=START + stage.game_frames + 2)
     clip = Clip(*(torch.cat([part, part]) for part in clip))  # four games
