@@ -116,7 +116,8 @@ class DistillStageConfig(DenoiserStageConfig):
     kept: float = weight(1.0)  # weight of what an own game changes while the true one stands still
     stop: float = share(0.5)  # share of games that stand still to their end once the true one does
     still_games: int = count(4, least=0, most=1 << 20)  # beside these, games that stand still far longer
-    still_frames: int = count(1000, most=1 << 20)  # own frames of such a game
+    still_frames: int = count(400, most=1 << 20)  # own frames of such a game
+    still_skip: int = count(3, least=0, most=1 << 20)  # of them between two that are learnt from
     # mean square of latents by which a game that stands still has left its picture: from there on it is
     # asked to be plausible, as there is nothing left that it could return to
     lost: float = number(0.5, above=0, most=1e6)

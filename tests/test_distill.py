@@ -186,22 +186,25 @@ def overheard(loss: RolloutLoss, clip: Clip, turns: int) -> list[Windows]:
     return heard[len(loss.all_games) - 1 :: len(loss.all_games)]
 
 
-def test_some_games_stand_still_for_longer_than_any_recording():
+@pytest.mark.parametrize("skip", [0, 4])
+def test_some_games_stand_still_for_longer_than_any_recording(skip):
     """Those that come to stand first; nothing is learnt where it is not known what is true."""
     clip = Clip(*(torch.cat(parts) for parts in zip(random_clip(3), still_clip(2), strict=True)))
     clip = clip._replace(actions=torch.zeros_like(clip.actions))
     n = clip.latents.shape[1]
     clip.latents[:3] += 0.3 * torch.arange(n)[:, None, None, None]  # they never stand still
-    stage = DistillStageConfig(**{**vars(OWN), "still_games": 3, "still_frames": 40})
+    stage = DistillStageConfig(**{**vars(OWN), "still_games": 3, "still_frames": 40, "still_skip": skip})
     loss = RolloutLoss(Generator(make_denoiser()), stage)
-    played = overheard(loss, clip, 45)
-    assert loss.still.frame == START + 5, "the sixth frame of the second game is next"
-    for number, windows in enumerate(played):
+    turns = 40 // (skip + 1)  # of one game
+    played = overheard(loss, clip, turns + 5)
+    assert loss.still.frame == START + 5 * (skip + 1), "the second game has gone on five times"
+    for turn, windows in enumerate(played):
+        number = turn % turns * (skip + 1) + skip
         true = clip.latents[3:, START - 1][:, None].expand(-1, 3, -1, -1, -1)
         assert torch.equal(windows.true[:2], true) and windows.right[:2].all()
-        assert windows.right[2].all() == (START + number % 40 + 3 <= n)
+        assert windows.right[2].all() == (START + number + 3 <= n)
         assert windows.still[:2].all() and not windows.action.any()
-    anchors = torch.stack([windows.shown[:2] for windows in played[:40]])
+    anchors = torch.stack([windows.shown[:2] for windows in played[:turns]])
     assert (anchors == anchors[0]).all(), "what they are held against stays the same for as long"
 
 
