@@ -59,7 +59,7 @@ class Recorder:
         self.frames_written = 0  # frames on their way to the disk, in step with actions.jsonl
         self.slow = False
         self._shape = (world.height, world.width, 3)
-        self._added = 0
+        self.frames_added = 0  # taken by `add`
         self._error: BaseException | None = None
         self._told = self._closed = False
         self._header = {
@@ -126,7 +126,7 @@ class Recorder:
         if frame.shape != self._shape or frame.dtype != np.uint8:
             raise ValueError(f"a frame must be uint8 {self._shape}, not {frame.dtype} {frame.shape}")
         line = {
-            "frame": self._added,
+            "frame": self.frames_added,
             "t_ns": time.monotonic_ns() - self._start if t_ns is None else t_ns,
             "keys": [name for name, held in zip(self.names, action, strict=True) if held > 0.5],
             "axes": {name: float(value) for name, value in (axes or {}).items()},
@@ -137,7 +137,7 @@ class Recorder:
         if state is not None:
             line["state"] = state
         item = (frame.copy(), json.dumps(line, separators=(",", ":"), allow_nan=False).encode())
-        self._added += 1
+        self.frames_added += 1
         try:
             self._queue.put_nowait(item)
         except queue.Full:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +48,9 @@ class TrueGame:
     def step(self, action: np.ndarray) -> np.ndarray:
         """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
         return self._world.step(action)
+
+    def snapshot(self) -> None:
+        """None: simulators cannot be put back."""
 
     def state(self) -> dict[str, float]:
         """True state where the simulator tells it."""
@@ -112,6 +117,15 @@ class Dream:
     def step(self, action: np.ndarray) -> np.ndarray:
         """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
         return self._session.step(action)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The whole game as it is now, before `speculate`; see Session.snapshot."""
+        return self._session.snapshot()
+
+    def restore(self, snapshot: Mapping[str, Any], start: str) -> None:
+        """Goes on from a snapshot of a game that began at `start`."""
+        self._session.restore(snapshot)
+        self.start = start
 
     def state(self) -> dict[str, float]:
         """What the network believes of its world at the last frame; empty where it knows nothing."""

@@ -14,6 +14,7 @@ from ..data.film import Film
 from ..data.policies import Policy, make_policy
 from ..data.recording import Recorder
 from .game import Game
+from .history import History, Life, Moment
 from .replay import Beginning, Replay
 from .timings import Timings
 
@@ -40,8 +41,9 @@ class Playthrough:
         self.game, self.timings, self.trouble = game, Timings(), None
         self.policy, self.replay = self._make_policy(config, replay), replay
         self._age = 0  # frames since the last reset
-        self._held: list[list] = []  # names of keys and for how many frames they were held, since then
+        self._life = Life(0, "")  # what led to the frame that is shown
         self._ahead = 0.0  # seconds already spent on the next step
+        self._history: History | None = None  # of a game that can be put back
         self.recorder: Recorder | None = None
         self._begin(config, replay.first() if replay else None)
         self._film = Film(config.video, *self.frame.shape[:2], game.fps) if config.video else None
@@ -60,6 +62,11 @@ class Playthrough:
         self.seed = config.seed or (began.seed if began else 0) or 0
         self.frame = self.game.reset(self.seed, config.start or (began.start if began else ""))
         self.action = np.zeros(len(self.game.action_space), np.float32)
+        self._life = Life(self.seed, self.game.start)
+        if snapshot := self.game.snapshot():
+            size = sum(value.nbytes for value in snapshot.values())
+            self._history = History(self.game.fps, self.frame.nbytes, size)
+        self._remember()
         for action, frames in began.before if began and not config.start else ():
             for _ in range(frames):
                 if not self.game.done:  # as it was not, in the same game
@@ -85,6 +92,8 @@ class Playthrough:
 
         A finished episode starts anew. `events` are the raw key events since the last frame.
         """
+        if self._history and self._history.back:
+            self._branch()
         if self.replay and not self.over and (began := self.replay.reset_next()) is not None:
             return self.reset(began.seed, began.start, events)
         if self.game.done:
@@ -101,14 +110,58 @@ class Playthrough:
     def _step(self, action: np.ndarray) -> None:
         self.frame, self.action = self.game.step(action), action
         self._age += 1
-        names = list(self.game.action_space.decode(action))
-        if self._held and self._held[-1][0] == names:
-            self._held[-1][1] += 1
-        else:
-            self._held.append([names, 1])
+        self._life.add(list(self.game.action_space.decode(action)))
+        self._remember()
+
+    def _remember(self) -> None:
+        """Takes the frame that is shown into the history."""
+        if self._history:
+            snapshot = self.game.snapshot() if self._history.wants_snapshot(self._age) else None
+            self._history.add(Moment(self.frame, self.action, self._life, self._age, snapshot))
+
+    @property
+    def can_rewind(self) -> bool:
+        """Whether this game can be put back: generated ones can."""
+        return self._history is not None
+
+    @property
+    def back_s(self) -> float:
+        """How many seconds the game has been run backwards."""
+        return self._history.back / self.game.fps if self._history else 0.0
+
+    def rewind(self) -> bool:
+        """Shows the frame before the one that is shown → whether one was known. The next `advance` goes on
+        from there.
+        """
+        moment = self._history.rewind() if self._history else None
+        self.timings.interrupt()
+        if moment is None:
+            return False
+        self.frame, self.action = moment.frame, moment.action
+        if self._film:
+            self._film.add(self.frame)
+        return True
+
+    def _branch(self) -> None:
+        """Puts the game back to the frame that is shown: from the last snapshot before it, under the same
+        keys, so bit for bit.
+        """
+        if self.replay:
+            self.replay.go_back(self._history.back)
+        first, *others = path = self._history.branch()
+        self.game.restore(first.snapshot, first.life.start)
+        for moment in others:
+            self.game.step(moment.action)
+        now = path[-1]
+        self.seed, self._age, self._life = now.life.seed, now.age, now.life.until(now.age)
+        now.life, self._ahead = self._life, 0.0
+        if self.recorder:
+            self._write(self._reset_event(), reset=True)
 
     def speculate(self) -> None:
         """Does what can be done of the next step before it is known which keys it is for."""
+        if self._history and self._history.back:
+            return
         start = time.perf_counter()
         self.game.speculate()
         self._ahead += time.perf_counter() - start
@@ -118,7 +171,8 @@ class Playthrough:
         self.seed = self.seed + 1 if seed is None else seed
         self.frame = self.game.reset(self.seed, start)
         self.action = np.zeros_like(self.action)
-        self._age, self._held, self._ahead = 0, [], 0.0
+        self._age, self._life, self._ahead = 0, Life(self.seed, self.game.start), 0.0
+        self._remember()
         self.timings.interrupt()
         self._keep([*events, *self._reset_event()], reset=True)
 
@@ -129,7 +183,14 @@ class Playthrough:
         world, names = self.game.world, self.game.action_space.names
         kinds = self.game.state_kinds
         self.recorder = Recorder(
-            directory, world, self.game.source, self.seed, self.game.digest, names=names, state_kinds=kinds
+            directory,
+            world,
+            self.game.source,
+            self.seed,
+            self.game.digest,
+            names=names,
+            state_kinds=kinds,
+            parent=self._parent(),
         )
         self._write(self._reset_event(), reset=True)
 
@@ -160,9 +221,15 @@ class Playthrough:
         return {**self.timings.figures(self.game.fps), **about, "start": self.game.start, "seed": self.seed}
 
     def _reset_event(self) -> list[dict]:
-        """What leads to the frame that is shown now."""
+        """What leads to the frame that is shown now, and where that was recorded before, if it was."""
         reset = {"seed": self.seed, "start": self.game.start}
-        return [{"reset": reset | ({"held": self._held} if self._held else {})}]
+        reset |= {"held": self._life.held} if self._life.held else {}
+        return [{"reset": reset} | ({"parent": parent} if (parent := self._parent()) else {})]
+
+    def _parent(self) -> dict[str, str | int] | None:
+        """Where the frame that is shown was recorded before."""
+        recorded = self._history.moments[-1].recorded if self._history else None
+        return {"recording": recorded[0], "frame": recorded[1]} if recorded else None
 
     def _keep(self, events: Sequence, reset: bool) -> None:
         if self._film:
@@ -175,8 +242,10 @@ class Playthrough:
         try:
             # what caused a first frame is not known
             action = np.zeros_like(self.action) if reset else self.action
-            state = self.game.state() or None
+            state, number = self.game.state() or None, self.recorder.frames_added
             self.recorder.add(self.frame, action, reset=reset, events=events, state=state, rng=self._age)
+            if self._history:
+                self._history.moments[-1].recorded = self.recorder.directory.name, number
         except UserError as error:
             self.trouble = error
             self.stop_recording()

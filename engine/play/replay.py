@@ -74,6 +74,10 @@ class Replay:
         self._at += 1
         return self._actions[self._at]
 
+    def go_back(self, frames: int) -> None:
+        """The game has been run backwards by so many."""
+        self._at = max(0, self._at - frames)
+
     def _began(self, frame: int) -> Beginning:
         told = self._told(frame)
         seed = told.get("seed", self._recording.header["seed"] if frame == 0 else None)

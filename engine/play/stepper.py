@@ -27,6 +27,7 @@ class View:
     recording: str  # directory, or empty
     slow: bool  # the recording's disk cannot keep up
     trouble: str  # what ended a recording
+    back_s: float = 0.0  # how many seconds it is run backwards
     pressed: float = 0.0  # perf_counter of the first key event that this frame is the first to answer, or 0
 
 
@@ -46,6 +47,7 @@ class Stepper:
         self.schedule: Schedule | None = None
         self.error: BaseException | None = None
         self.paused, self.finished = False, False
+        self.rewinding = False  # whether frames run backwards; set by the thread that shows the window
         self._open, self._read, self._notify, self._frames = open, read, notify, frames
         self._commands: queue.SimpleQueue[Callable[[Playthrough], None]] = queue.SimpleQueue()
         self._leaving = False
@@ -95,6 +97,10 @@ class Stepper:
                 command = self._commands.get(timeout=None if self.paused else self.schedule.left())
             except queue.Empty:
                 self.schedule.begin()
+                if self.rewinding:
+                    playthrough.rewind()
+                    self._show(playthrough)
+                    continue
                 held, events = self._read(playthrough)
                 waited = max((event["ago_ms"] for event in events if "ago_ms" in event), default=None)
                 self._pressed = 0.0 if waited is None else time.perf_counter() - waited / 1000
@@ -118,6 +124,7 @@ class Stepper:
             str(recorder.directory) if recorder else "",
             bool(recorder and recorder.slow),
             str(playthrough.trouble or ""),
+            playthrough.back_s,
             self._pressed,
         )
         self._pressed = 0.0

@@ -85,6 +85,41 @@ class Session:
         self.step_ms.clear()
         return frame
 
+    def snapshot(self) -> dict[str, Tensor]:
+        """The whole game after its last step, as tensors on the CPU that nothing changes any more. To be taken
+        before `speculate`: the memory is then already ahead of the frame.
+        """
+        if self.rollout.speculated is not None:
+            raise RuntimeError("the next step has begun; take a snapshot before speculate()")
+        counts = {"held": torch.from_numpy(np.array(self.held, np.float32))}
+        counts |= {
+            "frames": torch.tensor(self.frames),
+            "since_change": torch.tensor(self.frames_since_change),
+        }
+        return {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in (self.rollout.state() | counts).items()
+        }
+
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
+        """Goes on from a snapshot of a game in the same networks, bit for bit on the same machine. ValueError
+        where it is of others; the game is then as it was.
+        """
+        own = self.rollout.state()
+        extra = {"held", "frames", "since_change"}
+        fits = snapshot.keys() == own.keys() | extra and all(
+            snapshot[name].shape == value.shape and snapshot[name].dtype == value.dtype
+            for name, value in own.items()
+        )
+        if not fits or snapshot["held"].shape != self.held.shape:
+            raise ValueError("a game of other networks")
+        with torch.inference_mode(), autocast(self.player.device, self.player.dtype, cache=False):
+            if self.graph and not self.graph.captured:
+                self.graph.capture()
+            self.rollout.load_state({name: snapshot[name] for name in own})
+        self.held = snapshot["held"].numpy().copy()
+        self.frames, self.frames_since_change = int(snapshot["frames"]), int(snapshot["since_change"])
+
     def speculate(self) -> None:
         """Does what can be done before it is known which keys are held next; a GPU has no need for it."""
         if not self.graph:

@@ -15,6 +15,7 @@ FUNCTIONS = (
     ("hud", ("F2",), "figures on, off"),
     ("reset", ("F5", "Backspace"), "start again"),
     ("next", ("F6", "Tab"), "next start"),
+    ("rewind", ("R",), "hold: backwards"),
     ("record", ("F9",), "record on, off"),
     ("quit", ("F10",), "leave"),
     ("fullscreen", ("F11",), "full screen"),

@@ -82,9 +82,13 @@ class Loop:
         elif event.type == pygame.KEYDOWN:
             return self._press(scancode_name(event.scancode), with_alt=bool(event.mod & pygame.KMOD_ALT))
         elif event.type == pygame.KEYUP:
-            self.keys.release(scancode_name(event.scancode))
+            key = scancode_name(event.scancode)
+            self.keys.release(key)
+            if self._functions.get(key) == "rewind":
+                self.stepper.rewinding = False
         elif event.type == pygame.WINDOWFOCUSLOST:
             self.keys.release_all()
+            self.stepper.rewinding = False
         elif event.type == self._frame_event:
             self.look()
             return True
@@ -138,6 +142,12 @@ class Loop:
         self.stepper.do(choose)
         self._say("next start")
 
+    def _rewind(self) -> None:
+        if self.stepper.playthrough.can_rewind:
+            self.stepper.rewinding = True
+        else:
+            self._say("a true game cannot run backwards")
+
     def _record(self) -> None:
         directory = self._place("recording")
 
@@ -188,6 +198,8 @@ class Loop:
             draw_hud(self.screen, view, game.action_space, recorded, self.latency.recent())
         if self.stepper.paused:
             draw_banner(self.screen, "paused — Escape goes on, F10 leaves")
+        elif view.back_s:
+            draw_banner(self.screen, f"{view.back_s:.1f} s back — let go, and it goes on from here")
         if self.message:
             draw_banner(self.screen, self.message, at_top=False)
         if self.help:
