@@ -1,4 +1,4 @@
-"""Games that run backwards, and go on from there: the same game under the same keys, another one under others."""
+"""Games that run backwards and go on: the same game under the same keys, another one under others."""
 
 from __future__ import annotations
 

@@ -86,8 +86,8 @@ class Session:
         return frame
 
     def snapshot(self) -> dict[str, Tensor]:
-        """The whole game after its last step, as tensors on the CPU that nothing changes any more. To be taken
-        before `speculate`: the memory is then already ahead of the frame.
+        """The whole game after its last step, as copies on the CPU. To be taken before `speculate`, after
+        which the memory is ahead of the frame.
         """
         if self.rollout.speculated is not None:
             raise RuntimeError("the next step has begun; take a snapshot before speculate()")
