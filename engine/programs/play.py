@@ -1,12 +1,15 @@
 """Plays a world: python play.py [name=value ...]
 
 Without options a window opens and you walk through the world that the network in assets/ draws; F1 shows the
-keys. Where there is no display, a recorded walk is played into a video. Often used options:
-  checkpoint=FILE   which network           game=true world=NAME   the real game instead, with the same keys
-  start=WHERE       where a dream starts: a shipped start's name, a recording DIR or DIR:FRAME, any picture
-  record=DIR        records frames and keys, to train on or to replay
-  video=FILE.mp4    films what is seen
-  policy=NAME       who plays: keyboard explore scripted random taps idle spin walls, or a recording to replay
+keys. Where there is no display, a recorded walk is played into a video, rollplay.mp4. Often used options:
+  checkpoint=FILE   which network; out=DIR of training has it as decoder.safetensors
+  game=true         the real game instead, with the same keys: world=NAME, or world=gym world.id=ID
+  start=WHERE       where a generated game starts: the name of a start inside the checkpoint (1, 2, ...), a
+                    recording DIR or DIR:FRAME, any picture
+  record=DIR        records frames and keys: of the real game to train on, of a generated one to replay
+  video=FILE.mp4    films what is seen (FILE.webp: a moving picture)
+  policy=NAME       who plays: keyboard, a recording DIR to replay, or explore (walks by the map) scripted
+                    (like a person) random taps idle spin walls (runs into them)
   display=headless  no window, as fast as it can      frames=N   stop after so many      seed=N      threads=N
 All options with their defaults: engine/config.py, PlayConfig. The last line of output is JSON with figures.
 """
