@@ -70,11 +70,11 @@ class LineStage:
         config = self.config
         save_checkpoint(path, {"line": module}, config.model, config.world, seed=config.seed, **about)
 
-    def under_way(self) -> list:
+    def resume_state(self) -> list:
         """Nothing is under way that a save does not hold."""
         return []
 
-    def take_up(self, under_way: list) -> None:
+    def load_resume_state(self, under_way: list) -> None:
         """Nothing to take up."""
 
 

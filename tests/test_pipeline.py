@@ -56,11 +56,11 @@ class LineStage:
     def save(self, path: Path, module: Line, about: dict) -> None:
         save_checkpoint(path, {"line": module}, self.config.model, self.config.world, **about)
 
-    def under_way(self) -> list:
+    def resume_state(self) -> list:
         """Nothing is under way that a save does not hold."""
         return []
 
-    def take_up(self, under_way: list) -> None:
+    def load_resume_state(self, under_way: list) -> None:
         """Nothing to take up."""
 
 

@@ -79,10 +79,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], head: dict[str, Any]) 
         ) from error
 
 
-def kept(made: T, wanted: T, given: Collection[str], section: str, free: Collection[str]) -> T:
-    """The config `made` of networks that exist, with what the command line gave of those fields laid over it
-    that are `free` to change: `wanted` has its values, and `given` names it, as "model.denoiser.ladder" for
-    the section "model.denoiser". Raises UserError where it gave another field a new value.
+def apply_overrides(made: T, wanted: T, given: Collection[str], section: str, free: Collection[str]) -> T:
+    """The config `made` of trained networks, with those fields replaced by `wanted`'s that the command line
+    gave. `given` holds the command line's option names, such as "model.denoiser.ladder" where `section` is
+    "model.denoiser". Only the fields in `free` may get a new value; UserError for any other.
     """
     changes = {}
     for name in (f.name for f in fields(made)):

@@ -17,7 +17,7 @@ from ..device import autocast
 from ..model.autoencoder import Autoencoder, to_float
 from ..model.checkpoint import Checkpoint, save_checkpoint
 from ..stage_config import AutoencoderStageConfig
-from .stage import LICENCE
+from .latents_stage import LICENCE
 
 
 class AutoencoderLoss(nn.Module):
@@ -123,9 +123,9 @@ class AutoencoderStage:
         config = self.config
         save_checkpoint(path, modules, config.model, config.world, licence=LICENCE, **about)
 
-    def under_way(self) -> list:
+    def resume_state(self) -> list:
         """Nothing is under way that a save does not hold."""
         return []
 
-    def take_up(self, under_way: list) -> None:
+    def load_resume_state(self, under_way: list) -> None:
         """Nothing to take up."""

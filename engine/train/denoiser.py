@@ -24,7 +24,7 @@ from ..model.state_spec import state_features
 from ..model.world_model import Generator, WorldModel
 from ..rollout.rollout import Rollout
 from ..stage_config import TRAINED, DenoiserStageConfig
-from .stage import LatentsStage
+from .latents_stage import LatentsStage
 
 MADE = 64  # frames of the games that are shown and measured, at most
 HORIZONS = (1, 8, 16, 64)
@@ -36,7 +36,7 @@ def least_frames(sizes: DenoiserConfig, stage: DenoiserStageConfig) -> int:
     return max(stage.clip, sizes.sink_frames + sizes.context_frames + sizes.window_frames)
 
 
-class PlainLoss(nn.Module):
+class DenoiserLoss(nn.Module):
     """Squared error of clean estimates, as one module that data parallelism can wrap.
 
     One commit pass writes the keys and values of a segment's frames; then windows with own noise and levels
@@ -68,7 +68,7 @@ class PlainLoss(nn.Module):
         clip = Clip(*(part[: self.stage.memory_games] for part in clip))
         config, total = self.denoiser.config, clip.latents.shape[1]
         has_state, states = self.known_states(clip)
-        history, sigma = self._roughened(clip.latents)
+        history, sigma = self._noised_context(clip.latents)
         count = torch.arange(total, device=sigma.device)
         before = torch.cat([states[:, :1], states[:, :-1]], 1)
         condition = self._condition(clip.actions, states, before, has_state, 0 * count, sigma)
@@ -95,7 +95,7 @@ class PlainLoss(nn.Module):
         one and in the state, and writing keys and values costs as much as two windows do.
         """
         size, (has_state, states) = self.denoiser.config.window_frames, self.known_states(clip)
-        history, sigma = self._roughened(clip.latents)
+        history, sigma = self._noised_context(clip.latents)
         start = clip.latents.shape[1] - size
         error = self._window_error(clip, states, has_state, history, sigma, start, size, KVRecorder())
         return error.mean(), {"alone": error[:, 0].mean().detach()}
@@ -111,7 +111,7 @@ class PlainLoss(nn.Module):
         told = torch.rand(len(known), device=known.device) >= self.stage.stateless
         return (known & told).float(), states
 
-    def _roughened(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _noised_context(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Frames with some noise in part of the games, as play's own frames are never perfect → (latents,
         sigma (b, t)).
         """
@@ -200,9 +200,9 @@ class DenoiserStage(LatentsStage):
         self.shown = Batches(self.segments(shown, min(start + MADE, shown.longest())), 6, 0)
         self.module = self.loss()
 
-    def loss(self) -> PlainLoss:
+    def loss(self) -> DenoiserLoss:
         """The networks and what they minimise."""
-        return PlainLoss(self.generator(), self.config.stage_config())
+        return DenoiserLoss(self.generator(), self.config.stage_config())
 
     def generator(self) -> Generator:
         """Its denoiser is to be trained, with the weights of the checkpoint before where it has some, as
@@ -221,7 +221,7 @@ class DenoiserStage(LatentsStage):
         length = least_frames(sizes, self.config.stage_config())
         return length, length - sizes.sink_frames - sizes.context_frames
 
-    def made(self, module: PlainLoss) -> WorldModel:
+    def world_model(self, module: DenoiserLoss) -> WorldModel:
         return WorldModel(self.autoencoder, module.generator)
 
     @torch.no_grad()
@@ -241,7 +241,7 @@ class DenoiserStage(LatentsStage):
         return clip.latents[:, start:], made
 
     @torch.no_grad()
-    def picture(self, module: PlainLoss) -> np.ndarray:
+    def picture(self, module: DenoiserLoss) -> np.ndarray:
         """Held-out games: every fifth true frame above the one that the model makes of the same start and
         keys.
         """
@@ -251,7 +251,7 @@ class DenoiserStage(LatentsStage):
         rows = [rearrange(x, "b t c h w -> b t h w c").cpu().numpy() for x in both]
         return grid([row for pair in zip(*rows, strict=True) for row in pair])
 
-    def validate(self, module: PlainLoss) -> dict[str, float]:
+    def validate(self, module: DenoiserLoss) -> dict[str, float]:
         """Own games from held-out true starts, after some frames: the share of the latents' variance that is
         missed, the energy of their detail as a share of the true ones', and PSNR of the decoded pictures
         against the decoded true latents.

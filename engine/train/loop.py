@@ -106,7 +106,7 @@ class Training:
             self.stage.save(checkpoint_of(self.config, self.config.stage), self.average.module, about)
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state: dict[str, Any] = {"step": self.step, "random": torch.get_rng_state(), "cuda_random": cuda}
-        state |= {"under_way": self.stage.under_way()}
+        state |= {"under_way": self.stage.resume_state()}
         if self.ranks.first:
             state |= {"seconds": self.seconds, "precision": self.precision, "origin": self.origin}
             state |= {"scores": self.scores, "trains": self.stage.trains}
@@ -140,7 +140,7 @@ class Training:
             if not own or own["step"] != self.step:
                 self._seed(self.step)  # it was not there before
                 return
-            self.stage.take_up(own["under_way"])
+            self.stage.load_resume_state(own["under_way"])
             torch.set_rng_state(own["random"])
             if own["cuda_random"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda_random"], self.device)

@@ -34,7 +34,7 @@ from ..model.state import StateModel
 from ..model.state_reader import StateReader
 from ..model.state_spec import StateSpec, difference, heading, pick, state_features, turned
 from ..stage_config import StateStageConfig
-from .stage import LICENCE, check_world, open_caches
+from .latents_stage import LICENCE, check_world, open_caches
 
 MEASURED = 1000  # held-out pictures that are read
 
@@ -222,11 +222,11 @@ class StateStage:
         world = self.config.world
         save_checkpoint(path, modules, self.model, world, licence=LICENCE, **about)
 
-    def under_way(self) -> list:
+    def resume_state(self) -> list:
         """Nothing is under way that a save does not hold."""
         return []
 
-    def take_up(self, under_way: list) -> None:
+    def load_resume_state(self, under_way: list) -> None:
         """Nothing to take up."""
 
 

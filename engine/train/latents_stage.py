@@ -18,7 +18,7 @@ from ..data.latents import LatentsCache
 from ..data.segments import Batches, Clip, Segments
 from ..device import autocast
 from ..model.autoencoder import Autoencoder
-from ..model.checkpoint import Checkpoint, kept, save_checkpoint, weights_digest
+from ..model.checkpoint import Checkpoint, apply_overrides, save_checkpoint, weights_digest
 from ..model.networks import load_autoencoder
 from ..model.world_model import WorldModel
 from ..stage_config import TRAINED
@@ -104,7 +104,7 @@ class LatentsStage(ABC):
         changes = {name: getattr(wanted, name) for name in TRAINED[self.config.stage].makes}
         for name in {field.name for field in fields(made)} - changes.keys():
             own = getattr(made, name), getattr(wanted, name)
-            changes[name] = kept(*own, self.config.given, f"model.{name}", FREE)
+            changes[name] = apply_overrides(*own, self.config.given, f"model.{name}", FREE)
         return replace(made, **changes)
 
     def _source(self) -> Path:
@@ -133,16 +133,16 @@ class LatentsStage(ABC):
     def save(self, path: Path, module: nn.Module, about: dict[str, Any]) -> None:
         """Writes all networks that play."""
         save_checkpoint(
-            path, self.made(module).parts(), self.model, self.config.world, licence=LICENCE, **about
+            path, self.world_model(module).parts(), self.model, self.config.world, licence=LICENCE, **about
         )
 
-    def under_way(self) -> list:
+    def resume_state(self) -> list:
         """What this process has begun and a save has to hold beside weights: plain values and tensors."""
         return []
 
-    def take_up(self, under_way: list) -> None:  # noqa: B027 (most stages have nothing to do)
-        """Goes on with what `under_way` said."""
+    def load_resume_state(self, under_way: list) -> None:  # noqa: B027 (most stages have nothing to do)
+        """Goes on with what `resume_state` said."""
 
     @abstractmethod
-    def made(self, module: nn.Module) -> WorldModel:
+    def world_model(self, module: nn.Module) -> WorldModel:
         """All networks that play, those of `module` in training among them."""
