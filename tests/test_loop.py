@@ -71,11 +71,11 @@ class LineStage:
         save_checkpoint(path, {"line": module}, config.model, config.world, seed=config.seed, **about)
 
     def resume_state(self) -> list:
-        """Nothing is under way that a save does not hold."""
+        """Empty: nothing beside the weights."""
         return []
 
-    def load_resume_state(self, under_way: list) -> None:
-        """Nothing to take up."""
+    def load_resume_state(self, saved: list) -> None:
+        """Nothing to load."""
 
 
 @pytest.fixture

@@ -57,11 +57,11 @@ class LineStage:
         save_checkpoint(path, {"line": module}, self.config.model, self.config.world, **about)
 
     def resume_state(self) -> list:
-        """Nothing is under way that a save does not hold."""
+        """Empty: nothing beside the weights."""
         return []
 
-    def load_resume_state(self, under_way: list) -> None:
-        """Nothing to take up."""
+    def load_resume_state(self, saved: list) -> None:
+        """Nothing to load."""
 
 
 @pytest.fixture
