@@ -60,7 +60,9 @@ class Training:
         torch.manual_seed(stable_hash(f"{self.config.seed} {self.ranks.rank} {step}"))
 
     def progress(self) -> float:
-        """Share of the run that is done, in [0, 1]: by steps or by this process's minutes, whichever is more."""
+        """Share of the run that is done, in [0, 1]: by steps or by this process's minutes, whichever is
+        more.
+        """
         if not self.stage.trains:
             return 1.0
         return min(

@@ -23,7 +23,9 @@ def checkpoint_of(config: TrainConfig, stage: str) -> Path:
 
 
 def origin_of(config: TrainConfig) -> dict[str, Any]:
-    """What `config.stage` is made from (digests of checkpoints and data) and how (configs, seed), for JSON."""
+    """What `config.stage` is made from (digests of checkpoints and data) and how (configs, seed), for
+    JSON.
+    """
     stage = {name: value for name, value in asdict(config.stage_config()).items() if name not in FREE}
     made_from = {
         name: file_digest(path)
