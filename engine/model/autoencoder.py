@@ -90,7 +90,7 @@ def to_float(frames: Tensor) -> Tensor:
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """Float, about in [-1, 1] → uint8 [0, 255], any shape; the argument may be overwritten."""
+    """Float, about in [-1, 1] → uint8 [0, 255], any shape."""
     return ((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
