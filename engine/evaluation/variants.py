@@ -28,7 +28,7 @@ class Sinkless(Rollout):
 class SinkAtIndex(Rollout):
     """The sink's keys stay turned to the index where they were made, ever farther from the window."""
 
-    def _place_sink(self) -> None:
+    def place_sink(self) -> None:
         self.cache.place_sink(lambda keys: keys)
 
 
@@ -51,7 +51,7 @@ class SinkRefreshed(Rollout):
         self.made.zero_()
         super().reset(latents, *given, **named)
 
-    def _place_sink(self) -> None:
+    def place_sink(self) -> None:
         cache, age = self.cache, self.cache.frame - self.begun
         due = (age > 0) & (age % REFRESH == 0)
         newest = cache.frame - 1 - cache.sink  # the frame behind is pending: its keys are yet to be written
@@ -88,7 +88,7 @@ class FrameByFrame(Rollout):
         clean = self.last[:, 1:]
         for level in self.levels:
             sigma = level * self.one
-            clean = self._pass(add_noise(clean, noise, sigma), sigma, condition)
+            clean = self.run_pass(add_noise(clean, noise, sigma), sigma, condition)
         return clean.expand(-1, self.config.window_frames, -1, -1, -1)
 
 
