@@ -22,9 +22,8 @@ from .picture import load_picture
 from .policies import make_policy
 from .recording import HEADER, Recording
 
-STEPS = (
-    16  # of a shipped latent, kept in 8 bits, in one of its units: finer than the noise it is trained with
-)
+# of a shipped latent, kept in 8 bits, in one of its units: finer than the noise it is trained with
+STEPS = 16
 
 
 @dataclass(frozen=True)
