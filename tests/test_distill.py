@@ -243,11 +243,14 @@ def test_games_under_way_go_on_elsewhere():
     loss = RolloutLoss(Generator(make_denoiser(True), make_states()), stage)
     for turn in range(4):
         loss(clip, turn)
-    told = io.BytesIO()
-    torch.save(loss.resume_state(), told)
-    told.seek(0)
+    file = io.BytesIO()
+    torch.save(loss.resume_state(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    names = {"rollout", "clip", "stop", "known", "frame", "end", "stood", "shown"}
+    assert all(game.keys() == names for game in saved), "files of older versions have these names"
     other = RolloutLoss(copy.deepcopy(loss.generator), stage)
-    other.load_resume_state(torch.load(told, weights_only=True))
+    other.load_resume_state(saved)
     for turn in range(4, 8):
         values = []
         for one in (loss, other):

@@ -33,7 +33,7 @@ class Game(NamedTuple):
     known_frames: Tensor  # (b,): before this frame the truth is known; later ones are not learnt from
     frame: int  # the next frame to play
     end: int  # the frame at which the games are over
-    true_reference: Tensor  # (b, 1, c, y, x): the last true frame that differed from the one before
+    true_reference: Tensor  # (b, 1, c, y, x): the latest true frame unlike the reference before it
     own_reference: Tensor  # (b, 1, c, y, x): the model's own frame at that time
 
 

@@ -111,7 +111,9 @@ class OurLoop:
         self.first.fill_(s.first)
 
     def _slot(self, block: int) -> int:
-        """The first slot of the ring's block with this index, at the start."""
+        """The place in the ring, at the start, of the block with this index; the newest one has just been
+        committed.
+        """
         if self.attend is None:
             return block % self.ring
         newest = self.shape.first // self.shape.block - 2
