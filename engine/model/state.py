@@ -54,10 +54,9 @@ class StateModel(nn.Module):
         )
         self.order = [i for kind in kinds for i in spec.indices(kind)]
         every = self.order + spec.pictured_indices
-        self.back = [every.index(i) for i in range(len(spec))]
-        self.added = (
-            len(self.order) - self.velocities
-        )  # numbers to which a change is added; velocities are set
+        self.inverse_order = [every.index(i) for i in range(len(spec))]
+        # numbers to which a change is added; velocities are set
+        self.added = len(self.order) - self.velocities
         self.moved = self.positions + self.angles
         # numbers of the last step that are not remembered, as velocity says the same
         self.implied = self.positions if self.velocities else 0
@@ -167,7 +166,7 @@ class StateModel(nn.Module):
         wrapped = state[..., n : n + a] % 360
         wrapped = wrapped * (wrapped < 360)  # the remainder of a tiny negative angle is 360 itself
         parts = [state[..., :n], wrapped, state[..., n + a :], pick(last, self.spec.pictured_indices)]
-        return pick(torch.cat(parts, -1), self.back)
+        return pick(torch.cat(parts, -1), self.inverse_order)
 
     def _start(self, games: int) -> Tensor:
         """Hidden (b, H) at the beginning of a game."""

@@ -32,7 +32,7 @@ class StateReader(nn.Module):
         self.places, self.angles = spec.indices("position"), spec.indices("angle")
         self.plain = [i for i in range(len(spec)) if i not in self.places + self.angles]
         every = self.places + self.angles + self.plain
-        self.back = [every.index(i) for i in range(len(spec))]
+        self.inverse_order = [every.index(i) for i in range(len(spec))]
         self.pose = len(self.places) + 2 * len(self.angles)  # numbers of a guess
         layers = [nn.Conv2d(channels, width, 3, padding=1), nn.SiLU()]
         layers += [nn.Conv2d(width, width, 3, 2, 1), nn.SiLU(), nn.Conv2d(width, width, 3, 2, 1), nn.SiLU()]
@@ -72,7 +72,7 @@ class StateReader(nn.Module):
         made = torch.minimum(torch.maximum(made, pick(scales.low, numbers)), pick(scales.high, numbers))
         place, plain = made.split([len(self.places), len(self.plain)], 1)
         angle = torch.rad2deg(torch.atan2(sin, cos)) % 360
-        return pick(torch.cat([place, angle * (angle < 360), plain], 1), self.back)
+        return pick(torch.cat([place, angle * (angle < 360), plain], 1), self.inverse_order)
 
     def loss(self, latents: Tensor, states: Tensor) -> Tensor:
         """Latents (n, c, y, x) and their states (n, S) → the loss (): negative log likelihood of positions

@@ -25,11 +25,8 @@ from .timing import Budget, Call, Timing, interleaved, limit, sets_for, why
 
 AGREE = 2e-2  # relative RMS between providers in half types; one that differs more is not timed
 PATIENCE = 30.0  # seconds that compiling a provider for one shape may take
-FLEX = (
-    "paper window",
-    "one frame 1560 x 32760",
-    "tiny B",
-)  # cases for FlexAttention, which compiles long for each
+# cases for FlexAttention, which compiles long for each
+FLEX = ("paper window", "one frame 1560 x 32760", "tiny B")
 
 
 def table(
