@@ -51,9 +51,7 @@ class Config:
 
 @triton.jit
 def find_rows(tile, ROWS, BLOCK_M: tl.constexpr):
-    """→ the group of a tile of queries, the tile's first row, and the end of the group's rows. No tile has
-    rows of two groups.
-    """
+    """→ the group that all queries of a tile belong to, the tile's first row, the end of the group's rows."""
     group, start, end, row, first = 0, 0, 0, 0, 0  # row, first: first row and first tile of group i
     for i in tl.static_range(len(ROWS)):
         tiles = (ROWS[i] + BLOCK_M - 1) // BLOCK_M

@@ -147,9 +147,7 @@ def _refuse_another(config: TrainConfig) -> None:
 
 
 def _is_collected(header: dict) -> bool:
-    """Whether `collect` made a recording, and not a player; schema 1 does not say, and counts as a
-    player's.
-    """
+    """Whether `collect` made a recording, not a player; of schema 1, which does not say, False."""
     return header["policies"] is not None
 
 
@@ -244,9 +242,7 @@ def _start_worker(played) -> None:
 
 
 def play(job: Job) -> int:
-    """Makes one recording, in a draft that is renamed when complete → its number of episodes. Raises
-    UserError where the disk or the world fails.
-    """
+    """Makes a recording, as a draft that is renamed at the end → its number of episodes; or UserError."""
     draft = job.beside(DRAFT)
     try:
         if draft.exists():
