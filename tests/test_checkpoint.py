@@ -19,7 +19,7 @@ from torch import nn
 import engine.model.checkpoint
 from engine.config import AutoencoderConfig, DenoiserConfig, ModelConfig, UserError, WorldConfig
 from engine.model.autoencoder import Autoencoder
-from engine.model.checkpoint import Checkpoint, kept, read_about, save_checkpoint, weights_digest
+from engine.model.checkpoint import Checkpoint, apply_overrides, read_about, save_checkpoint, weights_digest
 from engine.model.networks import load_denoiser, make_denoiser
 
 MODEL = ModelConfig(
@@ -311,13 +311,15 @@ def test_what_was_trained_stays_but_for_what_is_given():
     made = DenoiserConfig(layers=6, ladder=[0.4, 0.7, 1.0], correction=0.6)
     wanted = DenoiserConfig(layers=2, ladder=[0.5, 0.8, 1.0], correction=0.9)
     free, section = ("ladder", "correction"), "model.denoiser"
-    assert kept(made, wanted, [], section, free) == made, "what the preset says of it is not the user's word"
-    assert kept(made, wanted, ["stage", "model.denoiser.ladder"], section, free) == replace(
+    assert apply_overrides(made, wanted, [], section, free) == made, (
+        "what the preset says of it is not the user's word"
+    )
+    assert apply_overrides(made, wanted, ["stage", "model.denoiser.ladder"], section, free) == replace(
         made, ladder=[0.5, 0.8, 1.0]
     )
-    said = refusal(kept, made, wanted, ["model.denoiser.layers"], section, free)
+    said = refusal(apply_overrides, made, wanted, ["model.denoiser.layers"], section, free)
     assert "model.denoiser.layers=2" in said and "6" in said
-    assert kept(made, replace(wanted, layers=6), ["model.denoiser.layers"], section, free) == made
+    assert apply_overrides(made, replace(wanted, layers=6), ["model.denoiser.layers"], section, free) == made
 
 
 def test_a_stage_that_is_not_there(tmp_path):

@@ -70,12 +70,12 @@ class LineStage:
         config = self.config
         save_checkpoint(path, {"line": module}, config.model, config.world, seed=config.seed, **about)
 
-    def under_way(self) -> list:
-        """Nothing is under way that a save does not hold."""
+    def resume_state(self) -> list:
+        """Empty: nothing beside the weights."""
         return []
 
-    def take_up(self, under_way: list) -> None:
-        """Nothing to take up."""
+    def load_resume_state(self, saved: list) -> None:
+        """Nothing to load."""
 
 
 @pytest.fixture

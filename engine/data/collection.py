@@ -30,11 +30,11 @@ from .policies import SHARES, PolicyMixture
 from .recording import Recorder, Recording, walk_recordings
 from .schema import HEADER, SCHEMA, read_header
 
-RECORDING_FRAMES = 6000  # frames in one recording; the unit of work and of resuming
-DRAFT, OLD = ".tmp", ".old.tmp"  # at the end of its name while it is made, and while it is replaced
-REPORT_FRAMES = 50  # a worker tells the progress bar after so many
-RESTARTS = 3  # a simulator that crashes takes its worker with it; seen once in some hundred starts
-LEAVE_SECONDS = 2.0  # that a worker without a parent has to close its world
+RECORDING_FRAMES = 6000  # frames in one recording, the unit of work and of resuming
+DRAFT, OLD = ".tmp", ".old.tmp"  # endings of a recording's name while it is written, and while replaced
+REPORT_FRAMES = 50  # a worker moves the progress bar after so many
+RESTARTS = 3  # of workers: a simulator that crashes ends its worker, about once in some hundred starts
+LEAVE_SECONDS = 2.0  # time for a worker to close its world after its parent has died
 
 _played = None  # in a worker: frames played by all workers, shared with the parent
 
@@ -51,20 +51,21 @@ class Job:
     lossless: bool
 
     def beside(self, ending: str) -> Path:
-        """Where it lies while it is made, or replaced."""
+        """The recording's path with an ending, DRAFT or OLD."""
         return self.directory.with_name(self.directory.name + ending)
 
     def done(self) -> bool:
-        """Whether the recording is there with all its frames."""
+        """Whether the recording exists with all its frames."""
         return _count(self.directory) >= self.frames
 
 
 def collect(config: TrainConfig) -> dict[str, float]:
     """Writes `config.frames` frames of `config.world` as numbered recordings into `config.data`.
 
-    The bytes depend on the seed only, not on `workers`, nor on how often the collection was interrupted or
-    grew. Whole recordings are kept, others made anew. Returns the figures of this call. Raises UserError
-    when the folder holds another job's recordings or is in use, and when the world or the disk fails.
+    Their bytes depend on the config and the seed, but not on `workers`, interruptions, or on how many frames
+    were there before. Complete recordings stay, others are made again. Returns the figures of this call.
+    Raises UserError where the folder holds other recordings or is in use, and where the world or the disk
+    fails.
     """
     data = Path(config.data)
     try:
@@ -76,12 +77,14 @@ def collect(config: TrainConfig) -> dict[str, float]:
     config = replace(config, world=_opened(config.world))
     with alone(data / f".{_name(config)}.lock"):
         _refuse_another(config)
-        world_of(true_headers(walk_recordings(data)), config.world)  # also of somebody's own ones
+        world_of(
+            true_headers(walk_recordings(data)), config.world
+        )  # recordings of players must be of this world, too
         jobs = plan(config)
         _refuse_to_replace(jobs)
         there = [_count(job.directory) for job in jobs]
         todo = [job for job, frames in zip(jobs, there, strict=True) if frames < job.frames]
-        played = sum(job.frames for job in todo)  # a short recording is played anew from its beginning
+        played = sum(job.frames for job in todo)  # an incomplete recording is played again from its beginning
         begin = time.monotonic()
         episodes = _run(todo, config, sum(job.frames for job in jobs) - played) if todo else 0
         seconds = time.monotonic() - begin
@@ -96,7 +99,7 @@ def collect(config: TrainConfig) -> dict[str, float]:
 
 
 def _opened(config: WorldConfig) -> WorldConfig:
-    """With the keys and the rate that a Gymnasium world alone knows; what is wrong with it is told here."""
+    """The config with keys and rate, which a Gymnasium world knows only when open; raises its UserError."""
     if config.kind != "gym":
         return config
     world = make_world(config)
@@ -115,13 +118,13 @@ def plan(config: TrainConfig) -> list[Job]:
 
 
 def _name(config: TrainConfig) -> str:
-    """What the names of a job's recordings have in common."""
+    """The prefix of the names of this job's recordings."""
     world = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, (config.world.name, config.world.id))))
     return f"{world}-{config.seed}"
 
 
 def _refuse_another(config: TrainConfig) -> None:
-    """Raises UserError where the folder holds recordings that this job, with any seed, would not make."""
+    """Raises UserError where the folder holds collected recordings of another world or of other settings."""
     for path in sorted(Path(config.data).glob(f"*/{HEADER}")):
         if not _is_collected(header := read_header(path.parent)):
             continue
@@ -135,7 +138,7 @@ def _refuse_another(config: TrainConfig) -> None:
                 there[f"world.{name}"], wanted[f"world.{name}"] = world[name], value
         differing = [name for name in wanted if there[name] != wanted[name]]
         if "world.name" in differing:
-            differing = ["world.name"]  # all else follows from it
+            differing = ["world.name"]  # the reason for all others
         if differing:
             said = "; ".join(
                 f"{name} is {_words(there[name])} there and {_words(wanted[name])} here" for name in differing
@@ -144,17 +147,17 @@ def _refuse_another(config: TrainConfig) -> None:
 
 
 def _is_collected(header: dict) -> bool:
-    """Whether a recording was made here, and not by somebody who played; before schema 2 none told."""
+    """Whether `collect` made a recording, not a player; of schema 1, which does not say, False."""
     return header["policies"] is not None
 
 
 def _refuse_to_replace(jobs: list[Job]) -> None:
-    """Raises UserError where something else has a name that a recording, or its draft, is to have."""
+    """Raises UserError where a recording of this job, or its draft, would replace something else."""
     for job in jobs:
         for path in (job.directory, *map(job.beside, (DRAFT, OLD))):
             try:
                 header = read_header(path) if path.exists() else None
-            except UserError:  # killed before it had one, or nothing of ours
+            except UserError:  # killed before it had a header, or not a recording
                 header = None
             ours = header and _is_collected(header) and header["seed"] == job.seed
             if path.exists() and not ours and (header or path == job.directory):
@@ -163,7 +166,7 @@ def _refuse_to_replace(jobs: list[Job]) -> None:
 
 
 def _words(value: object) -> str:
-    """A value of a job in a sentence."""
+    """A setting's value as words for a message."""
     if isinstance(value, dict):
         return ", ".join(
             f"{name} {part}" if isinstance(part, float) else name for name, part in value.items()
@@ -172,7 +175,7 @@ def _words(value: object) -> str:
 
 
 def _count(directory: Path) -> int:
-    """Whole frames in a recording; 0 where there is none, or one that cannot be read."""
+    """How many frames of a recording can be read; 0 without one."""
     try:
         return len(Recording(directory)) if directory.exists() else 0
     except UserError:
@@ -190,7 +193,7 @@ def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
             # spawn, not fork: the parent may hold torch's threads, which do not survive a fork
             context = multiprocessing.get_context("spawn")
             played = context.Value("q", 0)
-            bar.n = bar.total - sum(job.frames for job in left)  # a dead worker's half recording is made anew
+            bar.n = bar.total - sum(job.frames for job in left)  # recordings of dead workers start again
             pool = ProcessPoolExecutor(
                 workers, mp_context=context, initializer=_start_worker, initargs=(played,)
             )
@@ -211,7 +214,7 @@ def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
 
 
 def _follow(futures: list[Future], bar: tqdm, played) -> Iterator[int]:
-    """Moves the bar → the number of episodes of each recording as it is finished."""
+    """Yields each finished recording's number of episodes, and moves the bar meanwhile."""
     waiting, seen, begun = set(futures), 0, bar.n
     while waiting:
         finished, waiting = wait(waiting, timeout=0.25, return_when=FIRST_COMPLETED)
@@ -223,7 +226,9 @@ def _follow(futures: list[Future], bar: tqdm, played) -> Iterator[int]:
 def _start_worker(played) -> None:
     global _played
     _played = played
-    nowhere = os.open(os.devnull, os.O_WRONLY)  # a simulator that outlives its worker must not hold our pipes
+    nowhere = os.open(
+        os.devnull, os.O_WRONLY
+    )  # a simulator that outlives its worker must not keep our pipes open
     for output in (1, 2):
         os.dup2(nowhere, output)
     parent = multiprocessing.parent_process()
@@ -237,7 +242,7 @@ def _start_worker(played) -> None:
 
 
 def play(job: Job) -> int:
-    """Makes one recording, under a name with .tmp until it is whole → number of episodes."""
+    """Makes a recording, as a draft that is renamed at the end → its number of episodes; or UserError."""
     draft = job.beside(DRAFT)
     try:
         if draft.exists():
@@ -249,7 +254,7 @@ def play(job: Job) -> int:
                 episodes = _play_into(recorder, world, job)
         finally:
             world.close()
-        if job.directory.exists():  # shorter, or damaged; the new one begins with the same frames
+        if job.directory.exists():  # incomplete or damaged; the new one begins with the same frames
             old = job.beside(OLD)
             shutil.rmtree(old, ignore_errors=True)
             job.directory.rename(old)
@@ -269,10 +274,10 @@ def _play_into(recorder: Recorder, world, job: Job) -> int:
     nothing = np.zeros(len(world.action_space), np.float32)
     episodes = 0
     for count in range(1, job.frames + 1):
-        time_ns = round((count - 1) / world.fps * 1e9)  # the clock's would differ from run to run
+        time_ns = round((count - 1) / world.fps * 1e9)  # not the clock's, which would differ from run to run
         if world.done:
             seed = int(rng.integers(2**31))
-            began = [{"reset": {"seed": seed, "start": "episode"}}]  # with which it can be replayed
+            began = [{"reset": {"seed": seed, "start": "episode"}}]  # so that it can be replayed
             frame = world.reset(seed)
             recorder.add(frame, nothing, reset=True, events=began, state=world.state(), t_ns=time_ns)
             episodes += 1

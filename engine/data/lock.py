@@ -1,4 +1,4 @@
-"""A folder's lock: who writes the same recordings is alone."""
+"""A lock, so that only one process writes the same recordings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from ..config import UserError
 
 @contextmanager
 def alone(lock: Path) -> Iterator[None]:
-    """Two collections that write the same recordings would spoil each other's; the second is refused."""
+    """A context that holds the lock file; UserError where another process holds it. Without locks, on Windows
+    and some file systems, it does nothing.
+    """
     try:
         import fcntl
-    except ImportError:  # Windows: nothing tells
+    except ImportError:  # Windows
         yield
         return
     with open(lock, "w") as file:
@@ -25,4 +27,4 @@ def alone(lock: Path) -> Iterator[None]:
             raise UserError(f"{said}; wait for it, or choose another seed or data=.") from None
         except OSError:
             pass  # a file system without locks
-        yield  # the file stays: who waits to open it would lock one that is gone, and a third a new one
+        yield  # the file stays: if removed, one process could lock the old and another a new one

@@ -1,4 +1,4 @@
-"""What a stage tells while it trains: JSON lines, a progress bar, TensorBoard where asked for."""
+"""Figures of a training: JSON lines, a progress bar, and TensorBoard if wanted."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .parallel import Ranks
 
 
 class Metrics:
-    """Means of figures over some steps and all processes; told by the first one alone.
+    """Means of figures over `log_every` steps and all processes, written by the first process.
 
-    `per_step`: samples that a step of all processes takes. Lines of steps after `step`, at which training
-    goes on, are cut off: these steps come again.
+    `per_step`: samples in a step of all processes together. `step`: where training continues; lines of later
+    steps in the file are removed, as these steps will be done again.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, per_step: int, step: int):
@@ -40,9 +40,9 @@ class Metrics:
         )
 
     def add(self, logs: dict[str, torch.Tensor], step: int, seconds: float, progress: float) -> int:
-        """The figures of the step that made `step` of them; those of a step whose gradients were not finite
-        do not count → how many such steps came in a row, as far as it is known: every `log_every` steps,
-        which are the only ones that wait for the device.
+        """Takes the figures of one step, after which `step` steps are done; they are ignored where
+        `logs["finite"]` is False. Every `log_every` steps, the only ones that wait for the device, the means
+        are written → then: how many steps in a row were not finite, at least; else 0.
         """
         finite = logs.pop("finite")
         for name, value in (logs | {"finite": finite}).items():
@@ -64,10 +64,10 @@ class Metrics:
         self._skipped_before = in_a_row if skipped == self._steps else 0
         self._sums, self._counts, self._steps, self._since = {}, {}, 0, now
         if self.loud:
-            self._tell(step, seconds, progress)
+            self._write(step, seconds, progress)
         return in_a_row
 
-    def _tell(self, step: int, seconds: float, progress: float) -> None:
+    def _write(self, step: int, seconds: float, progress: float) -> None:
         line = {"step": step, "minutes": round(seconds / 60, 2)} | self.last
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -79,7 +79,7 @@ class Metrics:
         self.bar.set_postfix_str(" ".join(shown))
 
     def measured(self, figures: dict[str, float], step: int, seconds: float) -> None:
-        """What was measured on held-out data with the averaged weights, as a line of its own."""
+        """Writes a line of figures that were measured on held-out data with the averaged weights."""
         figures = rounded(figures)
         line = {"step": step, "minutes": round(seconds / 60, 2), "held_out": figures}
         self._file.write(json.dumps(line) + "\n")
@@ -88,10 +88,11 @@ class Metrics:
             self._board.add_scalar(f"held_out/{name}", value, step)
 
     def waited(self, seconds: float) -> None:
-        """Time that is no part of the rate."""
+        """Leaves a pause of so many seconds out of the rate."""
         self._since += seconds
 
     def close(self) -> None:
+        """Closes the bar and the files."""
         self.bar.close()
         if self._file:
             self._file.close()
@@ -100,11 +101,12 @@ class Metrics:
 
 
 def rounded(figures: dict[str, float]) -> dict[str, float]:
+    """The figures with five significant digits."""
     return {name: float(f"{value:.5g}") for name, value in figures.items()}
 
 
 def _cut(path: Path, step: int) -> None:
-    """Leaves the lines up to `step`."""
+    """Removes the lines of steps after `step`, and broken ones."""
     if not path.exists():
         return
     kept = []
