@@ -116,19 +116,21 @@ def plan(config: TrainConfig) -> list[Job]:
 
 def _name(config: TrainConfig) -> str:
     """What the names of a job's recordings have in common."""
-    world = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, (config.world.name, config.world.id))))
-    return f"{world}-{config.seed}"
+    return _named(config.world.name, config.world.id, config.seed)
+
+
+def _named(world: str, id: str, seed: int) -> str:
+    return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, (world, id)))) + f"-{seed}"
 
 
 def _refuse_another(config: TrainConfig) -> None:
     """Raises UserError where the folder holds recordings that this job, with any seed, would not make."""
     for path in sorted(Path(config.data).glob(f"*/{HEADER}")):
-        if not _is_collected(header := read_header(path.parent)):
+        if not _is_collected(header := read_header(path.parent), path.parent):
             continue
         there = {"schema": header["schema"], "lossless": header["codec"].get("lossless")}
         wanted = {"schema": SCHEMA, "lossless": config.lossless}
-        if header["policies"] is not None:
-            there["policies"], wanted["policies"] = header["policies"], SHARES
+        there["policies"], wanted["policies"] = header["policies"] or None, SHARES
         world = header["config"]
         for name, value in asdict(config.world).items():
             if name in world:
@@ -143,9 +145,14 @@ def _refuse_another(config: TrainConfig) -> None:
             raise UserError(f"{config.data} holds recordings of another job ({said}); choose another data=.")
 
 
-def _is_collected(header: dict) -> bool:
-    """Whether a recording was made here, and not by somebody who played; before schema 2 none told."""
-    return header["policies"] is not None
+def _is_collected(header: dict, path: Path) -> bool:
+    """Whether the recording in `path` was collected, and not made by somebody who played. Where its version
+    did not tell, its name does.
+    """
+    if header["policies"] != {}:
+        return header["policies"] is not None
+    name = _named(header["world"], str(header["config"].get("id", "")), header["seed"])
+    return re.fullmatch(re.escape(name) + r"-\d{5}(\.old)?(\.tmp)?", path.name) is not None
 
 
 def _refuse_to_replace(jobs: list[Job]) -> None:
@@ -156,7 +163,7 @@ def _refuse_to_replace(jobs: list[Job]) -> None:
                 header = read_header(path) if path.exists() else None
             except UserError:  # killed before it had one, or nothing of ours
                 header = None
-            ours = header and _is_collected(header) and header["seed"] == job.seed
+            ours = header and _is_collected(header, path) and header["seed"] == job.seed
             if path.exists() and not ours and (header or path == job.directory):
                 said = f"{path} was not made by this collection and is not replaced"
                 raise UserError(f"{said}; give it another name, or choose another seed= or data=.")

@@ -34,7 +34,8 @@ def read_header(directory: Path) -> dict:
         said = f"{path} has schema {shortened(json.dumps(header['schema']))}"
         raise UserError(f"{said}, but this version reads 1 and {SCHEMA}; it may come from a newer one.")
     known = {"source": "", "checkpoint": "", "seed": 0, "world": "", "config": {}, "keymap": {}, "codec": {}}
-    header = {**known, "state_kinds": None, "parent": None, "policies": None, **header}
+    # policies: None where a person played, and none of them where an older version did not tell
+    header = {**known, "state_kinds": None, "parent": None, "policies": {}, **header}
     for name, right in HEADER_CHECKS.items():
         if not right(header[name]):
             raise UserError(f"{path} is damaged: its {name} cannot be {shortened(json.dumps(header[name]))}.")
