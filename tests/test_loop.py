@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -346,6 +347,24 @@ def test_a_signal_saves_and_says_so(number, options, tmp_path, capsys, monkeypat
     assert torch.load(tmp_path / "out" / "autoencoder.state.pt")["step"] == 6
     assert Checkpoint(tmp_path / "out" / "autoencoder.safetensors").about["steps"] == 6
     assert signal.getsignal(number) == before
+
+
+def test_a_closed_pipe_saves_as_a_signal_does(options, tmp_path, monkeypatch):
+    """As in `train.py 2>&1 | head`: nobody can be told, but nothing is lost."""
+    read, write = os.pipe()
+    plain = LineStage.batch
+
+    def batch(self, step: int) -> torch.Tensor:
+        if step == 5:
+            os.close(read)
+        return plain(self, step)
+
+    monkeypatch.setattr(LineStage, "batch", batch)
+    with open(write, "w", buffering=1) as pipe, contextlib.suppress(BrokenPipeError):
+        monkeypatch.setattr(sys, "stderr", pipe)
+        assert train.main(options("steps=1000", "log_every=1")) == 128 + signal.SIGPIPE
+    assert torch.load(tmp_path / "out" / "autoencoder.state.pt")["step"] == 6
+    assert Checkpoint(tmp_path / "out" / "autoencoder.safetensors").about["steps"] == 6
 
 
 def test_a_signal_before_the_first_step_says_that_nothing_is_saved(options, tmp_path, capsys, monkeypatch):

@@ -64,6 +64,25 @@ def test_a_dream_recorded_from_mid_game_on_replays_frame_by_frame(tiny_checkpoin
     np.testing.assert_array_equal(elsewhere.frame, opened(dream(tiny_checkpoint)).frame, "as asked for")
 
 
+def test_a_dream_replays_in_the_precision_that_it_was_drawn_in(tiny_checkpoint, tmp_path):
+    """Which may be another than is measured here and now, unless one is asked for."""
+    for precision in ("fp32", "bf16"):
+        config = replace(dream(tiny_checkpoint, policy="random"), precision=precision)
+        game = play.open_playthrough(replace(config, record=str(tmp_path / precision)))
+        seen = [game.frame]
+        for _ in range(4):
+            game.advance()
+            seen.append(game.frame)
+        game.close()
+        config = replace(config, policy=str(tmp_path / precision), precision="auto")
+        again = play.open_playthrough(config)
+        assert again.game.precision == precision
+        np.testing.assert_array_equal(frames_of(again), np.stack(seen))
+    other = play.open_playthrough(replace(config, precision="fp32"))
+    assert other.game.precision == "fp32"
+    other.close()
+
+
 def test_a_true_game_recorded_from_mid_game_on_replays_frame_by_frame(doom_config, tmp_path):
     """Over the end of an episode, which is 24 frames long."""
     config = PlayConfig(game="true", world=doom_config, policy="random", seed=7)

@@ -49,10 +49,12 @@ class Recorder:
         state_kinds: dict[str, str] | None = None,
         parent: dict | None = None,
         policies: dict[str, float] | None = None,
+        precision: str = "",
     ) -> None:
         """`state_kinds`: what the frames' states hold → its kind, of worlds.base.STATE_KINDS. `parent`: where
         a branched session came from, {"recording": digest or name, "frame": number}, or None.
-        `policies`: shares of time of those that played, where it was no person.
+        `policies`: shares of time of those that played, where it was no person. `precision`: in which a
+        network drew, "" where none did.
         """
         self.directory = Path(directory)
         self.names = tuple(world.keys) if names is None else tuple(names)
@@ -77,6 +79,7 @@ class Recorder:
             "parent": parent,
             "policies": policies,
             "checkpoint": checkpoint,
+            "precision": precision,
             "seed": seed,
             "codec": {"name": CODEC, "lossless": lossless, **(EXACT if lossless else QUALITY)},
         }

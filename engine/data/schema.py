@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ..bounds import shortened, wrong
-from ..config import FASTEST, SLOWEST, UserError, WorldConfig
+from ..config import FASTEST, PRECISIONS, SLOWEST, UserError, WorldConfig
 from ..worlds.base import STATE_KINDS
 
 SCHEMA = 2  # 1 had no state kinds, axes, parent and checksums, and is still read
@@ -33,7 +33,8 @@ def read_header(directory: Path) -> dict:
     if not _is_whole(header["schema"]) or header["schema"] not in (1, SCHEMA):
         said = f"{path} has schema {shortened(json.dumps(header['schema']))}"
         raise UserError(f"{said}, but this version reads 1 and {SCHEMA}; it may come from a newer one.")
-    known = {"source": "", "checkpoint": "", "seed": 0, "world": "", "config": {}, "keymap": {}, "codec": {}}
+    known = {"source": "", "checkpoint": "", "precision": "", "seed": 0, "world": "", "config": {}}
+    known |= {"keymap": {}, "codec": {}}
     # policies: None where a person played, and none of them where an older version did not tell
     header = {**known, "state_kinds": None, "parent": None, "policies": {}, **header}
     for name, right in HEADER_CHECKS.items():
@@ -174,6 +175,7 @@ HEADER_CHECKS = {
     "world": lambda value: isinstance(value, str),
     "source": lambda value: isinstance(value, str),
     "checkpoint": lambda value: isinstance(value, str),
+    "precision": lambda value: value == "" or value in PRECISIONS[1:],
     "seed": _is_seed,
     "config": lambda value: isinstance(value, dict),
     "keymap": _are_bindings,

@@ -18,7 +18,7 @@ from ..worlds.base import ActionSpace
 class TrueGame:
     """The simulator. `start` says where the running episode began."""
 
-    source, digest, checkpoint = "true", "", ""
+    source, digest, checkpoint, precision = "true", "", "", ""
 
     def __init__(self, config: PlayConfig) -> None:
         """Opens the simulator. Raises UserError where it is not installed or does not start."""
@@ -84,6 +84,7 @@ class Dream:
         self.action_space, self.fps = self._session.action_space, self._session.fps
         self.state_kinds = self._session.state_kinds
         self.world, self.checkpoint, self.digest = player.world, str(path), player.checkpoint.digest()
+        self.precision = player.precision
         self.start = config.start or next(iter(self._shipped), "true game")
 
     def reset(self, seed: int, start: str = "") -> np.ndarray:

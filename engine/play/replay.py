@@ -43,6 +43,10 @@ class Replay:
         self._same = True  # the game is the recorded one
         self._at = 0  # number of the frame that was shown last
 
+    def precision(self, wanted: str) -> str:
+        """In which a dream is to be drawn: as it was recorded, where `wanted` leaves that open (auto)."""
+        return wanted if wanted != "auto" else self._recording.header["precision"] or wanted
+
     def fit(self, game: Game) -> None:
         """Puts the keys in the game's order. Raises UserError for a held key that it does not know, and where
         its keys do something else.

@@ -78,6 +78,8 @@ def open_playthrough(config: PlayConfig, check: Callable[[ActionSpace], None] | 
     from ..play.playthrough import Playthrough, check_policy
 
     replay = check_policy(config.policy)
+    if replay:
+        config = replace(config, precision=replay.precision(config.precision))
     game = open_game(config)
     tell_keyless(game.action_space)
     try:

@@ -209,8 +209,10 @@ def _run(training: Training, metrics: Metrics, stop: Stop) -> None:
             paused(folder),
         ]
         share, *wishes = (ranks.first and wish for wish in (training.progress(), *wishes))
-        progress, signal, save, picture, pause = ranks.agree(share, stop.signal, *wishes)
-        if save or signal or picture:  # whatever comes of showing it, what was learnt stays
+        progress, signal, save, picture, pause = ranks.agree(
+            share, stop.signal or metrics.unheard, *wishes
+        )
+        if save or signal or picture or pause:  # whatever comes of showing it, what was learnt stays
             training.save()
             saved = time.perf_counter()
         if signal:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PAUSE = "pause"  # in out=DIR: while a file of this name is there, training waits
+GONE = 13  # SIGPIPE's number: whoever reads the output has left, which asks to stop as a signal does
 # Ctrl-C, the system's end, and that of the terminal
 CAUGHT = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
