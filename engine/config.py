@@ -16,6 +16,7 @@ POLICIES = ("keyboard", "explore", "scripted", "random", "taps", "idle", "spin",
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
 KERNELS = ("auto", "reference", "triton")
 SLOWEST, FASTEST = 0.01, 1000  # frames a second
+KEYS = 1024  # of a world, at most
 
 STAGES = ("all", "collect", *TRAINED, "pack", "evaluate", "ablate", "precision")
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from engine.config import TrainConfig, UserError, WorldConfig, load_config
 from engine.data.dataset import recorded_world
+from engine.data.lock import alone
 from engine.data.recording import Recorder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.programs import train
@@ -430,6 +431,9 @@ def test_a_paused_training_can_be_stopped(options, tmp_path, capsys, monkeypatch
         ("out={tmp}/file/out", None, "file"),
         (None, OSError(28, "No space left on device", "metrics"), "No space left"),
         (None, OSError(30, "Read-only file system", "metrics"), "Read-only"),
+        (None, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "too little memory"),
+        (None, torch.OutOfMemoryError("CUDA out of memory"), "too little memory"),
+        (None, MemoryError(), "too little memory"),
     ],
 )
 def test_every_error_of_the_system_is_a_sentence(option, error, word, options, tmp_path, capsys, monkeypatch):
@@ -538,6 +542,24 @@ def test_processes_whose_weights_have_parted_do_not_save(begin, tmp_path):
     with pytest.raises(UserError, match="other weights"):
         training.save()
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_two_trainings_in_one_folder(run, options, tmp_path, capsys):
+    run("steps=4")
+    state = (tmp_path / "out" / "autoencoder.state.pt").read_bytes()
+    with alone(tmp_path / "out", "mine"):
+        assert train.main(options()) == 2
+    assert "Another training is writing into" in capsys.readouterr().err
+    assert (tmp_path / "out" / "autoencoder.state.pt").read_bytes() == state
+    assert run()["steps"] == 8
+
+
+def test_damaged_lines_of_figures_are_left_out(run, tmp_path):
+    run("steps=4", "log_every=1")
+    with open(tmp_path / "out" / "autoencoder.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\0\n[]\n{")
+    run("steps=6", "log_every=1")
+    assert [line["step"] for line in lines(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_killed_training_goes_on(options, tmp_path):

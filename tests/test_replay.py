@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.config import PlayConfig, UserError
+from engine.config import PlayConfig, UserError, WorldConfig
 from engine.data.collection import Job
 from engine.data.collection import play as collect
 from engine.data.recording import Recorder, Recording
@@ -90,6 +90,21 @@ def test_a_true_game_recorded_from_mid_game_on_replays_frame_by_frame(doom_confi
     assert Recording(tmp_path / "r").resets.tolist().count(True) == 2
     again = frames_of(opened(replace(config, policy=str(tmp_path / "r"), seed=0)))
     np.testing.assert_array_equal(again, seen)
+
+
+def test_a_true_game_of_another_pace_is_told(tmp_path, capsys):
+    pytest.importorskip("gymnasium")
+    world = WorldConfig("gym", "gym", id="gym_games:Plain-v0", height=32, width=64, tics=1, fps=0)
+    config = PlayConfig(game="true", world=world, policy="random", record=str(tmp_path / "r"))
+    game = opened(config)
+    for _ in range(3):
+        game.advance()
+    game.close()
+    config = replace(config, policy=str(tmp_path / "r"), record="")
+    opened(config).close()
+    assert not capsys.readouterr().err
+    opened(replace(config, world=replace(world, tics=3))).close()
+    assert "r was recorded with tics 1: what is drawn here is not" in capsys.readouterr().err
 
 
 def test_what_was_collected_replays_in_the_true_game(doom_config, tmp_path):

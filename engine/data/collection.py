@@ -74,7 +74,8 @@ def collect(config: TrainConfig) -> dict[str, float]:
     except OSError as error:
         raise UserError(f"Recordings cannot be written to {data}: {error.strerror}.") from None
     config = replace(config, world=_opened(config.world))
-    with alone(data / f".{_name(config)}.lock"):
+    said = f"Another collection is writing the same recordings into {data}"
+    with alone(data / f".{_name(config)}.lock", f"{said}; wait for it, or choose another seed or data=."):
         _refuse_another(config)
         world_of(true_headers(walk_recordings(data)), config.world)  # also of somebody's own ones
         jobs = plan(config)
@@ -146,9 +147,7 @@ def _refuse_another(config: TrainConfig) -> None:
 
 
 def _is_collected(header: dict, path: Path) -> bool:
-    """Whether the recording in `path` was collected, and not made by somebody who played. Where its version
-    did not tell, its name does.
-    """
+    """Whether it was collected, and not made by who played; its name says so where an older version did not."""
     if header["policies"] != {}:
         return header["policies"] is not None
     name = _named(header["world"], str(header["config"].get("id", "")), header["seed"])

@@ -53,8 +53,7 @@ class Recorder:
     ) -> None:
         """`state_kinds`: what the frames' states hold → its kind, of worlds.base.STATE_KINDS. `parent`: where
         a branched session came from, {"recording": digest or name, "frame": number}, or None.
-        `policies`: shares of time of those that played, where it was no person. `precision`: in which a
-        network drew, "" where none did.
+        `policies`: shares of time of those that played, where it was no person. `precision`: a network's.
         """
         self.directory = Path(directory)
         self.names = tuple(world.keys) if names is None else tuple(names)
@@ -288,7 +287,14 @@ def find_recordings(data_dir: str | Path) -> list[Path]:
 
 
 def walk_recordings(data_dir: str | Path) -> list[Path]:
-    """`find_recordings`, where none may be there."""
-    root = Path(data_dir)
-    found = sorted(path.parent for path in root.rglob(HEADER))
-    return [path for path in found if not any(part.endswith(".tmp") for part in path.relative_to(root).parts)]
+    """`find_recordings`, where none may be there. Links are followed; under two names one counts once."""
+    found: dict[str, Path] = {}
+    seen = set()  # a link may lead back to a folder above it
+    for folder, inside, files in os.walk(data_dir, followlinks=True):
+        inside[:] = sorted(name for name in inside if not name.endswith(".tmp"))
+        if (place := os.path.realpath(folder)) in seen:
+            inside.clear()
+        elif HEADER in files:
+            found[place] = Path(folder)
+        seen.add(place)
+    return sorted(found.values())

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 from ..bounds import shortened, wrong
-from ..config import FASTEST, PRECISIONS, SLOWEST, UserError, WorldConfig
+from ..config import FASTEST, KEYS, PRECISIONS, SLOWEST, UserError, WorldConfig
 from ..worlds.base import STATE_KINDS
 
 SCHEMA = 2  # 1 had no state kinds, axes, parent and checksums, and is still read
 HEADER, ACTIONS, FRAMES = "session.json", "actions.jsonl", "frames.mkv"
 LARGEST = 16_384  # pixels a side
-KEYS = 1024  # of a recording, and numbers of a state
 FAR = 1e12  # that a number of a state may be away from 0: its square fits into float32
 KINDS_OF_1 = {"x": "position", "y": "position", "angle": "angle", "health": "scalar", "ammo": "scalar"}
 

@@ -137,9 +137,12 @@ def open_game(config: PlayConfig) -> Game:
         import torch
 
         torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
+    from ..device import is_lack_of_memory
+
     try:
         return Dream(config)
-    except MemoryError:
-        raise UserError(
-            f"There is not enough memory for {config.checkpoint}; close other programs."
-        ) from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        said = f"There is not enough memory for {config.checkpoint}"
+        raise UserError(f"{said}; close other programs.") from None
