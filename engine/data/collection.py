@@ -143,11 +143,12 @@ def _refuse_another(config: TrainConfig) -> None:
             said = "; ".join(
                 f"{name} is {_words(there[name])} there and {_words(wanted[name])} here" for name in differing
             )
-            raise UserError(f"{config.data} holds recordings of another job ({said}); choose another data=.")
+            how = "choose another data=, or train on them with stage=all frames=0"
+            raise UserError(f"{config.data} holds recordings of another job ({said}); {how}.")
 
 
 def _is_collected(header: dict, path: Path) -> bool:
-    """Whether it was collected, and not made by who played; its name says so where an older version did not."""
+    """Whether it was collected, not made by who played; its name says so where an older version did not."""
     if header["policies"] != {}:
         return header["policies"] is not None
     name = _named(header["world"], str(header["config"].get("id", "")), header["seed"])
@@ -206,8 +207,7 @@ def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
             except BrokenProcessPool:
                 deaths += 1
                 if deaths > RESTARTS:
-                    said = f"A collecting process died {deaths} times"
-                    raise UserError(f"{said}; run again with fewer workers to go on.") from None
+                    raise UserError(f"Collecting processes died {deaths} times; run with fewer workers.") from None
                 bar.write(
                     "A collecting process died (a fault of the simulator, or memory ran out); going on."
                 )
