@@ -296,7 +296,7 @@ WRONG_HEADERS = [
     *({"names": names} for names in (5, [1], ["a", "a"], None)),
     *({"height": height} for height in (10**9, 0, 96.0, "96")),
     {"width": -128},
-    {"source": 3},
+    *({"source": source} for source in (3, "Dream", "network", ["dream"])),
     {"precision": "int3"},
     {"precision": 16},
     {"state_kinds": {"x": "colour"}},

@@ -207,7 +207,7 @@ def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
             except BrokenProcessPool:
                 deaths += 1
                 if deaths > RESTARTS:
-                    raise UserError(f"Collecting processes died {deaths} times; run with fewer workers.") from None
+                    raise UserError(f"Processes died {deaths} times; run with fewer workers.") from None
                 bar.write(
                     "A collecting process died (a fault of the simulator, or memory ran out); going on."
                 )

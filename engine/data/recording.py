@@ -85,7 +85,7 @@ class Recorder:
         try:
             self._open()
         except OSError as error:
-            raise UserError(f"Cannot record into {self.directory}: {reason(error)}.") from error
+            raise UserError(f"Cannot record into {self.directory}: {reason(error)}; try another.") from error
         # Under half a second of frames: enough for a hiccup of the disk, and little is lost in a kill.
         self._queue: queue.Queue = queue.Queue(max(4, min(32, int(world.fps / 2))))
         self._start = time.monotonic_ns()

@@ -11,6 +11,7 @@ from ..worlds.base import STATE_KINDS
 
 SCHEMA = 2  # 1 had no state kinds, axes, parent and checksums, and is still read
 HEADER, ACTIONS, FRAMES = "session.json", "actions.jsonl", "frames.mkv"
+SOURCES = ("true", "dream", "")  # of frames; "": not told, and taken for true
 LARGEST = 16_384  # pixels a side
 FAR = 1e12  # that a number of a state may be away from 0: its square fits into float32
 KINDS_OF_1 = {"x": "position", "y": "position", "angle": "angle", "health": "scalar", "ammo": "scalar"}
@@ -172,7 +173,7 @@ HEADER_CHECKS = {
     "height": _is_size,
     "width": _is_size,
     "world": lambda value: isinstance(value, str),
-    "source": lambda value: isinstance(value, str),
+    "source": lambda value: value in SOURCES,
     "checkpoint": lambda value: isinstance(value, str),
     "precision": lambda value: value == "" or value in PRECISIONS[1:],
     "seed": _is_seed,
