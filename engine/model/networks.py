@@ -15,6 +15,7 @@ from .state_spec import StateSpec, features_width, scene_columns
 from .world_model import Generator, WorldModel
 
 REMEMBERED = 2**31  # numbers, of a single game: 8 GiB. No weight tells how many frames a header may ask for
+COMPARED = 2**29  # pairs of tokens of a game's start, with a number each: 2 GiB
 
 
 def spec_of(model: ModelConfig) -> StateSpec | None:
@@ -84,7 +85,8 @@ def load_denoiser(checkpoint: Checkpoint) -> Denoiser:
     denoiser = checkpoint.build("denoiser", lambda: make_denoiser(checkpoint.model, checkpoint.world))
     c = denoiser.config
     frames = c.context_frames + c.sink_frames + c.window_frames
-    if 2 * c.layers * frames * denoiser.transformer.tokens * c.width > REMEMBERED:
+    keys = frames * denoiser.transformer.tokens
+    if 2 * c.layers * keys * c.width > REMEMBERED or keys**2 > COMPARED:
         said = f"The network in {checkpoint.path} would remember {frames} frames of a game"
         raise UserError(f"{said}, which fit into no memory; its header is damaged: copy it again.")
     return denoiser
