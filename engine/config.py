@@ -44,6 +44,8 @@ class WorldConfig(Checked):
         super().__post_init__()
         if self.kind not in ("doom", "gym"):
             raise UserError(f"world.kind must be doom or gym, not {self.kind!r}.")
+        if set("/\\") & set(self.name):  # files are called by it
+            raise UserError(f"world.name must be without slashes, not {self.name!r}.")
         if self.height % 32 or self.width % 32:
             raise UserError(f"A frame's sides must be multiples of 32, not {self.width}x{self.height}.")
         if self.fps < SLOWEST and not (self.fps == 0 and self.kind == "gym"):

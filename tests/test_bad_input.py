@@ -118,6 +118,7 @@ def test_wrong_config_in_a_checkpoint(refused, tiny_checkpoint, tmp_path):
         ("world.nmae=x", "world.nmae"),
         ("world.keys.forwrd=[W]", "only forward, backward"),
         ("world.tics=0", "world.tics must be at least 1"),
+        ("world.name=../x", "world.name must be without slashes"),
         ("device=abacus", "abacus"),
         ("just words", "just words"),
         ("start=nowhere", "its shipped starts are a, b"),
