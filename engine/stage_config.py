@@ -119,7 +119,9 @@ class DistillStageConfig(DenoiserStageConfig):
     stop_share: float = share(0.5)  # share of games that never move again once the true game stands still
     still_games: int = count(4, least=0, most=1 << 20)  # extra games that stand still for far longer
     still_frames: int = count(400, most=1 << 20)  # generated frames of these
-    still_skip: int = count(3, least=0, most=1 << 20)  # frames of these that are played between two learnt ones
+    still_skip: int = count(
+        3, least=0, most=1 << 20
+    )  # frames of these that are played between two learnt ones
     # mean squared distance of a game that stands still from the frame it should show, above which it is lost:
     # it cannot return to that frame, and so is only trained to look plausible
     lost_threshold: float = number(0.5, above=0, most=1e6)

@@ -287,14 +287,19 @@ def test_what_a_game_would_remember_is_bounded(tmp_path):
 
     def endless(head: dict) -> None:
         head["model"]["denoiser"].update(context_frames=4096, sink_frames=4096)
-        head["world"].update(height=4096, width=4096)
+        head["world"].update(height=256, width=256)
 
-    model, world = MODEL, replace(WORLD, height=4096, width=4096)
+    model, world = MODEL, replace(WORLD, height=256, width=256)
     modules = {"denoiser": make_denoiser(model, world)}
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, modules, model, world)
     assert load_denoiser(Checkpoint(path)).config.context_frames == 8
     assert "remember 8195 frames" in refusal(load_denoiser, Checkpoint(rewrite(path, endless)))
+    # little to remember, but each of a start's tokens would be compared with each other
+    small, wide = tmp_path / "small.safetensors", {"context_frames": 4096, "sink_frames": 1}
+    save_checkpoint(small, {"denoiser": make_denoiser(MODEL, WORLD)}, MODEL, WORLD)
+    many = rewrite(small, lambda head: head["model"]["denoiser"].update(wide))
+    assert "remember 4100 frames" in refusal(load_denoiser, Checkpoint(many))
 
 
 def test_scales_of_another_size_are_refused(tmp_path):

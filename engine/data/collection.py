@@ -75,7 +75,8 @@ def collect(config: TrainConfig) -> dict[str, float]:
     except OSError as error:
         raise UserError(f"Recordings cannot be written to {data}: {error.strerror}.") from None
     config = replace(config, world=_opened(config.world))
-    with alone(data / f".{_name(config)}.lock"):
+    said = f"Another collection is writing the same recordings into {data}"
+    with alone(data / f".{_name(config)}.lock", f"{said}; wait for it, or choose another seed or data=."):
         _refuse_another(config)
         world_of(
             true_headers(walk_recordings(data)), config.world
@@ -118,20 +119,22 @@ def plan(config: TrainConfig) -> list[Job]:
 
 
 def _name(config: TrainConfig) -> str:
-    """The prefix of the names of this job's recordings."""
-    world = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, (config.world.name, config.world.id))))
-    return f"{world}-{config.seed}"
+    """What the names of a job's recordings have in common."""
+    return _named(config.world.name, config.world.id, config.seed)
+
+
+def _named(world: str, id: str, seed: int) -> str:
+    return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, (world, id)))) + f"-{seed}"
 
 
 def _refuse_another(config: TrainConfig) -> None:
     """Raises UserError where the folder holds collected recordings of another world or of other settings."""
     for path in sorted(Path(config.data).glob(f"*/{HEADER}")):
-        if not _is_collected(header := read_header(path.parent)):
+        if not _is_collected(header := read_header(path.parent), path.parent):
             continue
         there = {"schema": header["schema"], "lossless": header["codec"].get("lossless")}
         wanted = {"schema": SCHEMA, "lossless": config.lossless}
-        if header["policies"] is not None:
-            there["policies"], wanted["policies"] = header["policies"], SHARES
+        there["policies"], wanted["policies"] = header["policies"] or None, SHARES
         world = header["config"]
         for name, value in asdict(config.world).items():
             if name in world:
@@ -143,12 +146,16 @@ def _refuse_another(config: TrainConfig) -> None:
             said = "; ".join(
                 f"{name} is {_words(there[name])} there and {_words(wanted[name])} here" for name in differing
             )
-            raise UserError(f"{config.data} holds recordings of another job ({said}); choose another data=.")
+            how = "choose another data=, or train on them with stage=all frames=0"
+            raise UserError(f"{config.data} holds recordings of another job ({said}); {how}.")
 
 
-def _is_collected(header: dict) -> bool:
-    """Whether `collect` made a recording, not a player; of schema 1, which does not say, False."""
-    return header["policies"] is not None
+def _is_collected(header: dict, path: Path) -> bool:
+    """Whether it was collected, not made by who played; its name says so where an older version did not."""
+    if header["policies"] != {}:
+        return header["policies"] is not None
+    name = _named(header["world"], str(header["config"].get("id", "")), header["seed"])
+    return re.fullmatch(re.escape(name) + r"-\d{5}(\.old)?(\.tmp)?", path.name) is not None
 
 
 def _refuse_to_replace(jobs: list[Job]) -> None:
@@ -159,7 +166,7 @@ def _refuse_to_replace(jobs: list[Job]) -> None:
                 header = read_header(path) if path.exists() else None
             except UserError:  # killed before it had a header, or not a recording
                 header = None
-            ours = header and _is_collected(header) and header["seed"] == job.seed
+            ours = header and _is_collected(header, path) and header["seed"] == job.seed
             if path.exists() and not ours and (header or path == job.directory):
                 said = f"{path} was not made by this collection and is not replaced"
                 raise UserError(f"{said}; give it another name, or choose another seed= or data=.")
@@ -203,8 +210,7 @@ def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
             except BrokenProcessPool:
                 deaths += 1
                 if deaths > RESTARTS:
-                    said = f"A collecting process died {deaths} times"
-                    raise UserError(f"{said}; run again with fewer workers to go on.") from None
+                    raise UserError(f"Processes died {deaths} times; run with fewer workers.") from None
                 bar.write(
                     "A collecting process died (a fault of the simulator, or memory ran out); going on."
                 )

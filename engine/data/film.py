@@ -34,7 +34,6 @@ class Film:
         except OSError as error:
             raise self._user_error(error) from None
         try:
-            self.path.open("xb").close()  # libav itself would raise only with the first frame
             # the format is named, so that any file name will do; the index goes to the front for browsers
             moving = {"format": "webp", "options": {"loop": "0"}}
             mp4 = {"format": "mp4", "options": {"movflags": "+faststart"}}

@@ -49,10 +49,12 @@ class Recorder:
         state_kinds: dict[str, str] | None = None,
         parent: dict | None = None,
         policies: dict[str, float] | None = None,
+        precision: str = "",
     ) -> None:
         """`state_kinds`: the numbers of the frames' states, name → kind (worlds.base.STATE_KINDS). `parent`:
         where a branched session comes from, {"recording": digest or name, "frame": number}, or None.
-        `policies`: which policies played, name → share of time; None for a person.
+        `policies`: which policies played, name → share of time; None for a person. `precision`: the one in
+        which a network drew the frames.
         """
         self.directory = Path(directory)
         self.names = tuple(world.keys) if names is None else tuple(names)
@@ -77,13 +79,14 @@ class Recorder:
             "parent": parent,
             "policies": policies,
             "checkpoint": checkpoint,
+            "precision": precision,
             "seed": seed,
             "codec": {"name": CODEC, "lossless": lossless, **(EXACT if lossless else QUALITY)},
         }
         try:
             self._open()
         except OSError as error:
-            raise UserError(f"Cannot record into {self.directory}: {reason(error)}.") from error
+            raise UserError(f"Cannot record into {self.directory}: {reason(error)}; try another.") from error
         # Under half a second of frames: enough for a hiccup of the disk, and little is lost in a kill.
         self._queue: queue.Queue = queue.Queue(max(4, min(32, int(world.fps / 2))))
         self._start = time.monotonic_ns()
@@ -290,7 +293,16 @@ def find_recordings(data_dir: str | Path) -> list[Path]:
 
 
 def walk_recordings(data_dir: str | Path) -> list[Path]:
-    """As `find_recordings`; empty if there is none."""
-    root = Path(data_dir)
-    found = sorted(path.parent for path in root.rglob(HEADER))
-    return [path for path in found if not any(part.endswith(".tmp") for part in path.relative_to(root).parts)]
+    """As `find_recordings`; empty if there is none. Links are followed; a recording with two names counts
+    once.
+    """
+    found: dict[str, Path] = {}
+    seen = set()  # a link may lead back to a folder above it
+    for folder, inside, files in os.walk(data_dir, followlinks=True):
+        inside[:] = sorted(name for name in inside if not name.endswith(".tmp"))
+        if (place := os.path.realpath(folder)) in seen:
+            inside.clear()
+        elif HEADER in files:
+            found[place] = Path(folder)
+        seen.add(place)
+    return sorted(found.values())

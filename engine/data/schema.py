@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 from ..bounds import shortened, wrong
-from ..config import FASTEST, SLOWEST, UserError, WorldConfig
+from ..config import FASTEST, KEYS, PRECISIONS, SLOWEST, UserError, WorldConfig
 from ..worlds.base import STATE_KINDS
 
 SCHEMA = 2  # 1 had no state kinds, axes, parent and checksums, and is still read
 HEADER, ACTIONS, FRAMES = "session.json", "actions.jsonl", "frames.mkv"
+SOURCES = ("true", "dream", "")  # of frames; "": not known, taken as true
 LARGEST = 16_384  # most pixels of a side
-KEYS = 1024  # most keys of a recording, and most numbers of a state
 FAR = 1e12  # largest absolute value in a state: its square fits into float32
 KINDS_OF_1 = {"x": "position", "y": "position", "angle": "angle", "health": "scalar", "ammo": "scalar"}
 
@@ -35,8 +35,10 @@ def read_header(directory: Path) -> dict:
     if not _is_whole(header["schema"]) or header["schema"] not in (1, SCHEMA):
         said = f"{path} has schema {shortened(json.dumps(header['schema']))}"
         raise UserError(f"{said}, but this version reads 1 and {SCHEMA}; it may come from a newer one.")
-    known = {"source": "", "checkpoint": "", "seed": 0, "world": "", "config": {}, "keymap": {}, "codec": {}}
-    header = {**known, "state_kinds": None, "parent": None, "policies": None, **header}
+    known = {"source": "", "checkpoint": "", "precision": "", "seed": 0, "world": "", "config": {}}
+    known |= {"keymap": {}, "codec": {}}
+    # policies: None where a person played, and none of them where an older version did not tell
+    header = {**known, "state_kinds": None, "parent": None, "policies": {}, **header}
     for name, right in HEADER_CHECKS.items():
         if not right(header[name]):
             raise UserError(f"{path} is damaged: its {name} cannot be {shortened(json.dumps(header[name]))}.")
@@ -172,8 +174,9 @@ HEADER_CHECKS = {
     "height": _is_size,
     "width": _is_size,
     "world": lambda value: isinstance(value, str),
-    "source": lambda value: isinstance(value, str),
+    "source": lambda value: value in SOURCES,
     "checkpoint": lambda value: isinstance(value, str),
+    "precision": lambda value: value == "" or value in PRECISIONS[1:],
     "seed": _is_seed,
     "config": lambda value: isinstance(value, dict),
     "keymap": _are_bindings,

@@ -209,7 +209,8 @@ def _header(path: Path, text: str) -> dict[str, Any]:
     if not isinstance(about, dict):
         raise UserError(f"{damaged}: it holds no names; copy it again or train anew.")
     if about.get("format") != FORMAT:
-        raise UserError(f"{path} has format {about.get('format')}; this version reads {FORMAT}.")
+        said = f"{path} has format {json.dumps(about.get('format'))[:20]}, and this version reads {FORMAT}"
+        raise UserError(f"{said}; train it anew, or use the version that made it.")
     for name, kinds in (ABOUT | KNOWN).items():
         if (name in ABOUT or name in about) and not isinstance(about.get(name), kinds):
             raise UserError(f"{damaged}: its {name} is missing or wrong; copy it again or train anew.")

@@ -17,6 +17,7 @@ from .world_model import Generator, WorldModel
 # most numbers in the KV cache of one game (8 GiB). No weight's shape depends on the context's length, so a
 # damaged header could ask for any
 REMEMBERED = 2**31
+COMPARED = 2**29  # most pairs of tokens in the attention over a game's start (2 GiB)
 
 
 def spec_of(model: ModelConfig) -> StateSpec | None:
@@ -90,7 +91,8 @@ def load_denoiser(checkpoint: Checkpoint) -> Denoiser:
     denoiser = checkpoint.build("denoiser", lambda: make_denoiser(checkpoint.model, checkpoint.world))
     c = denoiser.config
     frames = c.context_frames + c.sink_frames + c.window_frames
-    if 2 * c.layers * frames * denoiser.transformer.tokens * c.width > REMEMBERED:
+    keys = frames * denoiser.transformer.tokens
+    if 2 * c.layers * keys * c.width > REMEMBERED or keys**2 > COMPARED:
         said = f"The network in {checkpoint.path} would remember {frames} frames of a game"
         raise UserError(f"{said}, which fit into no memory; its header is damaged: copy it again.")
     return denoiser

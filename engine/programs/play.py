@@ -81,6 +81,8 @@ def open_playthrough(config: PlayConfig, check: Callable[[ActionSpace], None] | 
     from ..play.playthrough import Playthrough, check_policy
 
     replay = check_policy(config.policy)
+    if replay:
+        config = replace(config, precision=replay.precision(config.precision))
     game = open_game(config)
     tell_keyless(game.action_space)
     try:
@@ -149,8 +151,9 @@ def _play(arguments: list[str]) -> int:
     try:
         config = choose_display(load_config("play", PlayConfig, arguments))
         figures = play_window(config) if config.display == "window" else play_headless(config)
-    except KeyboardInterrupt:
-        return refuse("play.py", "stopped; what was recorded is complete.", 130)
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        return refuse("play.py", "stopped; what was recorded is complete.", 128 + number)
     for what, path in (("recording", config.record), ("video", config.video)):
         if path:
             print(f"The {what} is in {os.path.abspath(path)}")
@@ -159,9 +162,13 @@ def _play(arguments: list[str]) -> int:
     return 0
 
 
+def _end(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
 def program() -> int:
     """The command line's program → its exit code."""
     for number in ENDING:  # a logout and a terminal that goes close files, as Ctrl-C does
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, _end)
     return main(sys.argv[1:])

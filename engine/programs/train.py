@@ -41,6 +41,7 @@ import torch
 
 from ..config import TrainConfig, UserError, load_config
 from ..data.dataset import recorded_world
+from ..device import is_lack_of_memory
 from ..errors import refuse, run_program
 from ..model.layers import choose_kernels
 from ..stage_config import TRAINED
@@ -98,10 +99,13 @@ def _train(arguments: list[str]) -> int:
             figures = run(config, stop)
     except Stopped as stopped:
         return refuse("train.py", str(stopped) or f"stopped; {UNTOUCHED}.", stopped.code)
-    except torch.OutOfMemoryError:
-        said = "The GPU's memory is too small for this"
-        raise UserError(f"{said}; lower stages.NAME.batch and raise stages.NAME.accumulate.") from None
-    if int(os.environ.get("RANK", 0)) == 0:
+    except (RuntimeError, MemoryError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        said = "There is too little memory for this"
+        how = "lower stages.NAME.batch and raise stages.NAME.accumulate, or choose smaller networks"
+        raise UserError(f"{said}; {how}.") from None
+    if os.environ.get("RANK", "0") == "0":
         print(json.dumps(figures))
     return 0
 

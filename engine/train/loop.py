@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import PRECISIONS, TrainConfig, UserError
 from ..data.cache import stable_hash
+from ..data.lock import alone
 from ..data.picture import save_picture
 from ..device import AUTOCAST, autocast, pick_device, pick_precision
 from ..model.checkpoint import read_about
@@ -169,9 +171,16 @@ def train_stage(
     config: TrainConfig, ranks: Ranks, stop: Stop, standing: Standing | None = None
 ) -> dict[str, Any]:
     """Trains one stage until its steps or minutes are spent → its last figures. When stopped by a signal it
-    saves and raises Stopped.
+    saves and raises Stopped; UserError where another training writes into the same folder.
     """
-    Path(config.out).mkdir(parents=True, exist_ok=True)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    said = f"Another training is writing into {out}; wait for it, or choose another out=DIR."
+    with alone(out, said) if ranks.first else nullcontext():
+        return _train_alone(config, ranks, stop, standing)
+
+
+def _train_alone(config: TrainConfig, ranks: Ranks, stop: Stop, standing: Standing | None) -> dict[str, Any]:
     standing = standing or Standing(config)
     if standing.finished(config.stage_config()):
         return figures_of(config)
@@ -215,8 +224,8 @@ def _run(training: Training, metrics: Metrics, stop: Stop) -> None:
             paused(folder),
         ]
         share, *wishes = (ranks.first and wish for wish in (training.progress(), *wishes))
-        progress, signal, save, picture, pause = ranks.agree(share, stop.signal, *wishes)
-        if save or signal or picture:  # before showing, in case that fails
+        progress, signal, save, picture, pause = ranks.agree(share, stop.signal or metrics.unheard, *wishes)
+        if save or signal or picture or pause:  # whatever comes of showing it, what was learnt stays
             training.save()
             saved = time.perf_counter()
         if signal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from ..config import TrainConfig, UserError
 from ..files import write_whole
 from .parallel import Ranks
+from .stop import GONE
 
 
 class Metrics:
@@ -24,6 +26,7 @@ class Metrics:
     def __init__(self, config: TrainConfig, ranks: Ranks, per_step: int, step: int):
         self.every, self.per_step, self.ranks, self.loud = config.log_every, per_step, ranks, ranks.first
         self.last: dict[str, float] = {}
+        self.unheard = 0  # GONE once what is told could not be written
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, torch.Tensor] = {}  # not every step has every figure
         self._steps, self._since = 0, time.perf_counter()
@@ -76,7 +79,10 @@ class Metrics:
                 self._board.add_scalar(name, value, step)
         self.bar.n = 100 * progress
         shown = (f"{name} {value:.4g}" for name, value in self.last.items() if name != "skipped" or value)
-        self.bar.set_postfix_str(" ".join(shown))
+        try:
+            self.bar.set_postfix_str(" ".join(shown))
+        except OSError:
+            self.unheard, self.bar.disable = GONE, True
 
     def measured(self, figures: dict[str, float], step: int, seconds: float) -> None:
         """Writes a line of figures that were measured on held-out data with the averaged weights."""
@@ -92,8 +98,8 @@ class Metrics:
         self._since += seconds
 
     def close(self) -> None:
-        """Closes the bar and the files."""
-        self.bar.close()
+        with suppress(OSError):
+            self.bar.close()
         if self._file:
             self._file.close()
         if self._board:
@@ -110,7 +116,7 @@ def _cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

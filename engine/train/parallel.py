@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..errors import UserError, reason
+
 PATIENCE = timedelta(days=7)  # a process may wait for another that collects, encodes or is paused
 
 
@@ -86,13 +88,19 @@ def backend(device: str, has_cuda: bool) -> str:
 
 @contextmanager
 def open_ranks(device: str) -> Iterator[Ranks]:
-    """A context with the processes that torchrun describes in the environment; a single one without it."""
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """The processes as torchrun describes them in the environment; alone without it."""
+    try:
+        rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        if count > 1:
+            dist.init_process_group(backend(device, torch.cuda.is_available()), timeout=PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        said = f"The processes that WORLD_SIZE and RANK tell of cannot be joined ({reason(error)})"
+        raise UserError(f"{said}; start them with torchrun, or unset both for one alone.") from error
     if count == 1:
         yield Ranks()
         return
-    dist.init_process_group(backend(device, torch.cuda.is_available()), timeout=PATIENCE)
     try:
-        yield Ranks(rank, count, int(os.environ.get("LOCAL_RANK", rank)))
+        yield Ranks(rank, count, local)
     finally:
         dist.destroy_process_group()

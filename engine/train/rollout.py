@@ -157,9 +157,7 @@ class RolloutLoss(DenoiserLoss):
         alike = self._alike(true, game.true_reference)[..., None, None, None]
         true_reference = torch.where(alike, game.true_reference, true)
         own_reference = torch.where(alike, game.own_reference, head[:, None])
-        return game._replace(
-            frame=game.frame + 1, true_reference=true_reference, own_reference=own_reference
-        )
+        return game._replace(frame=game.frame + 1, true_reference=true_reference, own_reference=own_reference)
 
     def _alike(self, one: Tensor, other: Tensor) -> Tensor:
         """True frames (b, t, c, y, x), twice → bool (b, t): whether they show the same."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PAUSE = "pause"  # in out=DIR: while a file of this name is there, training waits
+GONE = 13  # SIGPIPE's number: the reader of the output has left, which stops a training as a signal does
 # Ctrl-C, a request to end (also at shutdown), and the end of the terminal
 CAUGHT = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
