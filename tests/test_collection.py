@@ -20,7 +20,8 @@ import yaml
 from engine.config import TrainConfig, UserError, WorldConfig
 from engine.data import collection
 from engine.data.collection import collect
-from engine.data.recording import Recorder, Recording, find_recordings
+from engine.data.find import find_recordings
+from engine.data.recording import Recorder, Recording
 
 ROOT = Path(__file__).parent.parent
 WORLD = yaml.safe_load((ROOT / "configs" / "world" / "doom_gathering.yaml").read_text())

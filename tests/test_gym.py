@@ -15,7 +15,8 @@ from gymnasium import spaces  # noqa: E402
 from engine.config import TrainConfig, UserError, WorldConfig  # noqa: E402
 from engine.data.collection import collect  # noqa: E402
 from engine.data.dataset import recorded_world  # noqa: E402
-from engine.data.recording import Recording, find_recordings  # noqa: E402
+from engine.data.find import find_recordings  # noqa: E402
+from engine.data.recording import Recording  # noqa: E402
 from engine.programs import play  # noqa: E402
 from engine.worlds import make_world  # noqa: E402
 

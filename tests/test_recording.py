@@ -18,7 +18,8 @@ import pytest
 
 from engine.config import UserError, WorldConfig
 from engine.data.film import Film
-from engine.data.recording import ACTIONS, FRAMES, HEADER, Recorder, Recording, find_recordings
+from engine.data.find import find_recordings
+from engine.data.recording import ACTIONS, FRAMES, HEADER, Recorder, Recording
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("left", "right", "run", "jump")

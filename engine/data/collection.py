@@ -25,9 +25,10 @@ from ..errors import reason
 from ..worlds import make_world
 from .about_world import described, world_of
 from .dataset import true_headers
+from .find import walk_recordings
 from .lock import alone
 from .policies import SHARES, PolicyMixture
-from .recording import Recorder, Recording, walk_recordings
+from .recording import Recorder, Recording
 from .schema import HEADER, SCHEMA, read_header
 
 RECORDING_FRAMES = 6000  # frames in one recording, the unit of work and of resuming
@@ -76,11 +77,12 @@ def collect(config: TrainConfig) -> dict[str, float]:
         raise UserError(f"Recordings cannot be written to {data}: {error.strerror}.") from None
     config = replace(config, world=_opened(config.world))
     said = f"Another collection is writing the same recordings into {data}"
-    with alone(data / f".{_name(config)}.lock", f"{said}; wait for it, or choose another seed or data=."):
+    with alone(
+        data / f".{_name(config.world.name, config.world.id, config.seed)}.lock",
+        f"{said}; wait for it, or choose another seed or data=.",
+    ):
         _refuse_another(config)
-        world_of(
-            true_headers(walk_recordings(data)), config.world
-        )  # recordings of players must be of this world, too
+        world_of(true_headers(walk_recordings(data)), config.world)  # players' recordings, too
         jobs = plan(config)
         _refuse_to_replace(jobs)
         there = [_count(job.directory) for job in jobs]
@@ -112,18 +114,16 @@ def plan(config: TrainConfig) -> list[Job]:
     """The recordings that make up `config.frames`, finished or not."""
     jobs = []
     for number, start in enumerate(range(0, config.frames, RECORDING_FRAMES)):
-        directory = Path(config.data) / f"{_name(config)}-{number:05d}"
+        directory = (
+            Path(config.data) / f"{_name(config.world.name, config.world.id, config.seed)}-{number:05d}"
+        )
         frames = min(RECORDING_FRAMES, config.frames - start)
         jobs.append(Job(config.world, directory, config.seed, number, frames, config.lossless))
     return jobs
 
 
-def _name(config: TrainConfig) -> str:
-    """What the names of a job's recordings have in common."""
-    return _named(config.world.name, config.world.id, config.seed)
-
-
-def _named(world: str, id: str, seed: int) -> str:
+def _name(world: str, id: str, seed: int) -> str:
+    """The prefix of the names of a job's recordings."""
     return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, (world, id)))) + f"-{seed}"
 
 
@@ -154,7 +154,7 @@ def _is_collected(header: dict, path: Path) -> bool:
     """Whether it was collected, not made by who played; its name says so where an older version did not."""
     if header["policies"] != {}:
         return header["policies"] is not None
-    name = _named(header["world"], str(header["config"].get("id", "")), header["seed"])
+    name = _name(header["world"], str(header["config"].get("id", "")), header["seed"])
     return re.fullmatch(re.escape(name) + r"-\d{5}(\.old)?(\.tmp)?", path.name) is not None
 
 
@@ -175,9 +175,7 @@ def _refuse_to_replace(jobs: list[Job]) -> None:
 def _words(value: object) -> str:
     """A setting's value as words for a message."""
     if isinstance(value, dict):
-        return ", ".join(
-            f"{name} {part}" if isinstance(part, float) else name for name, part in value.items()
-        )
+        return ", ".join(f"{k} {v}" if isinstance(v, float) else k for k, v in value.items())
     return "not told" if value is None else str(value)
 
 

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from ..config import UserError, WorldConfig
 from .about_world import world_of
 from .cache import stable_hash
-from .recording import Recording, find_recordings, walk_recordings
+from .find import find_recordings, walk_recordings
+from .recording import Recording
 from .schema import read_header
 
 

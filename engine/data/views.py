@@ -8,7 +8,8 @@ import sys
 from ..config import WorldConfig
 from ..errors import run_program
 from ..worlds import make_world
-from .recording import Recording, find_recordings
+from .find import find_recordings
+from .recording import Recording
 from .sight import wall_share
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig, UserError
-from ..data.recording import ACTIONS, FRAMES, HEADER, find_recordings
+from ..data.find import find_recordings
+from ..data.recording import ACTIONS, FRAMES, HEADER
 from ..model.checkpoint import file_digest, read_about
 from ..stage_config import TRAINED
 
