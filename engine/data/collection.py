@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
@@ -64,9 +65,8 @@ def collect(config: TrainConfig) -> dict[str, float]:
     """Writes `config.frames` frames of `config.world` as numbered recordings into `config.data`.
 
     Their bytes depend on the config and the seed, but not on `workers`, interruptions, or on how many frames
-    were there before. Complete recordings stay, others are made again. Returns the figures of this call.
-    Raises UserError where the folder holds other recordings or is in use, and where the world or the disk
-    fails.
+    were there before. Complete recordings stay, others are made again. Returns the figures of this call;
+    UserError where the folder holds other recordings or is in use, and where world or disk fail.
     """
     data = Path(config.data)
     try:
@@ -77,10 +77,7 @@ def collect(config: TrainConfig) -> dict[str, float]:
         raise UserError(f"Recordings cannot be written to {data}: {error.strerror}.") from None
     config = replace(config, world=_opened(config.world))
     said = f"Another collection is writing the same recordings into {data}"
-    with alone(
-        data / f".{_name(config.world.name, config.world.id, config.seed)}.lock",
-        f"{said}; wait for it, or choose another seed or data=.",
-    ):
+    with alone(data / f".{_name(config)}.lock", f"{said}; wait for it, or choose another seed or data=."):
         _refuse_another(config)
         world_of(true_headers(walk_recordings(data)), config.world)  # players' recordings, too
         jobs = plan(config)
@@ -105,25 +102,26 @@ def _opened(config: WorldConfig) -> WorldConfig:
     """The config with keys and rate, which a Gymnasium world knows only when open; raises its UserError."""
     if config.kind != "gym":
         return config
-    world = make_world(config)
-    world.close()
-    return described(config, world)
+    with closing(make_world(config)) as world:
+        return described(config, world)
 
 
 def plan(config: TrainConfig) -> list[Job]:
     """The recordings that make up `config.frames`, finished or not."""
     jobs = []
     for number, start in enumerate(range(0, config.frames, RECORDING_FRAMES)):
-        directory = (
-            Path(config.data) / f"{_name(config.world.name, config.world.id, config.seed)}-{number:05d}"
-        )
+        directory = Path(config.data) / f"{_name(config)}-{number:05d}"
         frames = min(RECORDING_FRAMES, config.frames - start)
         jobs.append(Job(config.world, directory, config.seed, number, frames, config.lossless))
     return jobs
 
 
-def _name(world: str, id: str, seed: int) -> str:
-    """The prefix of the names of a job's recordings."""
+def _name(config: TrainConfig) -> str:
+    """What the names of a job's recordings have in common."""
+    return _named(config.world.name, config.world.id, config.seed)
+
+
+def _named(world: str, id: str, seed: int) -> str:
     return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, (world, id)))) + f"-{seed}"
 
 
@@ -154,7 +152,7 @@ def _is_collected(header: dict, path: Path) -> bool:
     """Whether it was collected, not made by who played; its name says so where an older version did not."""
     if header["policies"] != {}:
         return header["policies"] is not None
-    name = _name(header["world"], str(header["config"].get("id", "")), header["seed"])
+    name = _named(header["world"], str(header["config"].get("id", "")), header["seed"])
     return re.fullmatch(re.escape(name) + r"-\d{5}(\.old)?(\.tmp)?", path.name) is not None
 
 
