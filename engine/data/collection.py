@@ -64,9 +64,8 @@ class Job:
 def collect(config: TrainConfig) -> dict[str, float]:
     """Writes `config.frames` frames of `config.world` as numbered recordings into `config.data`.
 
-    Their bytes depend on config and seed alone. Complete recordings stay, others are made again. Returns the
-    figures of this call; UserError where the folder holds other recordings or is in use, and where world or
-    disk fail.
+    Their bytes depend on config and seed alone. Complete recordings stay. Returns the figures of this
+    call; UserError where the folder holds other recordings or is in use, and where world or disk fail.
     """
     data = Path(config.data)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import UserError, reason
 
 PATIENCE = timedelta(days=7)  # a process may wait for another that collects, encodes or is paused
+# DistributedDataParallel's option for buffers that stay each process's own; its old name warns since torch 2.13
+BUFFERS = "forward_sync_buffers"
+if BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    BUFFERS = "broadcast_buffers"
 
 
 class Ranks:
@@ -72,7 +77,7 @@ class Ranks:
         if self.count == 1:
             return module
         # not every iteration uses every weight; and each process has buffers of its own, like its games
-        return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
+        return DistributedDataParallel(module, find_unused_parameters=True, **{BUFFERS: False})
 
     def apart(self, runner: nn.Module, last: bool) -> AbstractContextManager:
         """A context for the backward pass of one of several batches of a step: gradients are exchanged only
