@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import UserError, reason
 
 PATIENCE = timedelta(days=7)  # a process may wait for another that collects, encodes or is paused
-# DistributedDataParallel's option for buffers that stay each process's own; its old name warns since torch 2.13
+# the option for buffers that stay each process's own; under its old name torch 2.13 warns
 BUFFERS = "forward_sync_buffers"
 if BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
     BUFFERS = "broadcast_buffers"
