@@ -16,6 +16,7 @@ POLICIES = ("keyboard", "explore", "scripted", "random", "taps", "idle", "spin",
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
 KERNELS = ("auto", "reference", "triton")
 SLOWEST, FASTEST = 0.01, 1000  # frames a second
+KEYS = 1024  # of a world, at most
 
 STAGES = ("all", "collect", *TRAINED, "pack", "evaluate", "ablate", "precision")
 
@@ -43,6 +44,8 @@ class WorldConfig(Checked):
         super().__post_init__()
         if self.kind not in ("doom", "gym"):
             raise UserError(f"world.kind must be doom or gym, not {self.kind!r}.")
+        if set("/\\") & set(self.name):  # files are called by it
+            raise UserError(f"world.name must be without slashes, not {self.name!r}.")
         if self.height % 32 or self.width % 32:
             raise UserError(f"A frame's sides must be multiples of 32, not {self.width}x{self.height}.")
         if self.fps < SLOWEST and not (self.fps == 0 and self.kind == "gym"):

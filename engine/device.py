@@ -80,6 +80,11 @@ def _matmul_seconds(device: torch.device, dtypes: Sequence[torch.dtype]) -> list
     return best
 
 
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether that is what an error says; on a CPU torch has no class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """A context in which torch computes with so many."""

@@ -35,8 +35,9 @@ def replace_whole(path: Path, content: str | bytes) -> None:
 
 
 class NewFiles:
-    """Makes the folder for files that are to be written. Raises FileExistsError where one of them is there,
-    and other OSErrors where there can be no such folder.
+    """Makes the folder for files that are to be written, and the first of them, empty: of two programs that
+    want the same files one alone gets them. Raises FileExistsError where one of them is there, and other
+    OSErrors where there can be no such folder or file.
     """
 
     def __init__(self, *files: Path) -> None:
@@ -44,13 +45,15 @@ class NewFiles:
             if os.path.lexists(file):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(file))
         folder = files[0].parent
-        self._files = files
+        self._files: tuple[Path, ...] = ()  # none is ours yet
         self._folders = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            files[0].open("xb").close()
         except OSError:
             self.remove()
             raise
+        self._files = files
 
     def remove(self) -> None:
         """Takes back the files, and the folders that were made for them and hold nothing else."""

@@ -7,8 +7,11 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from .bounds import WORDS, shortened
 from .errors import UserError
 
+SWITCHES = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
+NUMBERS = {int: int, float: float, bool: lambda text: SWITCHES.index(text.lower())}  # how each is read
 # of a list of texts: in quotes, or without a comma in it
 ITEM = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|([^,]*?))\s*(?:,|$)""")
 
@@ -35,12 +38,27 @@ def split_texts(schema: type, words: list[str], groups: Path) -> tuple[dict[str,
                 raise UserError(f"There is no {name} {value!r}; choose one of {', '.join(known)}.")
             others.append(word)
         elif "=" not in word or kind not in (str, str | None, list[str]):
+            _check_number(word, kind)
             others.append(word)
         elif kind == list[str]:
             texts[name] = _items(value)
         else:
             texts[name] = None if kind != str and value == "null" else value  # noqa: E721
     return texts, others
+
+
+def _check_number(word: str, kind: Any) -> None:
+    """Raises UserError where an option for a number has another value; what is quoted, or stands for the
+    value of another option, is left to Hydra.
+    """
+    name, _, value = word.partition("=")
+    if kind not in NUMBERS or "=" not in word or any(mark in value for mark in "$'\""):
+        return
+    try:
+        NUMBERS[kind](value.strip())
+    except ValueError:  # also of more digits than Python reads
+        said = f"{shortened(word)} was not understood"
+        raise UserError(f"{said}: {name.lstrip('+')} must be {WORDS[kind]}.") from None
 
 
 def lay(texts: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

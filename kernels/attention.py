@@ -1,10 +1,11 @@
-"""Attention of groups of queries over pages of a layer's buffers, in Triton; defined in reference.py.
+"""window_attention in Triton: groups of queries attend to pages of a layer's buffers (definition:
+reference.py).
 
-One launch serves all groups: a tile of queries belongs to one group, whose pages and count of keys are read
-on the device, so that one CUDA graph serves every step. Keys come each from where it lies (small pages waste
-nothing), or a tile of a page at a time by the tensor memory accelerator (TMA). Where too few tiles of queries
-would leave a GPU idle, keys are split, and a second kernel merges. The softmax is that of FlashAttention (Dao
-et al., 2022).
+One launch computes all groups. Each tile of queries belongs to one group, whose pages and number of keys are
+read on the device, so that one CUDA graph can play every step. Keys are loaded one by one, so that small
+pages waste nothing, or by the tensor memory accelerator (TMA), a tile of one page at a time. If there are too
+few tiles of queries to fill the GPU, keys are split into parts, whose results a second kernel merges. The
+softmax is computed as in FlashAttention (Dao et al., 2022).
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from torch import Tensor
 from .dispatch import DTYPES, HEAD_DIMS
 
 MOST_SPLITS = 16
-LOG2_E = 1.4426950408889634  # exp2 is what GPUs compute
+LOG2_E = 1.4426950408889634  # exponentials are computed to base 2
 MERGED = 16  # rows of the result that one program merges
 
 
 @dataclass(frozen=True)
 class Config:
-    """How the kernel is cut: queries and keys a tile, warps, stages of the pipeline, parts of the keys (0: as
-    many as fill the GPU), and loads by TMA.
+    """Parameters of the kernel: queries and keys of a tile, warps, pipeline stages, parts into which keys are
+    split (0: as many as fill the GPU), and whether to load by TMA. Raises ValueError for others than the
+    kernel has.
     """
 
     block_m: int
@@ -49,8 +51,8 @@ class Config:
 
 @triton.jit
 def find_rows(tile, ROWS, BLOCK_M: tl.constexpr):
-    """Group, first row and end of the group's rows of a tile of queries; tiles do not straddle groups."""
-    group, start, end, row, first = 0, 0, 0, 0, 0  # row and first: where group i begins, in rows and tiles
+    """→ the group that all queries of a tile belong to, the tile's first row, the end of the group's rows."""
+    group, start, end, row, first = 0, 0, 0, 0, 0  # row, first: first row and first tile of group i
     for i in tl.static_range(len(ROWS)):
         tiles = (ROWS[i] + BLOCK_M - 1) // BLOCK_M
         here = (tile >= first) & (tile < first + tiles)
@@ -70,8 +72,8 @@ def forward_kernel(
     SPLITS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Q (b, m, HEADS, D); KEYS, VALUES (b, slots, PAGE, HEADS, D); PAGES (g, pages); LENGTHS (g,) or None;
-    ROWS g ints; OUT (SPLITS, b, m, HEADS, D), LSE (SPLITS, b, m, HEADS) the logarithm to base 2 of the sum of
-    the exponentials, or None where there is one part. `scale` has log2(e) in it.
+    ROWS g ints; OUT (SPLITS, b, m, HEADS, D); LSE (SPLITS, b, m, HEADS), the base 2 logarithm of each sum of
+    exponentials, None without splits. `scale` includes log2(e).
     """
     head, split = tl.program_id(1) % HEADS, tl.program_id(1) // HEADS
     b = tl.program_id(2).to(tl.int64)
@@ -87,7 +89,7 @@ def forward_kernel(
     Q += b * stride_qb + head * stride_qh
     WIDE: tl.constexpr = HEADS * D
     if TMA:
-        # Pages are a dimension, so that a page's last tile ends in zeros: nothing beyond the page is read.
+        # pages are a dimension, so that a page's last tile is filled up with zeros, not with the next page
         of_k = tl.make_tensor_descriptor(KEYS, [slots, PAGE, WIDE], [PAGE * WIDE, WIDE, 1], [1, BLOCK_N, D])
         of_v = tl.make_tensor_descriptor(VALUES, [slots, PAGE, WIDE], [PAGE * WIDE, WIDE, 1], [1, BLOCK_N, D])
         TILES: tl.constexpr = (PAGE + BLOCK_N - 1) // BLOCK_N  # of a page
@@ -119,14 +121,14 @@ def forward_kernel(
             v = tl.load(VALUES + where, mask=seen[:, None], other=0.0)
         score = tl.dot(q, k.T, input_precision="ieee") * scale
         score = tl.where(seen[None, :], score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 1))  # finite: each tile has a key that is seen
+        higher = tl.maximum(top, tl.max(score, 1))  # finite, as each tile has a key within the length
         weight = tl.exp2(score - higher[:, None])
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(weight, 1)
         out = tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision="ieee")
         top = higher
 
-    total = tl.where(total > 0, total, 1.0)  # nothing seen: zeros, as in the definition
+    total = tl.where(total > 0, total, 1.0)  # without any key the result is zero, as in the definition
     out = out / total[:, None]
     place = ((split * tl.num_programs(2) + b) * m + row) * HEADS + head
     tl.store(OUT + place[:, None] * D + at_d[None, :], out.to(OUT.dtype.element_ty), mask=inside)
@@ -139,8 +141,8 @@ def merge_kernel(
     PARTS, LSE, OUT, rows,
     D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """PARTS (SPLITS, rows, D) and LSE (SPLITS, rows) → OUT (rows, D): the sum, each part weighted by its
-    share of the exponentials. The order is fixed: the same input gives the same bits.
+    """PARTS (SPLITS, rows, D) and LSE (SPLITS, rows) → OUT (rows, D), the sum of the parts weighted by their
+    shares of all exponentials. The order is fixed, so that the same input gives the same bits.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
@@ -148,7 +150,7 @@ def merge_kernel(
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     for i in tl.static_range(SPLITS):
         top = tl.maximum(top, tl.load(LSE + i * rows + row, mask=inside, other=0.0))
-    top = tl.where(top == float("-inf"), 0.0, top)  # no part saw anything
+    top = tl.where(top == float("-inf"), 0.0, top)  # no part has a key
     total = tl.zeros([BLOCK], tl.float32)
     out = tl.zeros([BLOCK, D], tl.float32)
     for i in tl.static_range(SPLITS):
@@ -165,7 +167,7 @@ def fused(
     q: Tensor, keys: Tensor, values: Tensor, pages: Tensor,
     rows: list[int], lengths: Tensor | None, config: list[int],
 ) -> Tensor:  # fmt: skip
-    """As the definition; `config` has the fields of a Config, or nothing: then the tables choose."""
+    """As window_attention; `config`: the fields of a Config, or empty, so that the tables choose one."""
     if q.dtype == torch.bfloat16 and not q.is_cuda:  # Triton's interpreter cannot multiply it
         return fused(q.float(), keys.float(), values.float(), pages, rows, lengths, config).to(q.dtype)
     b, m, h, d = q.shape
@@ -184,7 +186,7 @@ def fused(
     splits = how.splits or count_splits(tiles * h * b, triton.cdiv(seen, how.block_n), processors)
     parts = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device) if splits > 1 else out
     lse = torch.empty(parts.shape[:-1], dtype=torch.float32, device=q.device) if splits > 1 else None
-    if how.tma:  # descriptors are made on the device, in memory of its
+    if how.tma:  # Triton makes the descriptors in device memory
         triton.set_allocator(lambda size, *_: torch.empty(size, dtype=torch.int8, device=q.device))
     forward_kernel[tiles, h * splits, b](
         q, keys, values, pages.contiguous(), lengths, parts, lse, tuple(rows),
@@ -208,8 +210,9 @@ def window_attention(
     q: Tensor, keys: Tensor, values: Tensor, pages: Tensor,
     rows: Sequence[int], lengths: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """The operation of reference.py in Triton, without gradients. A page's number is not checked, and not
-    used beyond `lengths`. With TMA, what lies in a listed page beyond these must be finite.
+    """window_attention of reference.py, without gradients; `config`: chosen by the tables unless given. Page
+    numbers are not checked, and those beyond `lengths` are not read. With TMA, keys and values in a listed
+    page beyond `lengths` must be finite. Raises ValueError as `check` does.
     """
     check(q, keys, values, pages, rows, lengths)
     cut = map(int, astuple(config)) if config else ()
@@ -220,7 +223,7 @@ def check(
     q: Tensor, keys: Tensor, values: Tensor, pages: Tensor,
     rows: Sequence[int], lengths: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Raises ValueError, and says what is wrong, for what the kernel cannot take."""
+    """Raises ValueError for inputs that the kernel cannot take."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys, values)):
         raise ValueError("no gradients here: take the definition, reference.window_attention, to train")
     if q.ndim != 4 or keys.ndim != 5 or values.shape != keys.shape:
@@ -256,8 +259,8 @@ def check(
 
 @functools.cache
 def pick(tables: tuple, head_dim: int, dtype: torch.dtype, rows: int, keys: int, page: int) -> Config:
-    """From the first of the `tables` (a GPU's, sm_90, cpu) that has a rule for it, its first; `rows`:
-    of the longest group.
+    """The config of the first matching rule in the `tables` (names of files, such as sm_90). `rows`: queries
+    of the longest group. Raises ValueError without a match.
     """
     case = {"head_dim": head_dim, "dtype": str(dtype).removeprefix("torch.")}
     for rule in (rule for name in tables for rule in read_table(name)["window_attention"]):
@@ -270,14 +273,16 @@ def pick(tables: tuple, head_dim: int, dtype: torch.dtype, rows: int, keys: int,
 
 @functools.cache
 def read_table(name: str) -> dict:
-    """kernels/tables/NAME.json; without rules where there is none."""
+    """The content of kernels/tables/NAME.json; a table without rules if there is no such file."""
     path = Path(__file__).with_name("tables") / f"{name.replace(' ', '_')}.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else {"window_attention": []}
 
 
 @functools.cache
 def names(device: torch.device) -> tuple[str, ...]:
-    """A device's tables, the best first. Consumer Blackwell has Ampere's tensor cores and shared memory."""
+    """Names of the tables for a device, the most specific first. Consumer Blackwell GPUs use sm_80's, as
+    their tensor cores and shared memory are like Ampere's.
+    """
     if device.type != "cuda":
         return ("cpu",)
     made = torch.cuda.get_device_properties(device)
@@ -286,9 +291,9 @@ def names(device: torch.device) -> tuple[str, ...]:
 
 @functools.cache
 def count_splits(programs: int, tiles: int, processors: int) -> int:
-    """Into how many parts to split a program's tiles of keys, so that all parts come in full waves. A wave
-    takes as long as a part's tiles and two more, for loading queries and for writing and merging the part;
-    the second launch stands at four. Of equals the fewest.
+    """Into how many parts to split each program's tiles of keys, so that all processors are busy. Estimated
+    time of a wave: a part's tiles, and two more for loading queries and for writing and merging; the second
+    launch costs four. Of equally fast ones the smallest number.
     """
     parts = range(1, min(MOST_SPLITS, tiles) + 1)
     cdiv = triton.cdiv

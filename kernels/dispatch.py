@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: the definition, or Triton's."""
+"""Chooses for each operation between the definition in PyTorch and the kernel in Triton."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from .reference import qknorm_rope_write as defined_write
 from .reference import window_attention as defined_attention
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that the Triton operations take
-HEAD_DIMS = (16, 32, 64, 128)  # that attention in Triton takes
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # types that the Triton kernels take
+HEAD_DIMS = (16, 32, 64, 128)  # channels of a head that attention in Triton takes
 CHOICES = ("auto", "reference", "triton")
 _chosen = "auto"
 
 
 def choose(name: str) -> None:
-    """From now on: `auto` takes Triton on GPUs, `reference` the definitions everywhere, `triton` Triton
-    everywhere (on CPUs its interpreter, for tests).
+    """Sets what runs from now on: `auto`, Triton on GPUs where it fits; `reference`, the definitions;
+    `triton`, Triton everywhere (on CPUs its interpreter, for tests). Raises ValueError for another name, or
+    without Triton.
     """
     global _chosen
     if name not in CHOICES:
@@ -35,7 +36,7 @@ def choose(name: str) -> None:
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """As `choose`, within it."""
+    """A context in which `choose(name)` is in force."""
     before = _chosen
     choose(name)
     try:
@@ -49,7 +50,7 @@ def gate_residual_norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     """As in reference.py; in Triton in one pass."""
     if takes_triton(x):
-        # imported where it is needed, as importing Triton takes a while
+        # imported here, as importing Triton takes a while
         from .norm import gate_residual_norm_modulate as fused
 
         return fused(x, y, gate, scale, shift)
@@ -78,7 +79,7 @@ def qknorm_rope_write(
     slots: Tensor,
     rms: bool = False,
 ) -> Tensor:
-    """As in reference.py; in Triton in one pass, straight into the slots."""
+    """As in reference.py; in Triton in one pass that writes into the slots."""
     if takes_triton(qkv, 2 * cos.shape[-1]):
         from .rope import qknorm_rope_write as fused
 
@@ -94,8 +95,8 @@ def window_attention(
     rows: tuple[int, ...],
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """As in reference.py; in Triton straight from the pages, with nothing read on the host."""
-    q = q.to(keys.dtype)  # a cache may be kept in another type than autocast's
+    """As in reference.py; in Triton without copying pages and without reading `lengths` on the host."""
+    q = q.to(keys.dtype)  # the cache may have another type than autocast
     if takes_triton(q, q.shape[-1]):
         from .attention import window_attention as fused
 
@@ -104,6 +105,8 @@ def window_attention(
 
 
 def takes_triton(x: Tensor, head_dim: int = 64) -> bool:
-    """Where Triton was asked for it is taken, and says what it cannot do; otherwise for what it can."""
+    """Whether the kernel in Triton runs: always if `triton` was chosen, which raises for what it cannot take;
+    with `auto` on a GPU for types and head sizes that it takes.
+    """
     fits = x.dtype in DTYPES and head_dim in HEAD_DIMS
     return _chosen == "triton" or (_chosen == "auto" and x.is_cuda and HAS_TRITON and fits)

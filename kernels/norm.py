@@ -1,7 +1,8 @@
-"""Residual, gate, norm and modulation in one pass over the tokens, in Triton; defined in reference.py.
+"""gate_residual_norm_modulate in Triton, in one pass over the tokens (definition: reference.py).
 
-One program a token reads x and y once and writes both results. What frames share (gate, scale, shift) is read
-where it lies, so the six parts of a layer's modulation need not be copied out of their tensor.
+One program for each token reads x and y once and writes both results. Gate, scale and shift, one for each
+frame, are read with strides, so that a layer's six parts of modulation need not be copied out of their
+tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from .dispatch import DTYPES
 from .reference import EPS
 
-CHUNK = 16  # tokens whose gradients one program adds up
+CHUNK = 16  # tokens whose gradients one program sums up
 
 
 @triton.jit
@@ -23,8 +24,8 @@ def forward_kernel(
     tokens, stride_gate, stride_scale, stride_shift, eps,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """X, Y, SUM, OUT (rows, D) contiguous; GATE, SCALE, SHIFT one row a frame, `stride_*` apart; MEAN, RSTD
-    (rows,). Row r belongs to frame r // tokens.
+    """X, Y, SUM, OUT (rows, D) contiguous; GATE, SCALE, SHIFT (frames, D) with row strides `stride_*`; MEAN,
+    RSTD (rows,). Row r belongs to frame r // tokens.
     """
     row = tl.program_id(0).to(tl.int64)
     frame = row // tokens
@@ -35,7 +36,7 @@ def forward_kernel(
     gate = tl.load(GATE + frame * stride_gate + at, mask=inside, other=0.0).to(tl.float32)
     rounded = (x + gate * y).to(SUM.dtype.element_ty)
     tl.store(SUM + row * D + at, rounded, mask=inside)
-    x = rounded.to(tl.float32)  # what is normalised is what the next layer will read
+    x = rounded.to(tl.float32)  # normalise the rounded sum, as the next layer reads that
     mean = tl.sum(x, 0) / D
     off = tl.where(inside, x - mean, 0.0)
     rstd = 1 / tl.sqrt(tl.sum(off * off, 0) / D + eps)
@@ -53,8 +54,8 @@ def backward_kernel(
     tokens, stride_gate, stride_scale,
     D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of CHUNK tokens of a frame; those of gate, scale and shift summed over these, (frames,
-    chunks, D) float32. No atomics: the same input gives the same bits.
+    """Gradients of CHUNK tokens of a frame; those of gate, scale and shift are summed over the tokens
+    (frames, chunks, D), float32. Without atomics, so that the same input gives the same bits.
     """
     frame, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)
@@ -94,7 +95,7 @@ def backward_kernel(
 def fused(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the definition, and mean and 1 / standard deviation of each token (b, t, n) for the way back."""
+    """As the definition; also mean and 1 / standard deviation of each token (b, t, n), for the gradients."""
     b, t, n, d = x.shape
     x, y = x.contiguous(), y.contiguous()
     gate, scale, shift = (_rows(part) for part in (gate, scale, shift))
@@ -128,7 +129,7 @@ def fused_backward(
     d_added: Tensor,
     d_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, y, gate, scale and shift."""
+    """Gradients of x, y, gate, scale and shift, from those of both results."""
     b, t, n, d = added.shape
     y, d_added, d_out = y.contiguous(), d_added.contiguous(), d_out.contiguous()
     chunks, block = triton.cdiv(n, CHUNK), triton.next_power_of_2(d)
@@ -167,13 +168,13 @@ fused.register_autograd(_back, setup_context=_keep)
 def gate_residual_norm_modulate(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The operation of reference.py in Triton, with gradients."""
+    """gate_residual_norm_modulate of reference.py, with gradients. Raises ValueError as `check` does."""
     check(x, y, gate, scale, shift)
     return fused(x, y, gate, scale, shift)[:2]
 
 
 def check(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """Raises ValueError, and says what is wrong, for what the kernel cannot take."""
+    """Raises ValueError for inputs that the kernel cannot take."""
     if x.ndim != 4 or y.shape != x.shape:
         raise ValueError(f"x and y must both be (b, t, n, d), not {tuple(x.shape)} and {tuple(y.shape)}")
     per_frame = (x.shape[0], x.shape[1], x.shape[3])
@@ -195,11 +196,11 @@ def warps(block: int) -> int:
 
 
 def _widest(x: Tensor, y: Tensor, gate: Tensor) -> torch.dtype:
-    """Of the results, as PyTorch would have it."""
+    """The type of the results, by PyTorch's promotion."""
     return torch.promote_types(torch.promote_types(x.dtype, y.dtype), gate.dtype)
 
 
 def _rows(part: Tensor) -> Tensor:
-    """(b, t, d) → (b t, d), a view where the frames lie evenly spaced and the channels side by side."""
+    """(b, t, d) → (b · t, d), a view if frames are evenly spaced and channels contiguous."""
     part = part if part.stride(-1) == 1 else part.contiguous()
     return part.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Each operation's definition in plain PyTorch: the CPU path, and the oracle for faster implementations."""
+"""The definition of each operation in plain PyTorch: runs on CPUs, and tests compare the kernels with it."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ BACKENDS = [
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √d + mask) v: q (b, h, n, d), k and v (b, h, m, d), mask (n, m) added, 0 or -inf → (b,
-    h, n, d).
+    """softmax(q kᵀ / √d + mask) v: q (b, h, n, d), k and v (b, h, m, d), mask (n, m) of 0 and -inf → (b, h,
+    n, d).
     """
     if q.requires_grad and not q.is_cuda:
-        # On CPUs the backward pass of the fused operation is three times slower in bfloat16 than the written-
-        # out one.
+        # on CPUs, in bfloat16, the backward pass of the fused operation is three times slower than this
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return (scores if mask is None else scores + mask).softmax(-1) @ v
-    if q.is_cuda:  # named, as PyTorch's own choice on Hopper is the slowest of these
+    if q.is_cuda:  # in this order, as on Hopper PyTorch would choose the slowest
         with sdpa_kernel(BACKENDS, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """norm(x) · (1 + scale) + shift: x (b, t, n, d), one scale and shift a frame (b, t, d) → (b, t, n, d).
+    """norm(x) · (1 + scale) + shift: x (b, t, n, d), scale and shift of each frame (b, t, d) → (b, t, n, d).
 
-    norm is that of Ba et al. (2016) without parameters; it costs a quarter of a root-mean-square norm in
-    training on CPUs, where only the former has a fused backward pass.
+    norm: layer normalisation (Ba et al., 2016) without parameters. In training on CPUs it takes a quarter of
+    the time of RMS normalisation, which has no fused backward pass there.
     """
     normal = F.layer_norm(x, x.shape[-1:], eps=EPS)
     return torch.addcmul(shift[:, :, None], normal, 1 + scale[:, :, None])
@@ -44,8 +43,8 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def gate_residual_norm_modulate(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x + gate · y, and that, normalised and modulated as above: x and y (b, t, n, d), one gate, scale and
-    shift a frame (b, t, d) → two of (b, t, n, d).
+    """x + gate · y, and modulated_norm of that: x and y (b, t, n, d), gate, scale and shift of each frame (b,
+    t, d) → two tensors (b, t, n, d).
     """
     x = torch.addcmul(x, gate[:, :, None], y)
     return x, modulated_norm(x, scale, shift)
@@ -59,12 +58,12 @@ def qknorm_rope(
     sin: Tensor,
     rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values out of their merged projection: qkv (b, m, 3 h d), cos and sin (m, d/2) → q, k
-    and v (b, m, h, d). q and k are normalised, weighted and rotated; v is as it was.
+    """Splits the merged projection qkv (b, m, 3 · h · d) into q, k and v (b, m, h, d); q and k are
+    normalised, multiplied by their weights, and rotated by cos and sin (m, d / 2).
 
-    Weights (d,) have each head normalised by itself, weights (h d,) all heads together. `rms` leaves the mean
-    in (Zhang & Sennrich, 2019), otherwise it is taken out (Ba et al., 2016). The pair (x[i], x[i + d/2])
-    turns by angle i of its token (Su et al., 2021, RoFormer).
+    With weights (d,) each head is normalised by itself, with weights (h · d,) all heads together: by RMS
+    normalisation (Zhang & Sennrich, 2019) if `rms`, else by layer normalisation (Ba et al., 2016). The pair
+    (x[i], x[i + d / 2]) is rotated by angle i of its token (Su et al., 2021, RoFormer).
     """
     d, over = 2 * cos.shape[-1], q_weight.shape[0]
     parts = qkv.unflatten(-1, (3, -1))  # (b, m, 3, h d)
@@ -87,8 +86,8 @@ def qknorm_rope_write(
     slots: Tensor,
     rms: bool = False,
 ) -> Tensor:
-    """As qknorm_rope; k and v of frame i go into slot `slots[i]` of a layer's buffers: qkv (b, t n, 3 h d),
-    keys and values (b, s, n, h, d), slots (t,) int32, no slot twice → q (b, t n, h, d).
+    """As qknorm_rope, for qkv (b, t · n, 3 · h · d) → q (b, t · n, h, d). k and v of frame i are written into
+    slot `slots[i]` of a layer's buffers: keys and values (b, s, n, h, d), slots (t,) int32, all different.
     """
     q, k, v = qknorm_rope(qkv, q_weight, k_weight, cos, sin, rms)
     for buffer, new in ((keys, k), (values, v)):
@@ -104,12 +103,12 @@ def window_attention(
     rows: tuple[int, ...],
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Groups of queries, each over its own pages of a layer's buffers: q (b, m, h, d), keys and values (b, s,
-    n, h, d), pages (g, p) int32 with the slots that each group sees, rows: how many of the m queries each
-    group has → (b, m, h, d), softmax(q kᵀ / √d) v.
+    """Attention, softmax(q kᵀ / √d) v, in which each group of queries sees its own pages of a layer's
+    buffers: q (b, m, h, d); keys and values (b, s, n, h, d); pages (g, p) int32, the slots that each group
+    sees; rows, how many of the m queries each group has → (b, m, h, d).
 
-    lengths (g,) int32: how many keys a group sees, counted through its pages; all of them unless given. Two
-    groups make a step: commit rows see ring | self, window rows see sink | ring | window.
+    lengths (g,) int32: how many keys each group sees, counted through its pages; all unless given. A step has
+    two groups: the committed frame's queries see ring | itself, the window's see ring | sink | window.
     """
     out, size = [], keys.shape[2]
     for group, queries in enumerate(q.split(rows, 1)):
@@ -122,8 +121,8 @@ def window_attention(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x[i], x[i + d/2]) of (..., d) by angles whose cos and sin (..., d/2) broadcast against
-    them.
+    """Rotates the pairs (x[i], x[i + d / 2]) of x (..., d) by angles, given as cos and sin (..., d / 2),
+    which are broadcast.
     """
     a, b = x.chunk(2, -1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)

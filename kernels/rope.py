@@ -1,7 +1,7 @@
-"""Queries, keys and values out of their merged projection, in Triton: normalised, weighted, rotated, and keys
-and values straight into their slots; defined in reference.py.
+"""qknorm_rope and qknorm_rope_write in Triton (definition: reference.py; kernels: rope_triton.py).
 
-Each number is read once and written once: 6 h d numbers a token, and the rotation's cosines and sines on top.
+Each number is read once and written once: 6 · h · d numbers a token, besides the rotation's cosines and
+sines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .dispatch import DTYPES
 from .reference import EPS
 from .rope_triton import backward_kernel, forward_kernel
 
-CHUNK = 16  # tokens whose gradients of the weights one program adds up
+CHUNK = 16  # tokens over which one program sums the gradients of the weights
 
 
 @torch.library.custom_op("rollplay::qknorm_rope", mutates_args=())
@@ -25,7 +25,7 @@ def fused(
     b, m, width = qkv.shape
     d = 2 * cos.shape[1]
     q, k, v = (qkv.new_empty(b, m, width // 3 // d, d) for _ in range(3))
-    slots = torch.zeros(1, dtype=torch.int32, device=qkv.device)  # one slot that has room for all
+    slots = torch.zeros(1, dtype=torch.int32, device=qkv.device)  # one slot with room for all tokens
     _launch(qkv, q_weight, k_weight, cos, sin, slots, q, k[:, None], v[:, None], rms)
     return q, k, v
 
@@ -72,7 +72,7 @@ def fused_backward(
     d_v: Tensor,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv and of both weights."""
+    """Gradients of qkv and of both weights, from those of q, k and v."""
     b, m, width = qkv.shape
     d, over, qkv = 2 * cos.shape[1], q_weight.shape[0], _rows(qkv)
     sizes, warps = blocks(width // 3 // d, d, over)
@@ -114,7 +114,9 @@ def qknorm_rope(
     sin: Tensor,
     rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operation of reference.py in Triton, with gradients (none for the angles)."""
+    """qknorm_rope of reference.py, with gradients, but none for cos and sin. Raises ValueError as `check`
+    does.
+    """
     check(qkv, q_weight, k_weight, cos, sin)
     return fused(qkv, q_weight, k_weight, cos, sin, rms)
 
@@ -130,8 +132,8 @@ def qknorm_rope_write(
     slots: Tensor,
     rms: bool = False,
 ) -> Tensor:
-    """The operation of reference.py in Triton. What is written in place has no gradients: where some are
-    wanted, qknorm_rope is to be taken.
+    """qknorm_rope_write of reference.py, without gradients, as it writes in place; qknorm_rope has them.
+    Raises ValueError as `check` and `check_slots` do.
     """
     check(qkv, q_weight, k_weight, cos, sin)
     check_slots(qkv, 2 * cos.shape[1], keys, values, slots)
@@ -142,7 +144,7 @@ def qknorm_rope_write(
 
 
 def check(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Raises ValueError, and says what is wrong, for what the kernel cannot take."""
+    """Raises ValueError for inputs that the kernel cannot take."""
     if cos.ndim != 2 or sin.shape != cos.shape or cos.dtype != torch.float32 or sin.dtype != torch.float32:
         raise ValueError(f"cos and sin must both be (m, d/2) float32, not {tuple(cos.shape)}, {cos.dtype}")
     d = 2 * cos.shape[1]
@@ -183,8 +185,8 @@ def check_slots(qkv: Tensor, d: int, keys: Tensor, values: Tensor, slots: Tensor
 
 
 def blocks(heads: int, d: int, over: int) -> tuple[dict[str, int], int]:
-    """Sizes of a program's part, and its warps: all heads where the norm goes over all, otherwise as many as
-    make 16-byte loads of some 512 numbers.
+    """Block sizes of a program, and its warps. A program has all heads if they are normalised together, else
+    as many as have about 512 numbers, for loads of 16 bytes.
     """
     count = triton.next_power_of_2(heads if over > d else min(heads, max(1, 512 // d)))
     half = triton.next_power_of_2(d // 2)
@@ -216,5 +218,5 @@ def _launch(
 
 
 def _rows(qkv: Tensor) -> Tensor:
-    """With the channels side by side."""
+    """qkv with contiguous channels."""
     return qkv if qkv.stride(-1) == 1 else qkv.contiguous()

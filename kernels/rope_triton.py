@@ -1,4 +1,6 @@
-"""The Triton kernels of rope.py: a program has some heads of one token, all where a norm goes over all."""
+"""The Triton kernels of rope.py. A program has some heads of one token, or all if they are normalised
+together.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,10 @@ import triton.language as tl
 
 @triton.jit
 def normalised(X, WEIGHT, head, pair, inside, eps, D: tl.constexpr, OVER: tl.constexpr, RMS: tl.constexpr):
-    """One token's part X (h d,) as halves (H, HALF) of its heads, in float32, and 1 / standard deviation.
+    """One token's q or k, X (h · d,), normalised: both halves of its heads (H, HALF), float32, and 1 /
+    standard deviation.
 
-    OVER is how many numbers share a norm: D, a head's, or all of them.
+    OVER: how many numbers are normalised together: D, those of a head, or all.
     """
     at = head * D + pair
     a = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
@@ -78,11 +81,13 @@ def turned_back(
     X, WEIGHT, GRAD, OUT, head, pair, inside, cos, sin, eps, sum_u, sum_w,
     D: tl.constexpr, OVER: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of one token's part X (h d,) to OUT and adds those of the weights to the sums."""
+    """Writes the gradient of one token's q or k, X (h · d,), to OUT, and adds those of the weights to the
+    sums.
+    """
     at = head * D + pair
     p = tl.load(GRAD + at, mask=inside, other=0.0).to(tl.float32)
     q = tl.load(GRAD + at + D // 2, mask=inside, other=0.0).to(tl.float32)
-    p, q = p * cos + q * sin, q * cos - p * sin  # turned back
+    p, q = p * cos + q * sin, q * cos - p * sin  # the inverse rotation
     a, b, u, w, rstd = normalised(X, WEIGHT, head, pair, inside, eps, D, OVER, RMS)
     sum_u += p * a
     sum_w += q * b

@@ -90,7 +90,9 @@ def test_wrong_config_in_a_checkpoint(refused, tiny_checkpoint, tmp_path):
     assert "do not fit" in rewrite(lambda head: head["model"]["denoiser"].update(width=64))
     assert "do not fit" in rewrite(lambda head: head["model"].pop("denoiser"))
     assert "not one that" in rewrite(lambda head: head["model"]["denoiser"].update(colour="red"))
-    assert "format 99" in rewrite(lambda head: head.update(format=99))
+    for wrong in ("99", "1", "null", '"2"'):
+        said = rewrite(lambda head, wrong=wrong: head.update(format=json.loads(wrong)))
+        assert f"has format {wrong}, and this version reads 2; train it anew" in said
     assert "holds no denoiser" in rewrite(lambda head: head.update(modules=["autoencoder"]))
 
 
@@ -116,6 +118,7 @@ def test_wrong_config_in_a_checkpoint(refused, tiny_checkpoint, tmp_path):
         ("world.nmae=x", "world.nmae"),
         ("world.keys.forwrd=[W]", "only forward, backward"),
         ("world.tics=0", "world.tics must be at least 1"),
+        ("world.name=../x", "world.name must be without slashes"),
         ("device=abacus", "abacus"),
         ("just words", "just words"),
         ("start=nowhere", "its shipped starts are a, b"),

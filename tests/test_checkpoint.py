@@ -19,7 +19,7 @@ from torch import nn
 import engine.model.checkpoint
 from engine.config import AutoencoderConfig, DenoiserConfig, ModelConfig, UserError, WorldConfig
 from engine.model.autoencoder import Autoencoder
-from engine.model.checkpoint import Checkpoint, kept, read_about, save_checkpoint, weights_digest
+from engine.model.checkpoint import Checkpoint, apply_overrides, read_about, save_checkpoint, weights_digest
 from engine.model.networks import load_denoiser, make_denoiser
 
 MODEL = ModelConfig(
@@ -287,14 +287,19 @@ def test_what_a_game_would_remember_is_bounded(tmp_path):
 
     def endless(head: dict) -> None:
         head["model"]["denoiser"].update(context_frames=4096, sink_frames=4096)
-        head["world"].update(height=4096, width=4096)
+        head["world"].update(height=256, width=256)
 
-    model, world = MODEL, replace(WORLD, height=4096, width=4096)
+    model, world = MODEL, replace(WORLD, height=256, width=256)
     modules = {"denoiser": make_denoiser(model, world)}
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, modules, model, world)
     assert load_denoiser(Checkpoint(path)).config.context_frames == 8
     assert "remember 8195 frames" in refusal(load_denoiser, Checkpoint(rewrite(path, endless)))
+    # little to remember, but each of a start's tokens would be compared with each other
+    small, wide = tmp_path / "small.safetensors", {"context_frames": 4096, "sink_frames": 1}
+    save_checkpoint(small, {"denoiser": make_denoiser(MODEL, WORLD)}, MODEL, WORLD)
+    many = rewrite(small, lambda head: head["model"]["denoiser"].update(wide))
+    assert "remember 4100 frames" in refusal(load_denoiser, Checkpoint(many))
 
 
 def test_scales_of_another_size_are_refused(tmp_path):
@@ -311,13 +316,15 @@ def test_what_was_trained_stays_but_for_what_is_given():
     made = DenoiserConfig(layers=6, ladder=[0.4, 0.7, 1.0], correction=0.6)
     wanted = DenoiserConfig(layers=2, ladder=[0.5, 0.8, 1.0], correction=0.9)
     free, section = ("ladder", "correction"), "model.denoiser"
-    assert kept(made, wanted, [], section, free) == made, "what the preset says of it is not the user's word"
-    assert kept(made, wanted, ["stage", "model.denoiser.ladder"], section, free) == replace(
+    assert apply_overrides(made, wanted, [], section, free) == made, (
+        "what the preset says of it is not the user's word"
+    )
+    assert apply_overrides(made, wanted, ["stage", "model.denoiser.ladder"], section, free) == replace(
         made, ladder=[0.5, 0.8, 1.0]
     )
-    said = refusal(kept, made, wanted, ["model.denoiser.layers"], section, free)
+    said = refusal(apply_overrides, made, wanted, ["model.denoiser.layers"], section, free)
     assert "model.denoiser.layers=2" in said and "6" in said
-    assert kept(made, replace(wanted, layers=6), ["model.denoiser.layers"], section, free) == made
+    assert apply_overrides(made, replace(wanted, layers=6), ["model.denoiser.layers"], section, free) == made
 
 
 def test_a_stage_that_is_not_there(tmp_path):

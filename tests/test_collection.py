@@ -1,6 +1,7 @@
 """Collecting: the same recordings for any number of workers, and after an interruption."""
 
 import errno
+import json
 import multiprocessing
 import os
 import shutil
@@ -19,7 +20,8 @@ import yaml
 from engine.config import TrainConfig, UserError, WorldConfig
 from engine.data import collection
 from engine.data.collection import collect
-from engine.data.recording import Recorder, Recording, find_recordings
+from engine.data.find import find_recordings
+from engine.data.recording import Recorder, Recording
 
 ROOT = Path(__file__).parent.parent
 WORLD = yaml.safe_load((ROOT / "configs" / "world" / "doom_gathering.yaml").read_text())
@@ -132,6 +134,22 @@ def test_other_policies_are_another_job(two_workers, monkeypatch):
     monkeypatch.setattr(collection, "SHARES", {"random": 1.0})
     with pytest.raises(UserError, match="policies is explore .* there and random 1.0 here"):
         collect(config(two_workers[0], frames=300))
+
+
+@pytest.mark.parametrize("name", ["doom_gathering-0-00000", "doom_gathering-0-00001.tmp"])
+def test_what_an_older_version_collected_is_another_job(name, tmp_path):
+    """Its header did not tell who played; its name tells that it was collected."""
+    with Recorder(tmp_path / name, config(tmp_path).world, "true", 0, lossless=True) as recorder:
+        recorder.add(np.zeros((96, 128, 3), np.uint8), [0] * 6, reset=True)
+    file = tmp_path / name / "session.json"
+    header = json.loads(file.read_text())
+    del header["policies"]
+    file.write_text(json.dumps(header))
+    for seed in (0, 1):
+        with pytest.raises(UserError, match="policies is not told there and explore .* here"):
+            collect(config(tmp_path, seed=seed))
+    file.parent.rename(tmp_path / "mine")  # as a person's may be called
+    assert collect(config(tmp_path, frames=20))["frames"] == 20
 
 
 def test_seeds_of_any_size_lie_side_by_side(tmp_path):

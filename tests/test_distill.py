@@ -16,13 +16,13 @@ from engine.model.denoiser import Denoiser
 from engine.model.world_model import Generator
 from engine.rollout.rollout import Rollout
 from engine.stage_config import DistillStageConfig
-from engine.train.denoiser import PlainLoss
+from engine.train.denoiser import DenoiserLoss
 from engine.train.distill import DistillLoss
 from engine.train.rollout import RolloutLoss, Windows
 
 START, HISTORY = SMALL.sink_frames + SMALL.context_frames, SMALL.action_history
 STRIPES = torch.tensor([1.0, -1.0]).repeat(SHAPE[2] // 2)
-OWN = DistillStageConfig(game_frames=6, game_groups=1, teacher_forcing=0.0, still_games=0, lost=1e6)
+OWN = DistillStageConfig(game_frames=6, game_groups=1, teacher_forcing=0.0, still_games=0, lost_threshold=1e6)
 
 
 def random_clip(batch: int = 2, frames: int = START + 8) -> Clip:
@@ -56,17 +56,17 @@ def alike(one: dict[str, Tensor], other: dict[str, Tensor], part: str) -> bool:
 
 
 def test_a_student_moves_by_what_its_critic_says_otherwise_than_its_teacher():
-    plain, matched = gradients(distribution=0.0)[0], gradients(distribution=5.0)[0]
+    plain, matched = gradients(distribution_weight=0.0)[0], gradients(distribution_weight=5.0)[0]
     assert alike(plain, matched, "generator.denoiser."), (
         "a critic that says what the teacher says moves nothing"
     )
-    shaken = gradients(distribution=5.0, shake=0.1)[0]
+    shaken = gradients(distribution_weight=5.0, shake=0.1)[0]
     assert not alike(plain, shaken, "generator.denoiser.")
-    assert alike(plain, gradients(distribution=0.0, shake=0.1)[0], "generator.denoiser.")
+    assert alike(plain, gradients(distribution_weight=0.0, shake=0.1)[0], "generator.denoiser.")
 
 
 def test_each_network_learns_from_its_own_loss_alone():
-    plain, matched = gradients(distribution=0.0)[0], gradients(distribution=5.0)[0]
+    plain, matched = gradients(distribution_weight=0.0)[0], gradients(distribution_weight=5.0)[0]
     assert alike(plain, matched, "critic."), "what the student is told does not move the critic"
     _, loss = gradients()
     trained = [name for name, weight in loss.named_parameters() if weight.requires_grad]
@@ -85,7 +85,7 @@ def test_only_averages_are_held_against_the_truth():
         moved = clip.latents.clone()
         moved[:, START:] += by * STRIPES
         loss.forward(Clip(moved, clip.actions, clip.states), 0)
-        value.append(loss.told["coarse"].item())
+        value.append(loss.logs["coarse"].item())
     assert value[0] == pytest.approx(value[1], rel=1e-4)
     torch.manual_seed(2)
     loss.games.clear()
@@ -93,7 +93,7 @@ def test_only_averages_are_held_against_the_truth():
         Clip(clip.latents + 3.0 * (torch.arange(START + 8) >= START)[:, None, None, None], *clip[1:]),
         0,
     )
-    assert loss.told["coarse"].item() > 2 * value[0]
+    assert loss.logs["coarse"].item() > 2 * value[0]
 
 
 def still_clip(batch: int = 2) -> Clip:
@@ -107,7 +107,7 @@ def test_where_the_true_game_stands_still_neither_teacher_nor_critic_has_a_say()
     def moved(distribution: float, clip: Clip) -> dict[str, Tensor]:
         loss = DistillLoss(
             Generator(make_denoiser(True), make_states()),
-            DistillStageConfig(**{**vars(OWN), "distribution": distribution}),
+            DistillStageConfig(**{**vars(OWN), "distribution_weight": distribution}),
             make_denoiser(True),
         )
         with torch.no_grad():
@@ -133,11 +133,13 @@ def test_what_stands_still_is_held_against_what_was_shown_when_that_began():
     """Not against the own frame before, which may have left it already, nor against the true one."""
     walk = [0.3 * t for t in range(START + 3)]  # own frames 0, 1, 2 move, those after them do not
     loss = DistillLoss(
-        Generator(make_denoiser(True)), DistillStageConfig(**{**vars(OWN), "stop": 0.0}), make_denoiser(True)
+        Generator(make_denoiser(True)),
+        DistillStageConfig(**{**vars(OWN), "stop_share": 0.0}),
+        make_denoiser(True),
     )
     clip, shown, made = clip_of(walk + walk[-1:] * 6), [], []
-    judged = loss.judged
-    loss.judged = lambda rollout, windows: shown.append(windows) or judged(rollout, windows)
+    errors = loss.window_errors
+    loss.window_errors = lambda rollout, windows: shown.append(windows) or errors(rollout, windows)
     for turn in range(6):
         loss(clip, turn)
         made.append(loss.games[0].rollout.last[:, 1:].clone())
@@ -149,11 +151,14 @@ def test_what_stands_still_is_held_against_what_was_shown_when_that_began():
     ]
     for number, windows in enumerate(shown):
         before = clip.latents[:, START - 1 : START] if number == 0 else made[min(number - 1, 2)]
-        assert torch.equal(windows.shown, before), number
+        assert torch.equal(windows.own_reference, before), number
     assert not torch.equal(made[2], made[4]), "own frames differ, or this test could not fail"
     windows = shown[5]
-    away = (windows.made - windows.shown).square().mean()
-    assert loss.told["kept"].item() == pytest.approx(away.item(), rel=1e-5) and loss.told["still"].item() == 1
+    away = (windows.predicted - windows.own_reference).square().mean()
+    assert (
+        loss.logs["still_change"].item() == pytest.approx(away.item(), rel=1e-5)
+        and loss.logs["still_share"].item() == 1
+    )
 
 
 @pytest.mark.parametrize("stop", [0.0, 1.0])
@@ -165,7 +170,7 @@ def test_games_whose_truth_stands_still_may_stand_so_to_their_end(stop):
     clip = clip_of(numbers)
     clip.actions[:, : HISTORY - 1 + START + 1, 0] = 1
     clip.actions[:, HISTORY - 1 + START + 5 :, 1] = 1
-    stage = DistillStageConfig(**{**vars(OWN), "stop": stop, "stateless": 0.0})
+    stage = DistillStageConfig(**{**vars(OWN), "stop_share": stop, "stateless": 0.0})
     loss = RolloutLoss(Generator(make_denoiser()), stage)
     played = overheard(loss, clip, 6)
     true, actions = clip.latents.clone(), clip.actions[:, HISTORY - 1 :].clone()
@@ -178,9 +183,9 @@ def test_games_whose_truth_stands_still_may_stand_so_to_their_end(stop):
 
 
 def overheard(loss: RolloutLoss, clip: Clip, turns: int) -> list[Windows]:
-    """What is judged of the last group of games in each turn."""
-    heard, judged = [], loss.judged
-    loss.judged = lambda rollout, windows: heard.append(windows) or judged(rollout, windows)
+    """The windows of the last group of games, one a turn."""
+    heard, errors = [], loss.window_errors
+    loss.window_errors = lambda rollout, windows: heard.append(windows) or errors(rollout, windows)
     for turn in range(turns):
         loss(clip, turn)
     return heard[len(loss.all_games) - 1 :: len(loss.all_games)]
@@ -197,14 +202,14 @@ def test_some_games_stand_still_for_longer_than_any_recording(skip):
     loss = RolloutLoss(Generator(make_denoiser()), stage)
     turns = 40 // (skip + 1)  # of one game
     played = overheard(loss, clip, turns + 5)
-    assert loss.still.frame == START + 5 * (skip + 1), "the second game has gone on five times"
+    assert loss.still_game.frame == START + 5 * (skip + 1), "the second game has gone on five times"
     for turn, windows in enumerate(played):
         number = turn % turns * (skip + 1) + skip
         true = clip.latents[3:, START - 1][:, None].expand(-1, 3, -1, -1, -1)
-        assert torch.equal(windows.true[:2], true) and windows.right[:2].all()
-        assert windows.right[2].all() == (START + number + 3 <= n)
+        assert torch.equal(windows.true[:2], true) and windows.valid[:2].all()
+        assert windows.valid[2].all() == (START + number + 3 <= n)
         assert windows.still[:2].all() and not windows.action.any()
-    anchors = torch.stack([windows.shown[:2] for windows in played[:turns]])
+    anchors = torch.stack([windows.own_reference[:2] for windows in played[:turns]])
     assert (anchors == anchors[0]).all(), "what they are held against stays the same for as long"
 
 
@@ -224,24 +229,31 @@ def test_what_has_left_its_picture_is_asked_to_be_plausible():
         loss(still_clip(), 0)[0].backward()
         return {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
 
-    one, other = moved(lost=1e-9, kept=1.0), moved(lost=1e-9, kept=9.0)
+    one, other = moved(lost_threshold=1e-9, still_weight=1.0), moved(lost_threshold=1e-9, still_weight=9.0)
     assert alike(one, other, "generator.denoiser.")
-    assert not alike(one, moved(lost=1e-9, distribution=5.0), "generator.denoiser.")
-    assert not alike(moved(lost=1e6, kept=1.0), moved(lost=1e6, kept=9.0), "generator.denoiser.")
+    assert not alike(one, moved(lost_threshold=1e-9, distribution_weight=5.0), "generator.denoiser.")
+    assert not alike(
+        moved(lost_threshold=1e6, still_weight=1.0),
+        moved(lost_threshold=1e6, still_weight=9.0),
+        "generator.denoiser.",
+    )
 
 
 def test_games_under_way_go_on_elsewhere():
-    """With what `under_way` tells, as plain values and tensors, another loss plays on just the same."""
+    """With what `resume_state` tells, as plain values and tensors, another loss plays on just the same."""
     clip = Clip(*(torch.cat(parts) for parts in zip(random_clip(3), still_clip(1), strict=True)))
     stage = DistillStageConfig(**{**vars(OWN), "game_groups": 2, "still_games": 2, "still_frames": 30})
     loss = RolloutLoss(Generator(make_denoiser(True), make_states()), stage)
     for turn in range(4):
         loss(clip, turn)
-    told = io.BytesIO()
-    torch.save(loss.under_way(), told)
-    told.seek(0)
+    file = io.BytesIO()
+    torch.save(loss.resume_state(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    names = {"rollout", "clip", "stop", "known", "frame", "end", "stood", "shown"}
+    assert all(game.keys() == names for game in saved), "files of older versions have these names"
     other = RolloutLoss(copy.deepcopy(loss.generator), stage)
-    other.take_up(torch.load(told, weights_only=True))
+    other.load_resume_state(saved)
     for turn in range(4, 8):
         values = []
         for one in (loss, other):
@@ -250,7 +262,9 @@ def test_games_under_way_go_on_elsewhere():
         assert values[0] == values[1]
     for one, two in zip(loss.all_games, other.all_games, strict=True):
         assert (one.frame, one.end) == (two.frame, two.end)
-        assert torch.equal(one.rollout.last, two.rollout.last) and torch.equal(one.shown, two.shown)
+        assert torch.equal(one.rollout.last, two.rollout.last) and torch.equal(
+            one.own_reference, two.own_reference
+        )
 
 
 @torch.no_grad()
@@ -299,7 +313,7 @@ def test_games_regain_what_regression_has_taken_from_them():
     """The best guess of a sign that nothing foretells is 0, which no true frame is."""
     torch.manual_seed(0)
     teacher = Denoiser(SMALL, KEYS, 0, *SHAPE)
-    descend(PlainLoss(Generator(teacher), DistillStageConfig(memoryless=0.8, windows=2)), 200, 3e-3)
+    descend(DenoiserLoss(Generator(teacher), DistillStageConfig(memoryless=0.8, windows=2)), 200, 3e-3)
     student = copy.deepcopy(teacher)
     descend(RolloutLoss(Generator(student), OWN), 100, 3e-3)
     before = boldness(student)

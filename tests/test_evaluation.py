@@ -21,8 +21,9 @@ import torch
 
 from engine.config import TrainConfig, UserError, load_config
 from engine.data.dataset import split
+from engine.data.find import find_recordings
 from engine.data.picture import load_picture
-from engine.data.recording import Recorder, Recording, find_recordings
+from engine.data.recording import Recorder, Recording
 from engine.data.sight import wall_views
 from engine.evaluation import behaviour, control, drift, evaluate, fidelity, latency, returning, stage
 from engine.evaluation.build_routes import Builder

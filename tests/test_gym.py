@@ -15,7 +15,8 @@ from gymnasium import spaces  # noqa: E402
 from engine.config import TrainConfig, UserError, WorldConfig  # noqa: E402
 from engine.data.collection import collect  # noqa: E402
 from engine.data.dataset import recorded_world  # noqa: E402
-from engine.data.recording import Recording, find_recordings  # noqa: E402
+from engine.data.find import find_recordings  # noqa: E402
+from engine.data.recording import Recording  # noqa: E402
 from engine.programs import play  # noqa: E402
 from engine.worlds import make_world  # noqa: E402
 
@@ -326,6 +327,11 @@ def test_axes(held):
         (spaces.Dict({"say": spaces.Text(4)}), "not Text"),
         (spaces.Dict({}), "nothing to play"),
         (spaces.MultiDiscrete([1, 1]), "nothing to play"),
+        (spaces.Discrete(10**12), "more than 1024 keys"),
+        (spaces.MultiDiscrete([3] * 600), "more than 1024 keys"),
+        (spaces.MultiDiscrete([2, 10**9]), "more than 1024 keys"),
+        (spaces.Box(-1, 1, (600,)), "more than 1024 keys"),
+        (spaces.Dict({"look": spaces.Box(0, 1, (4000, 4000))}), "more than 1024 keys"),
     ],
 )
 def test_what_keys_cannot_play_is_refused(held, space, words):

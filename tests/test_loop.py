@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from torch import nn
 
 from engine.config import TrainConfig, UserError, WorldConfig, load_config
 from engine.data.dataset import recorded_world
+from engine.data.lock import alone
 from engine.data.recording import Recorder
 from engine.model.checkpoint import Checkpoint, save_checkpoint
 from engine.programs import train
@@ -70,12 +72,12 @@ class LineStage:
         config = self.config
         save_checkpoint(path, {"line": module}, config.model, config.world, seed=config.seed, **about)
 
-    def under_way(self) -> list:
-        """Nothing is under way that a save does not hold."""
+    def resume_state(self) -> list:
+        """Empty: nothing beside the weights."""
         return []
 
-    def take_up(self, under_way: list) -> None:
-        """Nothing to take up."""
+    def load_resume_state(self, saved: list) -> None:
+        """Nothing to load."""
 
 
 @pytest.fixture
@@ -348,6 +350,24 @@ def test_a_signal_saves_and_says_so(number, options, tmp_path, capsys, monkeypat
     assert signal.getsignal(number) == before
 
 
+def test_a_closed_pipe_saves_as_a_signal_does(options, tmp_path, monkeypatch):
+    """As in `train.py 2>&1 | head`: nobody can be told, but nothing is lost."""
+    read, write = os.pipe()
+    plain = LineStage.batch
+
+    def batch(self, step: int) -> torch.Tensor:
+        if step == 5:
+            os.close(read)
+        return plain(self, step)
+
+    monkeypatch.setattr(LineStage, "batch", batch)
+    with open(write, "w", buffering=1) as pipe, contextlib.suppress(BrokenPipeError):
+        monkeypatch.setattr(sys, "stderr", pipe)
+        assert train.main(options("steps=1000", "log_every=1")) == 128 + signal.SIGPIPE
+    assert torch.load(tmp_path / "out" / "autoencoder.state.pt")["step"] == 6
+    assert Checkpoint(tmp_path / "out" / "autoencoder.safetensors").about["steps"] == 6
+
+
 def test_a_signal_before_the_first_step_says_that_nothing_is_saved(options, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loop, "make_stage", lambda *given: os.kill(os.getpid(), signal.SIGTERM))
     assert train.main(options()) == 143
@@ -411,6 +431,9 @@ def test_a_paused_training_can_be_stopped(options, tmp_path, capsys, monkeypatch
         ("out={tmp}/file/out", None, "file"),
         (None, OSError(28, "No space left on device", "metrics"), "No space left"),
         (None, OSError(30, "Read-only file system", "metrics"), "Read-only"),
+        (None, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "too little memory"),
+        (None, torch.OutOfMemoryError("CUDA out of memory"), "too little memory"),
+        (None, MemoryError(), "too little memory"),
     ],
 )
 def test_every_error_of_the_system_is_a_sentence(option, error, word, options, tmp_path, capsys, monkeypatch):
@@ -519,6 +542,24 @@ def test_processes_whose_weights_have_parted_do_not_save(begin, tmp_path):
     with pytest.raises(UserError, match="other weights"):
         training.save()
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_two_trainings_in_one_folder(run, options, tmp_path, capsys):
+    run("steps=4")
+    state = (tmp_path / "out" / "autoencoder.state.pt").read_bytes()
+    with alone(tmp_path / "out", "mine"):
+        assert train.main(options()) == 2
+    assert "Another training is writing into" in capsys.readouterr().err
+    assert (tmp_path / "out" / "autoencoder.state.pt").read_bytes() == state
+    assert run()["steps"] == 8
+
+
+def test_damaged_lines_of_figures_are_left_out(run, tmp_path):
+    run("steps=4", "log_every=1")
+    with open(tmp_path / "out" / "autoencoder.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\0\n[]\n{")
+    run("steps=6", "log_every=1")
+    assert [line["step"] for line in lines(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_killed_training_goes_on(options, tmp_path):

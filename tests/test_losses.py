@@ -19,7 +19,7 @@ from engine.model.world_model import Generator
 from engine.rollout.rollout import Rollout
 from engine.stage_config import DecoderStageConfig, DenoiserStageConfig, DistillStageConfig
 from engine.train.decoder import DecoderLoss, finest_octave, sharpness
-from engine.train.denoiser import PlainLoss
+from engine.train.denoiser import DenoiserLoss
 from engine.train.optim import Optimiser
 from engine.train.rollout import RolloutLoss
 
@@ -60,7 +60,7 @@ def test_training_sees_what_play_sees(told, changes):
     game.played[3:] = game.played[3]  # from here on windows are under one set of keys
     clip = played(denoiser, states, game)
     hook = denoiser.register_forward_hook(lambda module, given, made: windows.append((given, made.detach())))
-    PlainLoss(Generator(denoiser, states), replace(EXACT, windows=60))(clip, 0)
+    DenoiserLoss(Generator(denoiser, states), replace(EXACT, windows=60))(clip, 0)
     hook.remove()
     rollout, seen = Rollout(Generator(denoiser, states), 2), set()
     for (noisy, sigma, before, condition, frame, _), expected in windows:
@@ -102,7 +102,7 @@ def test_nothing_comes_from_the_future_or_from_other_games(told):
         leaf.requires_grad_()
     denoiser.register_forward_pre_hook(lambda module, given: (given[0].detach(), *given[1:]))
     denoiser.register_forward_hook(lambda module, given, out: made.append((given[4], out)))
-    PlainLoss(Generator(denoiser, states), EXACT)(clip, 0)
+    DenoiserLoss(Generator(denoiser, states), EXACT)(clip, 0)
     assert len({frame for frame, _ in made}) > 3
     for frame, out in made:
         grads = torch.autograd.grad(out[0].sum(), leaves, retain_graph=True)
@@ -134,7 +134,7 @@ def fresh(**changes) -> Denoiser:
 def test_windows_are_held_against_the_frames_that_follow():
     """Frame t is the number t; whoever repeats the last frame is off by 1, 2 and 3."""
     clip = numbered([float(t) for t in range(12)], torch.zeros(2, HISTORY - 1 + 12, KEYS))
-    loss, logs = PlainLoss(Generator(fresh()), EXACT)(clip, 0)
+    loss, logs = DenoiserLoss(Generator(fresh()), EXACT)(clip, 0)
     assert logs["head"] == 1 and logs["far"] == 9 and logs["single"] == 1
     singles = (14 / 3 - loss.item()) / (14 / 3 - 1) * EXACT.windows
     assert singles == pytest.approx(round(singles), abs=1e-3) and 0 < round(singles) < EXACT.windows / 2
@@ -147,7 +147,7 @@ def test_history_is_rough_in_a_share_of_games_and_the_network_is_told():
     denoiser.register_forward_hook(lambda module, inputs, made: given.append(inputs))
     clip = random_clip(batch=200)
     clip.states[:50] = torch.nan
-    PlainLoss(Generator(denoiser, states), stage)(clip, 0)
+    DenoiserLoss(Generator(denoiser, states), stage)(clip, 0)
     (_, _, before, _, frame, _) = given[0]
     (_, features, has_state, ahead, sigma) = told[1]
     assert ahead.tolist() == list(range(len(ahead))) and torch.equal(sigma, sigma[:, :1].expand_as(sigma))
@@ -299,7 +299,7 @@ def wave_clip(batch: int, frames: int, random: torch.Generator) -> tuple[Clip, T
     return Clip(wave(place), actions, torch.zeros(batch, frames, 0)), place
 
 
-def descend(loss: PlainLoss, steps: int, frames: int, rate: float = 4e-3) -> list[float]:
+def descend(loss: DenoiserLoss, steps: int, frames: int, rate: float = 4e-3) -> list[float]:
     """→ the loss of every step."""
     random, losses = torch.Generator().manual_seed(1), []
     optimiser = torch.optim.AdamW(loss.parameters(), lr=rate, betas=(0.9, 0.98))
@@ -340,7 +340,7 @@ def test_it_learns_what_keys_do_and_then_on_its_own_frames():
     denoiser = Denoiser(DenoiserConfig(**sizes | {"conv_width": 16}), TWO, 0, *SHAPE)
     assert missed(denoiser)[1] < 0.7
     stage = DistillStageConfig(windows=2, game_frames=8, teacher_forcing=0.2)
-    fell = descend(PlainLoss(Generator(denoiser), stage), 80, START + 5)
+    fell = descend(DenoiserLoss(Generator(denoiser), stage), 80, START + 5)
     first, last = sum(fell[:5]) / 5, sum(fell[-10:]) / 10
     plain_error, obeyed = missed(denoiser)
     assert last < 0.5 * first and obeyed > 0.75, f"loss {first:.3f} → {last:.3f}, obeys {obeyed:.2f}"
@@ -351,7 +351,7 @@ def test_it_learns_what_keys_do_and_then_on_its_own_frames():
 
 # the decoder --------------------------------------------------------------------------------------
 
-SHARP = DecoderStageConfig(discriminator=8, adversarial=1.0, adversarial_warmup=4)
+SHARP = DecoderStageConfig(discriminator_width=8, gan_weight=1.0, gan_warmup=4)
 
 
 def pictures(count: int = 4) -> tuple[Autoencoder, Tensor, Tensor]:
@@ -364,7 +364,7 @@ def pictures(count: int = 4) -> tuple[Autoencoder, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("turns, share", [(0, 0.25), (1, 0.5), (9, 1.0)])
-def test_decoder_and_judge_move_only_themselves(turns, share):
+def test_decoder_and_discriminator_move_only_themselves(turns, share):
     """The gradients of both are those of their own losses, written out, the other one being fixed."""
     autoencoder, frames, latents = pictures()
     loss = DecoderLoss(autoencoder.decoder, SHARP).eval()  # spectral norms stay as they are
@@ -386,10 +386,10 @@ def test_decoder_and_judge_move_only_themselves(turns, share):
     expected = {name: grad.clone() for name, grad in expected.items()}
     loss.zero_grad()
     of_true, of_made = (loss.discriminator(x, blurred)[0] for x in (true, made.detach()))
-    judge = F.relu(1 - of_true).mean() + F.relu(1 + of_made).mean()
-    judge.backward()
+    hinge = F.relu(1 - of_true).mean() + F.relu(1 + of_made).mean()
+    hinge.backward()
     expected |= {n: p.grad for n, p in loss.named_parameters() if n.startswith("discriminator.")}
-    assert logs["judge"].item() == pytest.approx(judge.item(), rel=1e-4)
+    assert logs["discriminator"].item() == pytest.approx(hinge.item(), rel=1e-4)
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         assert torch.allclose(found[name], grad, rtol=1e-3, atol=1e-6), name
@@ -397,7 +397,7 @@ def test_decoder_and_judge_move_only_themselves(turns, share):
 
 def test_the_decoder_learns_and_the_blurred_picture_stays():
     autoencoder, frames, latents = pictures(8)
-    loss = DecoderLoss(autoencoder.decoder, replace(SHARP, adversarial=0.3))
+    loss = DecoderLoss(autoencoder.decoder, replace(SHARP, gan_weight=0.3))
     blurred, seen = loss.blurred(latents), []
     optimiser = Optimiser(loss, SHARP)
     for turn in range(60):

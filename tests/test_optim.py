@@ -62,7 +62,7 @@ def test_muon_takes_the_matrices_of_layers_and_both_parts_follow_the_rate():
     assert len(Optimiser(denoiser, replace(stage_config(), muon=False)).parts) == 1
 
 
-def test_what_judges_learns_twice_as_fast_and_both_forget_fast():
+def test_the_discriminator_learns_twice_as_fast_and_both_forget_fast():
     module = torch.nn.ModuleDict({"discriminator": torch.nn.Linear(2, 2), "decoder": torch.nn.Linear(2, 2)})
     stages = stage_config("decoder"), stage_config()
     for one, stage, first in ((module, stages[0], 0.5), (module["decoder"], stages[1], 0.9)):

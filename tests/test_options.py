@@ -67,6 +67,10 @@ def test_lists_of_text(given: str, meant: list[str]) -> None:
     "word, said",
     [
         ("frames=many", "frames=many"),
+        *((f"frames={text}", "frames must be a whole number") for text in ("", "1,2", "3 # x", "1e3")),
+        pytest.param("seed=" + 5000 * "9", "seed must be a whole number", id="more digits than Python reads"),
+        ("++max_minutes=17,5", "max_minutes must be a number"),
+        ("quick=maybe", "quick must be true or false"),
         ("model.denoiser.ladder=[a]", "ladder"),
         ("ot=x", "ot=x"),
         ("world.ketys=x", "world.ketys"),

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.errors import UserError
+from engine.train.parallel import open_ranks
+
 ROOT = Path(__file__).parent.parent
 BOTH = """
 import json, sys, torch
@@ -51,6 +54,18 @@ def said(tmp_path_factory) -> list[dict]:
         *(json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)),
         *map(json.loads, lines),
     ]
+
+
+@pytest.mark.parametrize(
+    "told", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": ""}]
+)
+def test_processes_that_nobody_joined_are_told(told, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="start them with torchrun"), open_ranks("cpu"):
+        pass
 
 
 def test_processes_choose_alike(said):

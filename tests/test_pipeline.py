@@ -56,12 +56,12 @@ class LineStage:
     def save(self, path: Path, module: Line, about: dict) -> None:
         save_checkpoint(path, {"line": module}, self.config.model, self.config.world, **about)
 
-    def under_way(self) -> list:
-        """Nothing is under way that a save does not hold."""
+    def resume_state(self) -> list:
+        """Empty: nothing beside the weights."""
         return []
 
-    def take_up(self, under_way: list) -> None:
-        """Nothing to take up."""
+    def load_resume_state(self, saved: list) -> None:
+        """Nothing to load."""
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from engine.data.picture import load_picture, save_picture
 from engine.errors import UserError, run_program
 from engine.files import write_whole
+from engine.programs import play
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {
@@ -121,6 +123,20 @@ def half_written(monkeypatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(Path, "write_bytes", full)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_game_that_is_stopped_tells_by_what(number, monkeypatch, capsys):
+    before = {each: signal.getsignal(each) for each in (*play.ENDING, signal.SIGINT)}
+    monkeypatch.setattr(sys, "argv", ["play.py", "display=headless"])
+    monkeypatch.setattr(play, "play_headless", lambda config: os.kill(os.getpid(), number))
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert play.program() == 128 + number
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert "stopped" in capsys.readouterr().err
 
 
 def test_files_are_whole_or_as_they_were(tmp_path, monkeypatch):

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from engine.config import UserError, WorldConfig
-from engine.data.recording import ACTIONS, FRAMES, HEADER, Recorder, Recording, find_recordings
+from engine.data.film import Film
+from engine.data.find import find_recordings
+from engine.data.recording import ACTIONS, FRAMES, HEADER, Recorder, Recording
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("left", "right", "run", "jump")
@@ -295,7 +297,9 @@ WRONG_HEADERS = [
     *({"names": names} for names in (5, [1], ["a", "a"], None)),
     *({"height": height} for height in (10**9, 0, 96.0, "96")),
     {"width": -128},
-    {"source": 3},
+    *({"source": source} for source in (3, "Dream", "network", ["dream"])),
+    {"precision": "int3"},
+    {"precision": 16},
     {"state_kinds": {"x": "colour"}},
     {"parent": "abc"},
     {"config": []},
@@ -379,6 +383,19 @@ def test_never_overwrites(whole):
     with pytest.raises(UserError, match="already holds"):
         Recorder(whole, WORLD, "true", 0)
     assert len(Recording(whole)) == 120
+
+
+def test_of_two_that_begin_at_once_one_alone_gets_the_files(whole, tmp_path, monkeypatch):
+    """Both have found the place free, and the other was first: what is there stays as it is."""
+    video = tmp_path / "seen.mp4"
+    video.write_bytes(b"the other's")
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "lexists", lambda path: False)
+        with pytest.raises(UserError, match="File exists"):
+            Recorder(whole, WORLD, "true", 0)
+        with pytest.raises(UserError, match="is there already"):
+            Film(video, 96, 128, 20.0)
+    assert len(Recording(whole)) == 120 and video.read_bytes() == b"the other's"
 
 
 def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -476,3 +493,18 @@ def test_find_recordings(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / HEADER).write_text(json.dumps({}))
     assert find_recordings(tmp_path) == [tmp_path / "a", tmp_path / "b"]
+
+
+def test_links_to_recordings_are_followed(tmp_path):
+    """To one, to a folder of some, twice to the same one, and back to the folder itself."""
+    data = tmp_path / "data"
+    for name in ("data/own", "elsewhere/one", "elsewhere/two", "far/three"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / HEADER).write_text("{}")
+    (data / "link").symlink_to(tmp_path / "far" / "three")
+    (data / "more").symlink_to(tmp_path / "elsewhere")
+    (data / "same").symlink_to(data / "link")
+    (data / "back").symlink_to(data)
+    assert find_recordings(data) == [data / name for name in ("link", "more/one", "more/two", "own")]
+    (tmp_path / "all").symlink_to(data)
+    assert len(find_recordings(tmp_path / "all")) == 4

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.config import PlayConfig, UserError
+from engine.config import PlayConfig, UserError, WorldConfig
 from engine.data.collection import Job
 from engine.data.collection import play as collect
 from engine.data.recording import Recorder, Recording
@@ -64,6 +64,25 @@ def test_a_dream_recorded_from_mid_game_on_replays_frame_by_frame(tiny_checkpoin
     np.testing.assert_array_equal(elsewhere.frame, opened(dream(tiny_checkpoint)).frame, "as asked for")
 
 
+def test_a_dream_replays_in_the_precision_that_it_was_drawn_in(tiny_checkpoint, tmp_path):
+    """Which may be another than is measured here and now, unless one is asked for."""
+    for precision in ("fp32", "bf16"):
+        config = replace(dream(tiny_checkpoint, policy="random"), precision=precision)
+        game = play.open_playthrough(replace(config, record=str(tmp_path / precision)))
+        seen = [game.frame]
+        for _ in range(4):
+            game.advance()
+            seen.append(game.frame)
+        game.close()
+        config = replace(config, policy=str(tmp_path / precision), precision="auto")
+        again = play.open_playthrough(config)
+        assert again.game.precision == precision
+        np.testing.assert_array_equal(frames_of(again), np.stack(seen))
+    other = play.open_playthrough(replace(config, precision="fp32"))
+    assert other.game.precision == "fp32"
+    other.close()
+
+
 def test_a_true_game_recorded_from_mid_game_on_replays_frame_by_frame(doom_config, tmp_path):
     """Over the end of an episode, which is 24 frames long."""
     config = PlayConfig(game="true", world=doom_config, policy="random", seed=7)
@@ -71,6 +90,21 @@ def test_a_true_game_recorded_from_mid_game_on_replays_frame_by_frame(doom_confi
     assert Recording(tmp_path / "r").resets.tolist().count(True) == 2
     again = frames_of(opened(replace(config, policy=str(tmp_path / "r"), seed=0)))
     np.testing.assert_array_equal(again, seen)
+
+
+def test_a_true_game_of_another_pace_is_told(tmp_path, capsys):
+    pytest.importorskip("gymnasium")
+    world = WorldConfig("gym", "gym", id="gym_games:Plain-v0", height=32, width=64, tics=1, fps=0)
+    config = PlayConfig(game="true", world=world, policy="random", record=str(tmp_path / "r"))
+    game = opened(config)
+    for _ in range(3):
+        game.advance()
+    game.close()
+    config = replace(config, policy=str(tmp_path / "r"), record="")
+    opened(config).close()
+    assert not capsys.readouterr().err
+    opened(replace(config, world=replace(world, tics=3))).close()
+    assert "r was recorded with tics 1: what is drawn here is not" in capsys.readouterr().err
 
 
 def test_what_was_collected_replays_in_the_true_game(doom_config, tmp_path):

@@ -13,7 +13,8 @@ import pytest
 from conftest import TOY, TOY_STAGES, run_training
 
 from engine.config import WorldConfig
-from engine.data.recording import Recording, find_recordings
+from engine.data.find import find_recordings
+from engine.data.recording import Recording
 from engine.evaluation import build_routes, stage
 from engine.evaluation.section import QUICK
 from engine.model.checkpoint import Checkpoint

@@ -1,6 +1,6 @@
-"""What is known of a world that its config leaves open: from the game once it is open, and from recordings.
+"""Completes a world's config from the opened game, or from recordings.
 
-`world_of` alone decides what a folder of recordings is of; whoever reads one asks it.
+`world_of` alone decides of which world a folder of recordings is.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from ..config import UserError, WorldConfig
 from ..worlds import World
 
-# of a world's config: by these two recordings are of one world or not; which game comes first
+# fields of WorldConfig in which recordings of one world agree; those that name the game come first
 COMPARED = ("id", "name", "scenario", "map", "width", "height", "tics", "fps", "keys")
-TAKEN = (*COMPARED, "kind", "episode_frames")  # these are taken from recordings
+TAKEN = (*COMPARED, "kind", "episode_frames")  # fields that are read from recordings
 
 
 def described(config: WorldConfig, game: World) -> WorldConfig:
-    """The config with what only the opened game knows: a Gymnasium world chooses keys and rate by its
-    environment.
+    """The config with keys and rate of the opened game, which only the environment of a Gymnasium world
+    knows.
     """
     space = game.action_space
     keys = dict(zip(space.names, map(list, space.bindings), strict=True))
@@ -29,8 +29,8 @@ def described(config: WorldConfig, game: World) -> WorldConfig:
 
 
 def told(header: dict) -> dict[str, Any]:
-    """What the header of a recording (schema.py) tells of its world, by the names of WorldConfig's fields;
-    what it leaves open is not among it.
+    """The world's fields in the header of a recording (schema.py), by the names of WorldConfig; empty ones
+    are left out.
     """
     about = header["config"] | {"name": header["world"], "fps": float(header["fps"])}
     about |= {name: header[name] for name in ("width", "height")}
@@ -42,11 +42,11 @@ def told(header: dict) -> dict[str, Any]:
 def world_of(
     recordings: Mapping[Path, dict], world: WorldConfig, given: Collection[str] | None = None
 ) -> WorldConfig:
-    """The one world that all true recordings, path → header, are of; `world` where there are none.
+    """The world of all true recordings (path → header); `world` itself without recordings.
 
-    `given`: the options that were chosen on a command line; what of `world` they name is what is wanted, and
-    all else the recordings tell. None: all of `world` is wanted, but for what it leaves open (keys, fps).
-    Raises UserError where a recording is of another world, or two are of different ones.
+    `given`: names of the options on the command line. The fields of `world` that they set must agree with the
+    recordings; all others are taken from these. None: all fields of `world` must agree, except for empty keys
+    and an fps of 0. Raises UserError where a recording is of another world, or two are of different ones.
     """
     _check_kinds(recordings)
     return agreed({path: told(header) for path, header in recordings.items()}, world, given)
@@ -55,14 +55,12 @@ def world_of(
 def agreed(
     tellers: Mapping[Path, dict[str, Any]], world: WorldConfig, given: Collection[str] | None = None
 ) -> WorldConfig:
-    """`world_of` for anything that tells of a world: path → what it tells, by the names of WorldConfig's
-    fields.
-    """
+    """`world_of` for any files that describe a world: path → fields of WorldConfig, by name."""
     if not tellers:
         return world
     wanted = {name: value for name, value in asdict(world).items() if _is_chosen(name, value, world, given)}
-    learnt: dict[str, Path] = {}  # field → which recording told it first, where nobody chose
-    own_keys = wanted.get("keys", {})  # on a command line some, whose scancodes are to be others
+    learnt: dict[str, Path] = {}  # field → the recording from which it was taken
+    own_keys = wanted.get("keys", {})  # the command line may change the scancodes of some keys
     for path, one in tellers.items():
         for name in (name for name in TAKEN if name in one):
             grows = name == "keys" and (name in learnt or given is not None)
@@ -81,13 +79,13 @@ def _is_chosen(name: str, value: Any, world: WorldConfig, given: Collection[str]
         return bool(value) or name not in ("keys", "fps")
     if any(option == f"world.{name}" or option.startswith(f"world.{name}.") for option in given):
         return True
-    # world=NAME chooses a game; but `gym` is all those of Gymnasium, and which one it is says its id
+    # world=NAME chooses a game; but `gym` stands for all of Gymnasium, and only the id says which one
     return "world" in given and (name == "name" or (name == "id" and not value))
 
 
 def _alike(name: str, one: dict[str, Any], wanted: dict[str, Any], grows: bool) -> bool:
     there, here = one[name], wanted[name]
-    if name == "keys":  # one that a player did not have was not held
+    if name == "keys":  # a key that a recording lacks was never held in it
         return set(there) <= set(here) or (grows and set(here) <= set(there))
     if name == "fps":
         return math.isclose(there, here, rel_tol=1e-3)
@@ -118,7 +116,7 @@ def _words(name: str, about: dict[str, Any]) -> str:
 
 
 def _check_kinds(recordings: Mapping[Path, dict]) -> None:
-    """What two recordings tell of their world's state under one name must be of one kind."""
+    """Raises UserError where a number of the state is of different kinds in two recordings."""
     known: dict[str, tuple[str, Path]] = {}
     for path, header in recordings.items():
         for name, kind in (header["state_kinds"] or {}).items():
@@ -129,15 +127,16 @@ def _check_kinds(recordings: Mapping[Path, dict]) -> None:
 
 
 def other_game(header: dict, world: WorldConfig) -> str:
-    """Which other game than `world` a recording is of; "" where it is of that, or does not tell."""
+    """The game of a recording if that is not `world`; "" if it is, or is not known."""
     one = told(header)
     game, own = one.get("id") or one.get("name", ""), world.id or world.name
     return "" if not game or game == own or one.get("name") == own else game
 
 
 def check_keys_mean_the_same(header: dict, world: WorldConfig, what: str) -> str:
-    """As `other_game`. Raises UserError where the keys of the other game, though they be called alike, do
-    something else: all games but those of Doom call theirs as they like. `what` is read, such as `start=x`.
+    """As `other_game`. Raises UserError if keys of that game may do something else, though they have the same
+    names: only Doom's worlds name them alike. `what`: the option that is read, such as `start=x`, for the
+    message.
     """
     game = other_game(header, world)
     if game and not header["config"].get("kind", "doom") == world.kind == "doom":

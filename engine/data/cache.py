@@ -1,4 +1,4 @@
-"""Where latents are cached, which entry is a recording's, and whether it is still true."""
+"""The files of the latents cache: where they are, which recording each belongs to, whether it is current."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import numpy as np
 
 from .recording import ACTIONS, FRAMES, HEADER
 
-ABANDONED = 24 * 3600.0  # seconds after which nobody goes on with what was left half written
-OWNERS = "owners.json"  # in a cache: the out= folders whose autoencoder made it
+ABANDONED = 24 * 3600.0  # seconds after which a half written file is removed
+OWNERS = "owners.json"  # in a cache: the out= folders of the trainings that use it
 
 
 def stable_hash(text: str) -> int:
-    """64 bits of a text, the same in every process."""
+    """A 64-bit hash of a text, the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def cache_place(data: str | Path, out: str | Path, key: str, recordings: Sequence[Path]) -> Path:
-    """Where the cache of an encoder lies: beside the recordings, or, if nothing can be written there, in
-    `out`.
+    """The folder of an encoder's cache (`key`): inside `data`, or, if that cannot be written and does not
+    hold all entries already, inside `out`.
     """
     there, name = Path(data), f"latents-{key}"
     try:
@@ -42,9 +42,8 @@ def cache_place(data: str | Path, out: str | Path, key: str, recordings: Sequenc
 
 
 def drop_old(place: Path, data: str | Path, out: str | Path, recordings: Sequence[Path]) -> None:
-    """Notes that the training in `out` uses the cache in `place`, and removes what nobody can use any more:
-    caches of the encoders that it had before, unless other trainings have these, and entries of recordings
-    that are gone.
+    """Registers the training in `out` as an owner of the cache in `place`, and removes what nobody uses any
+    more: caches of its earlier encoders without other owners, and entries of recordings that are gone.
     """
     mine = str(Path(out).resolve())
     caches = {found for root in (Path(data), Path(out)) for found in root.glob("latents-*")}
@@ -59,7 +58,7 @@ def drop_old(place: Path, data: str | Path, out: str | Path, recordings: Sequenc
                 shutil.rmtree(cache)
                 print(f"Removed {cache}: no autoencoder that is there made these latents.", file=sys.stderr)
         except OSError:
-            continue  # where nothing can be written, nothing can be removed
+            continue  # a read-only folder
     keep = {entry_of(place, directory).stem for directory in recordings}
     old = [file for file in place.glob("*.np[yz]") if file.stem not in keep]
     old += [file for file in place.glob("*.tmp") if _age(file) > ABANDONED]  # of processes that were killed
@@ -68,22 +67,22 @@ def drop_old(place: Path, data: str | Path, out: str | Path, recordings: Sequenc
 
 
 def draft_of(file: Path) -> Path:
-    """Where `file` lies until it is whole: each process has a place of its own, as two trainings may write
+    """The temporary name of `file` until it is complete, different in each process: two trainings may write
     the same cache.
     """
     return file.with_name(f"{file.name}.{os.getpid()}.tmp")
 
 
 def _age(file: Path) -> float:
-    """Seconds since something was written there."""
+    """Seconds since the file was last written."""
     try:
         return time.time() - file.stat().st_mtime
     except OSError:
-        return 0.0  # it has just become whole
+        return 0.0  # it has just been renamed
 
 
 def _is_cache(folder: Path) -> bool:
-    """Whether nothing but a cache's own files lies there."""
+    """Whether a folder holds files of a cache only."""
     return (
         folder.is_dir()
         and {file.suffix for file in folder.iterdir()} <= {".npy", ".npz", ".json", ".tmp"}
@@ -106,13 +105,17 @@ def _write_owners(cache: Path, owners: set[str]) -> None:
 
 
 def entry_of(path: Path, directory: str | Path) -> Path:
-    """The name has the whole path's hash, since recordings of two collections may have the same name."""
+    """The .npz of a recording in the cache `path`. Its name has a hash of the recording's whole path, since
+    two collections may have recordings of the same name.
+    """
     directory = Path(directory).resolve()
     return path / f"{directory.name}-{stable_hash(str(directory)):016x}.npz"
 
 
 def stamp_of(directory: str | Path) -> str:
-    """Sizes and times of a recording's files: as long as they stay, its content has, and need not be read."""
+    """Sizes and times of a recording's files: if they have not changed, its content need not be read
+    again.
+    """
     found = []
     for name in (HEADER, ACTIONS, FRAMES):
         file = Path(directory) / name
@@ -135,7 +138,7 @@ def content_of(directory: str | Path) -> str:
 
 
 def is_current(file: Path, directory: str | Path, key: str) -> bool:
-    """Whether the entry was made by this encoder from what the recording holds now."""
+    """Whether the entry was made by the encoder `key` from the recording's present content."""
     found = load_entry(file, key)
     if found is None:
         return False
@@ -143,7 +146,7 @@ def is_current(file: Path, directory: str | Path, key: str) -> bool:
 
 
 def load_entry(file: Path, key: str) -> dict[str, np.ndarray] | None:
-    """What an entry has besides latents; None where it is missing, damaged, or of another encoder."""
+    """An entry's arrays without the latents; None where it is missing, damaged, or of another encoder."""
     try:
         with np.load(file) as opened:
             found = {name: opened[name] for name in opened.files}

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
@@ -25,16 +26,17 @@ from ..errors import reason
 from ..worlds import make_world
 from .about_world import described, world_of
 from .dataset import true_headers
+from .find import walk_recordings
 from .lock import alone
 from .policies import SHARES, PolicyMixture
-from .recording import Recorder, Recording, walk_recordings
+from .recording import Recorder, Recording
 from .schema import HEADER, SCHEMA, read_header
 
-RECORDING_FRAMES = 6000  # frames in one recording; the unit of work and of resuming
-DRAFT, OLD = ".tmp", ".old.tmp"  # at the end of its name while it is made, and while it is replaced
-REPORT_FRAMES = 50  # a worker tells the progress bar after so many
-RESTARTS = 3  # a simulator that crashes takes its worker with it; seen once in some hundred starts
-LEAVE_SECONDS = 2.0  # that a worker without a parent has to close its world
+RECORDING_FRAMES = 6000  # frames in one recording, the unit of work and of resuming
+DRAFT, OLD = ".tmp", ".old.tmp"  # endings of a recording's name while it is written, and while replaced
+REPORT_FRAMES = 50  # a worker moves the progress bar after so many
+RESTARTS = 3  # of workers: a simulator that crashes ends its worker, about once in some hundred starts
+LEAVE_SECONDS = 2.0  # time for a worker to close its world after its parent has died
 
 _played = None  # in a worker: frames played by all workers, shared with the parent
 
@@ -51,20 +53,19 @@ class Job:
     lossless: bool
 
     def beside(self, ending: str) -> Path:
-        """Where it lies while it is made, or replaced."""
+        """The recording's path with an ending, DRAFT or OLD."""
         return self.directory.with_name(self.directory.name + ending)
 
     def done(self) -> bool:
-        """Whether the recording is there with all its frames."""
+        """Whether the recording exists with all its frames."""
         return _count(self.directory) >= self.frames
 
 
 def collect(config: TrainConfig) -> dict[str, float]:
     """Writes `config.frames` frames of `config.world` as numbered recordings into `config.data`.
 
-    The bytes depend on the seed only, not on `workers`, nor on how often the collection was interrupted or
-    grew. Whole recordings are kept, others made anew. Returns the figures of this call. Raises UserError
-    when the folder holds another job's recordings or is in use, and when the world or the disk fails.
+    Their bytes depend on config and seed alone. Complete recordings stay. Returns the figures of this
+    call; UserError where the folder holds other recordings or is in use, and where world or disk fail.
     """
     data = Path(config.data)
     try:
@@ -74,14 +75,15 @@ def collect(config: TrainConfig) -> dict[str, float]:
     except OSError as error:
         raise UserError(f"Recordings cannot be written to {data}: {error.strerror}.") from None
     config = replace(config, world=_opened(config.world))
-    with alone(data / f".{_name(config)}.lock"):
+    said = f"Another collection is writing the same recordings into {data}"
+    with alone(data / f".{_name(config)}.lock", f"{said}; wait for it, or choose another seed or data=."):
         _refuse_another(config)
-        world_of(true_headers(walk_recordings(data)), config.world)  # also of somebody's own ones
+        world_of(true_headers(walk_recordings(data)), config.world)  # players' recordings, too
         jobs = plan(config)
         _refuse_to_replace(jobs)
         there = [_count(job.directory) for job in jobs]
         todo = [job for job, frames in zip(jobs, there, strict=True) if frames < job.frames]
-        played = sum(job.frames for job in todo)  # a short recording is played anew from its beginning
+        played = sum(job.frames for job in todo)  # an incomplete recording is played again from its beginning
         begin = time.monotonic()
         episodes = _run(todo, config, sum(job.frames for job in jobs) - played) if todo else 0
         seconds = time.monotonic() - begin
@@ -96,12 +98,11 @@ def collect(config: TrainConfig) -> dict[str, float]:
 
 
 def _opened(config: WorldConfig) -> WorldConfig:
-    """With the keys and the rate that a Gymnasium world alone knows; what is wrong with it is told here."""
+    """The config with keys and rate, which a Gymnasium world knows only when open; raises its UserError."""
     if config.kind != "gym":
         return config
-    world = make_world(config)
-    world.close()
-    return described(config, world)
+    with closing(make_world(config)) as world:
+        return described(config, world)
 
 
 def plan(config: TrainConfig) -> list[Job]:
@@ -116,63 +117,67 @@ def plan(config: TrainConfig) -> list[Job]:
 
 def _name(config: TrainConfig) -> str:
     """What the names of a job's recordings have in common."""
-    world = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, (config.world.name, config.world.id))))
-    return f"{world}-{config.seed}"
+    return _named(config.world.name, config.world.id, config.seed)
+
+
+def _named(world: str, id: str, seed: int) -> str:
+    return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, (world, id)))) + f"-{seed}"
 
 
 def _refuse_another(config: TrainConfig) -> None:
-    """Raises UserError where the folder holds recordings that this job, with any seed, would not make."""
+    """Raises UserError where the folder holds collected recordings of another world or of other settings."""
     for path in sorted(Path(config.data).glob(f"*/{HEADER}")):
-        if not _is_collected(header := read_header(path.parent)):
+        if not _is_collected(header := read_header(path.parent), path.parent):
             continue
         there = {"schema": header["schema"], "lossless": header["codec"].get("lossless")}
         wanted = {"schema": SCHEMA, "lossless": config.lossless}
-        if header["policies"] is not None:
-            there["policies"], wanted["policies"] = header["policies"], SHARES
+        there["policies"], wanted["policies"] = header["policies"] or None, SHARES
         world = header["config"]
         for name, value in asdict(config.world).items():
             if name in world:
                 there[f"world.{name}"], wanted[f"world.{name}"] = world[name], value
         differing = [name for name in wanted if there[name] != wanted[name]]
         if "world.name" in differing:
-            differing = ["world.name"]  # all else follows from it
+            differing = ["world.name"]  # the reason for all others
         if differing:
             said = "; ".join(
                 f"{name} is {_words(there[name])} there and {_words(wanted[name])} here" for name in differing
             )
-            raise UserError(f"{config.data} holds recordings of another job ({said}); choose another data=.")
+            how = "choose another data=, or train on them with stage=all frames=0"
+            raise UserError(f"{config.data} holds recordings of another job ({said}); {how}.")
 
 
-def _is_collected(header: dict) -> bool:
-    """Whether a recording was made here, and not by somebody who played; before schema 2 none told."""
-    return header["policies"] is not None
+def _is_collected(header: dict, path: Path) -> bool:
+    """Whether it was collected, not made by who played; its name says so where an older version did not."""
+    if header["policies"] != {}:
+        return header["policies"] is not None
+    name = _named(header["world"], str(header["config"].get("id", "")), header["seed"])
+    return re.fullmatch(re.escape(name) + r"-\d{5}(\.old)?(\.tmp)?", path.name) is not None
 
 
 def _refuse_to_replace(jobs: list[Job]) -> None:
-    """Raises UserError where something else has a name that a recording, or its draft, is to have."""
+    """Raises UserError where a recording of this job, or its draft, would replace something else."""
     for job in jobs:
         for path in (job.directory, *map(job.beside, (DRAFT, OLD))):
             try:
                 header = read_header(path) if path.exists() else None
-            except UserError:  # killed before it had one, or nothing of ours
+            except UserError:  # killed before it had a header, or not a recording
                 header = None
-            ours = header and _is_collected(header) and header["seed"] == job.seed
+            ours = header and _is_collected(header, path) and header["seed"] == job.seed
             if path.exists() and not ours and (header or path == job.directory):
                 said = f"{path} was not made by this collection and is not replaced"
                 raise UserError(f"{said}; give it another name, or choose another seed= or data=.")
 
 
 def _words(value: object) -> str:
-    """A value of a job in a sentence."""
+    """A setting's value as words for a message."""
     if isinstance(value, dict):
-        return ", ".join(
-            f"{name} {part}" if isinstance(part, float) else name for name, part in value.items()
-        )
+        return ", ".join(f"{k} {v}" if isinstance(v, float) else k for k, v in value.items())
     return "not told" if value is None else str(value)
 
 
 def _count(directory: Path) -> int:
-    """Whole frames in a recording; 0 where there is none, or one that cannot be read."""
+    """How many frames of a recording can be read; 0 without one."""
     try:
         return len(Recording(directory)) if directory.exists() else 0
     except UserError:
@@ -190,7 +195,7 @@ def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
             # spawn, not fork: the parent may hold torch's threads, which do not survive a fork
             context = multiprocessing.get_context("spawn")
             played = context.Value("q", 0)
-            bar.n = bar.total - sum(job.frames for job in left)  # a dead worker's half recording is made anew
+            bar.n = bar.total - sum(job.frames for job in left)  # recordings of dead workers start again
             pool = ProcessPoolExecutor(
                 workers, mp_context=context, initializer=_start_worker, initargs=(played,)
             )
@@ -200,8 +205,7 @@ def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
             except BrokenProcessPool:
                 deaths += 1
                 if deaths > RESTARTS:
-                    said = f"A collecting process died {deaths} times"
-                    raise UserError(f"{said}; run again with fewer workers to go on.") from None
+                    raise UserError(f"Processes died {deaths} times; run with fewer workers.") from None
                 bar.write(
                     "A collecting process died (a fault of the simulator, or memory ran out); going on."
                 )
@@ -211,7 +215,7 @@ def _run(todo: list[Job], config: TrainConfig, kept: int) -> int:
 
 
 def _follow(futures: list[Future], bar: tqdm, played) -> Iterator[int]:
-    """Moves the bar → the number of episodes of each recording as it is finished."""
+    """Yields each finished recording's number of episodes, and moves the bar meanwhile."""
     waiting, seen, begun = set(futures), 0, bar.n
     while waiting:
         finished, waiting = wait(waiting, timeout=0.25, return_when=FIRST_COMPLETED)
@@ -223,7 +227,9 @@ def _follow(futures: list[Future], bar: tqdm, played) -> Iterator[int]:
 def _start_worker(played) -> None:
     global _played
     _played = played
-    nowhere = os.open(os.devnull, os.O_WRONLY)  # a simulator that outlives its worker must not hold our pipes
+    nowhere = os.open(
+        os.devnull, os.O_WRONLY
+    )  # a simulator that outlives its worker must not keep our pipes open
     for output in (1, 2):
         os.dup2(nowhere, output)
     parent = multiprocessing.parent_process()
@@ -237,7 +243,7 @@ def _start_worker(played) -> None:
 
 
 def play(job: Job) -> int:
-    """Makes one recording, under a name with .tmp until it is whole → number of episodes."""
+    """Makes a recording, as a draft that is renamed at the end → its number of episodes; or UserError."""
     draft = job.beside(DRAFT)
     try:
         if draft.exists():
@@ -249,7 +255,7 @@ def play(job: Job) -> int:
                 episodes = _play_into(recorder, world, job)
         finally:
             world.close()
-        if job.directory.exists():  # shorter, or damaged; the new one begins with the same frames
+        if job.directory.exists():  # incomplete or damaged; the new one begins with the same frames
             old = job.beside(OLD)
             shutil.rmtree(old, ignore_errors=True)
             job.directory.rename(old)
@@ -269,10 +275,10 @@ def _play_into(recorder: Recorder, world, job: Job) -> int:
     nothing = np.zeros(len(world.action_space), np.float32)
     episodes = 0
     for count in range(1, job.frames + 1):
-        time_ns = round((count - 1) / world.fps * 1e9)  # the clock's would differ from run to run
+        time_ns = round((count - 1) / world.fps * 1e9)  # not the clock's, which would differ from run to run
         if world.done:
             seed = int(rng.integers(2**31))
-            began = [{"reset": {"seed": seed, "start": "episode"}}]  # with which it can be replayed
+            began = [{"reset": {"seed": seed, "start": "episode"}}]  # so that it can be replayed
             frame = world.reset(seed)
             recorder.add(frame, nothing, reset=True, events=began, state=world.state(), t_ns=time_ns)
             episodes += 1

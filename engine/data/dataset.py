@@ -1,4 +1,4 @@
-"""Which recordings are trained on, and frames of them."""
+"""Which recordings are for training and which are held out; frames sampled from them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tqdm import tqdm
 from ..config import UserError, WorldConfig
 from .about_world import world_of
 from .cache import stable_hash
-from .recording import Recording, find_recordings, walk_recordings
+from .find import find_recordings, walk_recordings
+from .recording import Recording
 from .schema import read_header
 
 
 def split(recordings: Sequence[Path], held_out: float = 0.05) -> tuple[list[Path], list[Path]]:
-    """Recordings → (train, held out), decided by the directory names alone, so that more data moves none.
-
-    Of two recordings or more at least one is held out and at least one is for training.
+    """Recordings → (train, held out): a share of about `held_out`, chosen by hashes of the directory names,
+    so that more data changes little. With two recordings or more, both lists have at least one.
     """
     order = sorted(map(Path, recordings), key=lambda path: (stable_hash(path.name), str(path)))
     count = sum(stable_hash(path.name) < held_out * 2**64 for path in order)
@@ -30,8 +30,8 @@ def split(recordings: Sequence[Path], held_out: float = 0.05) -> tuple[list[Path
 
 
 def true_recordings(data: str, world: WorldConfig) -> tuple[list[Path], list[Path]]:
-    """Recordings of the true game `world` in the folder `data` → (train, held out). What a network has drawn
-    is left out, and that is said: it would be learned from as if it were true.
+    """Recordings of the true game `world` in the folder `data` → (train, held out). Recordings of generated
+    games are left out, and how many is printed.
 
     Raises UserError where one is of another world (about_world.py), or none is left.
     """
@@ -46,14 +46,14 @@ def true_recordings(data: str, world: WorldConfig) -> tuple[list[Path], list[Pat
 
 
 def true_headers(recordings: Sequence[Path]) -> dict[Path, dict]:
-    """Headers of the recordings that are of a true game."""
+    """The headers, by path, of those recordings that are of a true game."""
     headers = {path: read_header(path) for path in recordings}
     return {path: header for path, header in headers.items() if header["source"] != "dream"}
 
 
 def recorded_world(data: str, world: WorldConfig, given: Collection[str]) -> WorldConfig:
-    """The world that the true recordings in the folder `data` are of, the options `given` on the command line
-    considered; `world` where there are none. What it is instead of what its config says is told.
+    """The world of the true recordings in the folder `data` (world_of); `world` without any. Fields that
+    differ from `world`'s are printed.
     """
     true = true_headers(list(walk_recordings(data)))
     found = world_of(true, world, given)
@@ -69,14 +69,16 @@ def recorded_world(data: str, world: WorldConfig, given: Collection[str]) -> Wor
 
 
 def load_frames(recordings: Sequence[Path], limit: int, seed: int) -> torch.Tensor:
-    """At most `limit` frames, spread at random over all recordings in their order → uint8 (n, 3, h, w)."""
+    """At most `limit` frames, one at random from each of as many equal stretches of all recordings → uint8
+    (n, 3, h, w). Raises UserError without frames, or for frames of different sizes.
+    """
     opened = [Recording(path) for path in recordings]
     ends = np.cumsum([len(recording) for recording in opened])
     total = int(ends[-1]) if len(ends) else 0
     if not total:
         raise UserError("The recordings hold no frame.")
     count = min(limit, total)
-    edges = np.arange(count + 1) * total // count  # one frame out of each stretch
+    edges = np.arange(count + 1) * total // count  # of the stretches
     chosen = np.random.default_rng(seed).integers(edges[:-1], edges[1:])
     height, width = opened[0].header["height"], opened[0].header["width"]
     frames = torch.empty(count, 3, height, width, dtype=torch.uint8)

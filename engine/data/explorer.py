@@ -1,4 +1,4 @@
-"""A player who looks into rooms: walks to far places that it can see, looks about, turns and comes back."""
+"""Explorer: a policy that walks to far places, looks about, turns and comes back."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .sight import free_distances
 Keys = tuple[str, ...]
 
 NEEDED = {"forward", "turn_left", "turn_right"}
-DIRECTIONS = 32  # that it looks into before it chooses where to go
-SHOULDER = 24.0  # map units on both sides that a way must be free; a player is 16 wide on each
-SPARE = 90.0  # map units from a wall at which most walks end in the open, so that the view shows more than it
-AIM = 6.0  # degrees off which it turns towards where it goes: a frame of turning is 7
+DIRECTIONS = 32  # in which it measures the free distance before it chooses one
+SHOULDER = 24.0  # map units that must be free on both sides of its way; a player's radius is 16
+SPARE = 90.0  # map units before a wall at which most walks end, so that the view shows more than the wall
+AIM = 6.0  # degrees off its way from which it turns; one frame of turning is 7
 ARRIVED = 30.0  # map units
-JUMP = 64.0  # map units in one frame that nobody walks: a new episode, or a teleport
+JUMP = 64.0  # map units: a longer step within a frame is a new episode, or a teleport
 
 
 class Explorer:
-    """Walks by a map of walls and the true place; see `Explorer.usable`. Deterministic by seed.
+    """A policy that knows the map's walls and its own place (see `usable`). Deterministic by seed.
 
-    What it does after each walk is drawn from `_after`: the next walk, the same way back, a look to both
-    sides, standing, a step aside, a slide along a wall.
+    After each walk it draws what to do: the next walk, the same way back, a look to both sides, standing
+    still, steps aside, or a slide along a wall.
     """
 
     def __init__(self, action_space: ActionSpace, seed: int, lines: np.ndarray) -> None:
@@ -40,12 +40,12 @@ class Explorer:
 
     @staticmethod
     def usable(action_space: ActionSpace, lines: np.ndarray) -> bool:
-        """Whether there are a map and the keys to walk it."""
+        """Whether the world has a map, and keys to walk and to turn."""
         return len(lines) > 0 and set(action_space.names) >= NEEDED
 
     def __call__(self, state: dict[str, float], action_space: ActionSpace) -> np.ndarray:
-        """State of the last frame, with x, y and angle → keys for the next one, multi-hot (k,). Where a game
-        does not know it, it seems to be stuck, and goes another way.
+        """The last frame's state, with x, y and angle → keys for the next frame, multi-hot (k,). Missing
+        numbers count as unchanged, so that it takes itself for stuck and goes another way.
         """
         known = zip(("x", "y", "angle"), self.place, strict=True)
         place = np.array([state.get(name, last) for name, last in known])
@@ -66,7 +66,9 @@ class Explorer:
             yield from self._after(begin)
 
     def _follow(self, route: np.ndarray) -> Iterator[Keys]:
-        """Walks along the places of a route (n, 2), each time to the farthest that it can go to straight."""
+        """Walks along a route (n, 2), always straight to the farthest of its places that can be reached
+        so.
+        """
         at = 0
         while at < len(route) - 1:
             ahead = range(len(route) - 1, at, -4)  # every fourth is near enough
@@ -74,11 +76,11 @@ class Explorer:
             way = route[at] - self.place[:2]
             yield from self._turn_to(float(np.rad2deg(np.arctan2(way[1], way[0]))))
             yield from self._walk_to(route[at], near=16.0 if at < len(route) - 1 else ARRIVED)
-            if np.hypot(*(route[at] - self.place[:2])) > 2 * ARRIVED:  # it was stopped on the way
+            if np.hypot(*(route[at] - self.place[:2])) > 2 * ARRIVED:  # something stopped it
                 return
 
     def _into_the_open(self) -> Iterator[Keys]:
-        """Looks in a direction with a long view and walks there, most often not up to the wall."""
+        """Turns to a direction in which it can see far, and walks there, mostly not up to the wall."""
         begin = self.place[:2]
         angle, free = self._way()
         yield from self._turn_to(angle)
@@ -89,7 +91,7 @@ class Explorer:
             yield from self._walk_to(begin + far * np.array([np.cos(gaze), np.sin(gaze)]))
 
     def _way(self) -> tuple[float, float]:
-        """A direction to walk in, far ones most often → (angle in degrees, free map units)."""
+        """→ a random direction in degrees, and the free map units in it; far ones are likelier."""
         angles = self.rng.uniform(0, 360) + np.arange(DIRECTIONS) * (360 / DIRECTIONS)
         sideways = np.deg2rad(angles + 90)
         shoulders = np.stack([np.cos(sideways), np.sin(sideways)], 1)  # (n, 2)
@@ -105,7 +107,7 @@ class Explorer:
         return float(angles[chosen]), float(free[chosen])
 
     def _off(self, angle: float) -> float:
-        """Degrees from the gaze to `angle`, positive to the left, -180 to 180."""
+        """Degrees from the heading to `angle`, positive to the left, in [-180, 180)."""
         return (angle - self.place[2] + 180) % 360 - 180
 
     def _turn_to(self, angle: float) -> Iterator[Keys]:
@@ -117,7 +119,9 @@ class Explorer:
             yield ("turn_left" if off > 0 else "turn_right", *(walk if abs(off) < 70 else ()))
 
     def _walk_to(self, target: np.ndarray, key: str = "forward", near: float = ARRIVED) -> Iterator[Keys]:
-        """Walks there, backwards with that key, and corrects its way; gives up where it is stuck."""
+        """Walks to `target`, backwards if `key` is "backward", until it is `near` (map units), stuck or past
+        it.
+        """
         stuck, aside, sway = 0, "", self.rng.random() < 0.25
         turned = 0.0 if key == "forward" else 180.0
         for count in range(240):
@@ -134,7 +138,7 @@ class Explorer:
             stuck = stuck + 1 if self.moved < 2.0 and count > 2 else 0
 
     def _after(self, begin: np.ndarray) -> Iterator[Keys]:
-        """What follows a walk that began at `begin` (2,)."""
+        """What it does after a walk that began at `begin` (2,)."""
         kind = self.rng.random()
         if kind < 0.40:
             return
@@ -164,7 +168,7 @@ class Explorer:
         yield from self._hold((str(other if back else one),), count, count if back else 2 * count)
 
     def _aside(self) -> Iterator[Keys]:
-        """A few steps to a side or back and, mostly, the same again to where it was."""
+        """A few steps aside or back, and mostly as many to where it was."""
         pairs = [("strafe_left", "strafe_right"), ("strafe_right", "strafe_left"), ("backward", "forward")]
         there, back = pairs[int(self.rng.integers(3))]
         count = int(self.rng.integers(3, 20))
@@ -174,7 +178,7 @@ class Explorer:
             yield from self._hold((back,), count, count)
 
     def _slide(self) -> Iterator[Keys]:
-        """Runs on to the next wall and along it at a slant, then leaves it."""
+        """Runs to the next wall, slides along it at an angle, then turns away."""
         for _ in range(60):
             yield ("forward",)
             if self.moved < 6.0:
@@ -190,7 +194,7 @@ class Explorer:
 
 
 class Bursts:
-    """Fires now and then for a few frames, where the world has that key."""
+    """Adds the fire key for a few frames now and then, where the world has one."""
 
     def __init__(self, action_space: ActionSpace, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -198,7 +202,7 @@ class Bursts:
         self.left = 0
 
     def __call__(self, action: np.ndarray) -> np.ndarray:
-        """The action (k,) with the fire key held or not."""
+        """Sets or clears the fire key of the action (k,), in place → the action."""
         if self.key is not None:
             if self.left <= -1 and self.rng.random() < 0.03:
                 self.left = int(self.rng.integers(3, 15))

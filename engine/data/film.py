@@ -1,4 +1,4 @@
-"""Film: what was seen, as an mp4 that every player and browser shows, or as a moving picture (.webp)."""
+"""Film: writes frames to an mp4 that every player and browser shows, or to an animated .webp."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ AHEAD = 64  # frames that may wait for the encoder
 
 
 class Film:
-    """Appends frames, uint8 (h, w, 3), enlarged, to a new H.264 mp4; encoded in an own thread, none dropped.
+    """Appends frames, uint8 (h, w, 3), enlarged, to a new video: H.264 in mp4, or animated .webp. A thread of
+    its own encodes them, and none is dropped.
 
-    A file that is there already, or cannot be written, raises UserError, at once or from the next `add` or
-    `close`.
+    Raises UserError for a file that exists or cannot be written, at once or from the next `add` or `close`.
     """
 
     def __init__(self, path: str | Path, height: int, width: int, fps: float) -> None:
@@ -32,9 +32,8 @@ class Film:
         try:
             self._begun = NewFiles(self.path)
         except OSError as error:
-            raise self._told(error) from None
+            raise self._user_error(error) from None
         try:
-            self.path.open("xb").close()  # libav itself would tell only with the first frame
             # the format is named, so that any file name will do; the index goes to the front for browsers
             moving = {"format": "webp", "options": {"loop": "0"}}
             mp4 = {"format": "mp4", "options": {"movflags": "+faststart"}}
@@ -42,7 +41,7 @@ class Film:
             self._file = av.open(url_of(self.path), "w", **kind)
         except (OSError, av.FFmpegError) as error:
             self._begun.remove()
-            raise self._told(error) from None
+            raise self._user_error(error) from None
         rate = Fraction(fps).limit_denominator(1001)
         codec, options = ("libx264", {"preset": "ultrafast", "crf": "18"})
         if self.path.suffix == ".webp":
@@ -58,23 +57,23 @@ class Film:
     def add(self, frame: np.ndarray) -> None:
         """Appends a copy of the frame, uint8 (h, w, 3)."""
         if self._error:
-            raise self._told(self._error)
+            raise self._user_error(self._error)
         self._queue.put(frame.copy())
 
     def close(self) -> None:
-        """Encodes what waits and closes the file."""
+        """Encodes all waiting frames and closes the file. Raises UserError if something was not written."""
         self._queue.put(None)
         self._thread.join()
         if self._error:
-            raise self._told(self._error)
+            raise self._user_error(self._error)
 
     def discard(self) -> None:
-        """Ends the film as if it had not begun."""
+        """Ends the film and removes its file."""
         self._queue.put(None)
         self._thread.join()
         self._begun.remove()
 
-    def _told(self, error: BaseException) -> UserError:
+    def _user_error(self, error: BaseException) -> UserError:
         if isinstance(error, FileExistsError) and error.filename == str(self.path):
             said = f"The video {self.path} is there already"
             return UserError(f"{said}; choose another place with video=FILE.mp4.")

@@ -1,4 +1,4 @@
-"""Where one can stand on a map of walls, and how one gets from there to anywhere: a grid of free places."""
+"""Floor: a grid of the free places on a map of walls, and ways between them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 from .sight import free_distances
 
-CELL = 16.0  # map units between places; coarser on maps so large that there would be more than SIDE a side
+CELL = 16.0  # map units between places; more on large maps, so that there are at most SIDE on a side
 SIDE = 160
-BODY = 18.0  # map units that a place must be away from every wall: a player is 16 to each side
+BODY = 18.0  # map units from a free place to the nearest wall, at least: a player's radius is 16
 
 
 class Floor:
@@ -28,9 +28,8 @@ class Floor:
         self._free = _distances(lines, self._places) >= BODY
 
     def route(self, begin: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A shortest way from `begin` (2,) to a place drawn from those that can be reached → (n, 2).
-
-        The nearest tenth of them is left out. Empty where nothing can be reached.
+        """A shortest way from `begin` (2,) to a random place that can be reached, but not one of the nearest
+        tenth → places (n, 2); (0, 2) where none can be reached.
         """
         found = self._reach(begin)
         if not found:
@@ -44,7 +43,7 @@ class Floor:
         return np.array(way[::-1])
 
     def clear(self, begin: np.ndarray, end: np.ndarray) -> bool:
-        """Whether a player walks straight from `begin` to `end` (2,) without touching a wall."""
+        """Whether a player can walk straight from `begin` (2,) to `end` (2,) without touching a wall."""
         way = end - begin
         length = float(np.hypot(*way))
         if length == 0:
@@ -55,7 +54,7 @@ class Floor:
         return bool((free_distances(self.lines, origins, np.full(3, angle)) > length).all())
 
     def _reach(self, begin: np.ndarray) -> dict[int, int | None]:
-        """Every place that can be walked to, near ones first → the place before it."""
+        """Every place that can be reached, nearest first → the place before it on the way."""
         rows, columns = self._shape
         first = self._nearest(begin)
         if first is None:
@@ -74,14 +73,14 @@ class Floor:
         return found
 
     def _nearest(self, begin: np.ndarray) -> int | None:
-        """The free place nearest to `begin`, or None where none is near."""
+        """The free place nearest to `begin` (2,); None if it is farther than three cells."""
         away = np.where(self._free, np.hypot(*(self._places - begin).T), np.inf)
         nearest = int(away.argmin())
         return nearest if away[nearest] < 3 * self.cell else None
 
 
 def _distances(lines: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Distance of `places` (n, 2) from the nearest of the walls (m, 4) → (n,)."""
+    """Places (n, 2) → their distance (n,) from the nearest of the walls (m, 4)."""
     nearest = np.full(len(places), np.inf)
     for x1, y1, x2, y2 in lines:
         begin, way = np.array([x1, y1]), np.array([x2 - x1, y2 - y1])

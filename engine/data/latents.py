@@ -1,4 +1,4 @@
-"""Recordings → a cache of latents, encoded once and mapped into memory."""
+"""LatentsCache: latents of recordings, encoded once, on disk and memory-mapped."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class LatentsCache:
-    """Float16 latents, actions and resets of many recordings in the directory `path`, memory-mapped.
+    """Latents, actions, resets and states of many recordings, in the directory `path`.
 
-    `key` identifies the encoder that made them. Lists with an item per recording: `latents` (n, c, h, w),
-    `actions` (n, k), `resets` (n,), `names`, `directories`. `recordings` limits it to those; one that is
-    missing, damaged or of another encoder raises UserError.
+    Lists with one item for each recording: `latents` (n, c, y, x) float16, memory-mapped, `actions` (n, k),
+    `resets` (n,), `states` (n, s), `names` of keys, `state_names`, `directories`. `key`: digest of the
+    encoder; `recordings`: which ones, all in the cache unless given. Raises UserError for an entry that is
+    missing, damaged or of another encoder.
     """
 
     def __init__(self, path: str | Path, key: str, recordings: Sequence[Path] | None = None) -> None:
@@ -61,7 +62,7 @@ class LatentsCache:
         return sum(map(len, self.latents))
 
     def longest(self) -> int:
-        """Frames of the longest episode."""
+        """How many frames the longest episode has."""
         ends = (np.flatnonzero(np.append(resets, True)) for resets in self.resets)
         return max(int(np.diff(end, prepend=0).max()) for end in ends)
 
@@ -75,9 +76,9 @@ class LatentsCache:
         batch: int = 256,
         workers: int = 0,
     ) -> LatentsCache:
-        """Encodes the recordings that are not there yet or whose content has changed; `encode`: uint8 (n, 3,
-        h, w) → (n, c, h', w'). `workers`: processes that decode them, where encoding is not what takes long;
-        0: this one.
+        """The cache of these recordings; those that are missing or have changed are encoded first. `encode`:
+        uint8 (n, 3, h, w) → (n, c, y, x). `workers`: processes that decode video, 0 for this one. Raises
+        UserError where latents are not finite or the disk fails.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -94,9 +95,9 @@ class LatentsCache:
 
 
 class Frames(IterableDataset):
-    """All frames of recordings, in batches: (directory, number of the first, of all, uint8 (n, h, w, 3), and
-    with a recording's first batch what its entry has besides latents). Of several processes each decodes
-    recordings of its own.
+    """All frames of recordings in batches: (directory, index of the first frame, number of frames in the
+    recording, frames uint8 (n, h, w, 3), and, with a recording's first batch, the other arrays of its cache
+    entry, else None). Each worker process decodes recordings of its own.
     """
 
     def __init__(self, directories: Sequence[str], batch: int):
@@ -126,15 +127,15 @@ class Frames(IterableDataset):
 
 
 def laid_states(recording: Recording) -> tuple[list[str], np.ndarray]:
-    """What a recording tells of its world: names, and values (n, s), NaN where a frame lacks them."""
+    """A recording's states: names, and values (n, s) float32, NaN where a frame lacks them."""
     names = list(recording.state_kinds)
     rows = [[(state or {}).get(name, np.nan) for name in names] for state in recording.states]
     return names, np.array(rows, np.float32).reshape(len(rows), len(names))
 
 
 class Latents:
-    """The .npy of one recording's latents while it is written, part after part. Its space is taken at once: a
-    full disk is an error here, where a mapped file would end the program.
+    """Writes one recording's latents to a .npy file, part by part; `finish` gives it its name. Space on the
+    disk is reserved first, so that a full disk raises OSError at once.
     """
 
     def __init__(self, file: Path, shape: tuple[int, ...]):
@@ -156,34 +157,32 @@ class Latents:
         try:
             os.posix_fallocate(self.out.fileno(), self.out.tell(), 2 * int(np.prod(shape)))
         except OSError as error:
-            if error.errno in FULL:  # otherwise this file system cannot reserve, and writing will tell
+            if error.errno in FULL:  # other errors: the file system cannot reserve space
                 raise
 
     def write(self, part: np.ndarray) -> None:
-        """The next frames' latents, float16 (n, c, h, w)."""
+        """Appends latents of the next frames, float16 (n, c, y, x)."""
         self.out.write(np.ascontiguousarray(part).data)
 
     def finish(self) -> None:
+        """Closes the complete file and renames it."""
         self.out.close()
         os.replace(self.partial, self.file)
 
     def drop(self) -> None:
-        with suppress(OSError):  # what is still to be written has no place either
+        """Removes the unfinished file."""
+        with suppress(OSError):  # flushing to a full disk
             self.out.close()
         self.partial.unlink(missing_ok=True)
 
 
-def _as_it_is(item):
-    return item
-
-
 def _encode(files: dict[str, Path], encode: Callable, key: str, batch: int, workers: int) -> Iterator[Path]:
-    """Writes the entries of recordings, by their directories, and yields each when it is whole. Latents go to
-    .npy, all else to .npz; the .npz comes last and vouches for both.
+    """Writes the cache entries of recordings (directory → .npz) and yields each that is complete. Latents go
+    to a .npy; the .npz with all else is written last, so that it marks a complete entry.
     """
     workers = min(workers, len(files))
-    # a batch of frames is handed on as it is, and not one of several of these
-    how = {"batch_size": None, "collate_fn": _as_it_is, "num_workers": workers}
+    # Frames makes the batches itself, and they must not be converted
+    how = {"batch_size": None, "collate_fn": _unchanged, "num_workers": workers}
     begun: dict[str, tuple[Latents, dict]] = {}
     try:
         for directory, start, total, frames, about in DataLoader(Frames(list(files), batch), **how):
@@ -207,6 +206,10 @@ def _encode(files: dict[str, Path], encode: Callable, key: str, batch: int, work
     finally:
         for latents, _ in begun.values():
             latents.drop()
+
+
+def _unchanged(batch):
+    return batch
 
 
 def _write_about(file: Path, about: dict) -> None:

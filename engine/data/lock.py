@@ -1,7 +1,8 @@
-"""A folder's lock: who writes the same recordings is alone."""
+"""A lock, so that only one process writes the same recordings or trains in the same folder."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,19 +11,23 @@ from ..config import UserError
 
 
 @contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Two collections that write the same recordings would spoil each other's; the second is refused."""
+def alone(lock: Path, said: str) -> Iterator[None]:
+    """A context that holds `lock`, a file (made if missing) or an existing folder; UserError with the words
+    `said` where another process holds it. Without locks, on Windows and some file systems, it does nothing.
+    """
     try:
         import fcntl
-    except ImportError:  # Windows: nothing tells
+    except ImportError:  # Windows
         yield
         return
-    with open(lock, "w") as file:
+    file = os.open(lock, os.O_RDONLY if lock.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            said = f"Another collection is writing the same recordings into {lock.parent}"
-            raise UserError(f"{said}; wait for it, or choose another seed or data=.") from None
+            raise UserError(said) from None
         except OSError:
             pass  # a file system without locks
-        yield  # the file stays: who waits to open it would lock one that is gone, and a third a new one
+        yield  # the file stays: if removed, one process could lock the old and another a new one
+    finally:
+        os.close(file)

@@ -1,4 +1,4 @@
-"""Still pictures: those to start from, PNG files, and the grids that training and evaluation show."""
+"""Still pictures: reads those that games start from, writes PNG files, and arranges frames in grids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import UserError, reason
 from ..files import write_whole
 
-KINDS = {  # how files begin → the decoder
+KINDS = {  # a file's first bytes → its decoder
     b"\x89PNG\r\n\x1a\n": "png",
     b"\xff\xd8\xff": "mjpeg",
     b"RIFF....WEBP": "webp",
@@ -22,8 +22,8 @@ KINDS = {  # how files begin → the decoder
 }
 MAGIC_BYTES = 12
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
-LARGEST = 1 << 28  # pixels of a picture that is read
-ORIENTATION = 0x112  # EXIF's name of it
+LARGEST = 1 << 28  # most pixels of a picture
+ORIENTATION = 0x112  # EXIF's tag
 
 
 def save_picture(path: str | Path, picture: np.ndarray) -> None:
@@ -38,9 +38,10 @@ def save_picture(path: str | Path, picture: np.ndarray) -> None:
 
 
 def load_picture(path: str | Path) -> np.ndarray:
-    """A picture file → uint8 (h, w, 3), the right way up, on black where it is transparent.
+    """A picture file → uint8 (h, w, 3), upright; transparent pixels are put on black. Raises UserError for
+    any other file.
 
-    Its content tells its kind, and a decoder alone reads it: what libav opens by name may be a playlist.
+    Its first bytes decide which decoder reads it: libav, given a name, would also open playlists.
     """
     try:
         with open(path, "rb") as file:
@@ -67,7 +68,7 @@ def load_picture(path: str | Path) -> np.ndarray:
 
 
 def upright(picture: np.ndarray, orientation: int) -> np.ndarray:
-    """uint8 (h, w, 3) as it was taken → as it is to be seen, by EXIF's number from 1 to 8."""
+    """A picture uint8 (h, w, 3) → the same turned and mirrored as EXIF's orientation (1 to 8) says."""
     if orientation in (5, 6, 7, 8):
         picture = picture.swapaxes(0, 1)
     rows = -1 if orientation in (3, 4, 7, 8) else 1
@@ -76,9 +77,8 @@ def upright(picture: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def orientation_of(data: bytes) -> int:
-    """What EXIF in a picture file tells of how the camera was held; 1, upright, where it tells nothing.
-
-    Read here, as PyAV tells of the decoder's finding only the angle, not whether it is mirrored.
+    """EXIF's orientation in a picture file's bytes, 1 to 8; 1 (upright) without one. PyAV knows the angle
+    only, and not whether the picture is mirrored.
     """
     begin = re.search(rb"(?:\A|Exif\0\0|eXIf|EXIF.{4})(?=II\*\0|MM\0\*)", data, re.DOTALL)
     if begin is None:
@@ -89,7 +89,7 @@ def orientation_of(data: bytes) -> int:
     def number(offset: int, size: int) -> int:
         return int.from_bytes(data[at + offset : at + offset + size], order)
 
-    first = number(4, 4)  # directory: how many entries, then those, of 12 bytes each
+    first = number(4, 4)  # the directory: number of entries, then 12 bytes for each
     entries = (first + 2 + 12 * entry for entry in range(number(first, 2)))
     return next((number(entry + 8, 2) for entry in entries if number(entry, 2) == ORIENTATION), 1)
 

@@ -1,4 +1,4 @@
-"""Players without a player: small seeded policies for collection, smoke runs and evaluation."""
+"""Small seeded policies that play by themselves, for collection, smoke runs and evaluation."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ SHARES = {
     "walls": 0.08,
     "idle": 0.10,
 }
-STRETCH_SECONDS = {"idle": (2.0, 6.0), "explore": (10.0, 30.0)}  # stillness teaches only in its first seconds
+STRETCH_SECONDS = {
+    "idle": (2.0, 6.0),
+    "explore": (10.0, 30.0),
+}  # standing still teaches little after some seconds
 DEFAULT_STRETCH_SECONDS = (5.0, 15.0)
-WALK = (30, 80)  # frames of walking after which a player without state turns about
+WALK = (30, 80)  # frames of walking after which Scripted turns about, in worlds without state
 NO_MAP = np.zeros((0, 4))
 
 
@@ -55,7 +58,7 @@ def make_policy(name: str, action_space: ActionSpace, seed: int, lines: np.ndarr
 
 
 class Held(ABC):
-    """A combination of keys that is held for a number of frames, then chosen anew by `choose`."""
+    """A policy that holds a combination of keys for some frames, then chooses the next with `choose`."""
 
     def __init__(self, action_space: ActionSpace, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -88,17 +91,19 @@ class Held(ABC):
         self.position = position
 
     def some(self, *names: str) -> str:
-        """One of the named keys that this world has, or '' where it has none."""
+        """A random one of these keys that this world has; '' if it has none of them."""
         there = [name for name in names if name in self.names]
         return str(self.rng.choice(there)) if there else ""
 
     def frames(self, low: int, high: int) -> int:
+        """A random number of frames, low … high."""
         return int(self.rng.integers(low, high + 1))
 
 
 class Random(Held):
-    """Sticky random keys: each combination is held 4–20 frames, opposite keys never together;
-    away from a wall after a while."""
+    """Random combinations of keys, each held for 4 to 20 frames, never opposite ones together. When stuck at
+    a wall for a while it steps away.
+    """
 
     def __call__(self, state: dict[str, float], action_space: ActionSpace) -> np.ndarray:
         if self.stuck >= 8:  # long enough to see what pushing does
@@ -121,14 +126,14 @@ class Random(Held):
 
 
 class Idle(Held):
-    """Touches nothing."""
+    """Holds no key."""
 
     def choose(self) -> tuple[tuple[str, ...], int]:
         return (), 1
 
 
 class Taps(Held):
-    """Short taps of one key, seldom two, with pauses between them."""
+    """Short taps of one key, rarely of two, with pauses between them."""
 
     def choose(self) -> tuple[tuple[str, ...], int]:
         if self.held or not self.names:
@@ -140,7 +145,7 @@ class Taps(Held):
 
 
 class Spin(Held):
-    """Turns long in one direction and reverses at random, now and then with a short rest."""
+    """Turns in one direction for long, reverses at random, and rests now and then."""
 
     def choose(self) -> tuple[tuple[str, ...], int]:
         if self.rng.random() < 0.15:
@@ -152,7 +157,7 @@ class Spin(Held):
 class Walls(Held):
     """Runs straight until a wall stops it, then slides along it, keeps pushing, or backs off and turns.
 
-    Where no state tells of a wall, it does so now and then.
+    In worlds without state, where walls are not known, it does the latter now and then.
     """
 
     def choose(self) -> tuple[tuple[str, ...], int]:
@@ -169,23 +174,24 @@ class Walls(Held):
 
 
 class Scripted(Held):
-    """Plays like a person: long walks, purposeful turns, some strafes, bursts of fire, seldom stuck.
+    """Plays somewhat like a person: long walks, turns, some strafes, bursts of fire, rarely stuck.
 
-    Where no state tells that it is stuck, it turns about after some seconds of walking.
+    In worlds without state, where it cannot know that it is stuck, it turns about after some seconds of
+    walking.
     """
 
     def __init__(self, action_space: ActionSpace, seed: int) -> None:
         super().__init__(action_space, seed)
         self.generic = Random(action_space, seed) if "turn_left" not in self.names else None
         self.bursts = Bursts(action_space, self.rng)
-        self.breath = self.frames(*WALK)  # frames of blind walking until it turns about
+        self.walk_left = self.frames(*WALK)  # without state: frames of walking until it turns about
 
     def __call__(self, state: dict[str, float], action_space: ActionSpace) -> np.ndarray:
-        if self.generic:  # the keys have no meaning that we know
+        if self.generic:  # it does not know what the keys do
             return self.generic(state, action_space)
         if self.position is None and "forward" in self.held:
-            self.breath -= 1
-        if self.stuck >= 4 or self.breath <= 0:
+            self.walk_left -= 1
+        if self.stuck >= 4 or self.walk_left <= 0:
             self.left = 0
         return self.bursts(super().__call__(state, action_space))
 
@@ -193,8 +199,8 @@ class Scripted(Held):
         turn = self.some("turn_left", "turn_right")
         if "forward" not in self.names:  # a fixed place: sweep and rest
             return ((turn,), self.frames(3, 25)) if self.rng.random() < 0.7 else ((), self.frames(2, 10))
-        if self.breath <= 0:
-            self.breath = self.frames(*WALK)
+        if self.walk_left <= 0:
+            self.walk_left = self.frames(*WALK)
             return (turn,), self.frames(16, 30)  # 100 to 200 degrees
         if self.stuck >= 4:
             if self.rng.random() < 0.6:  # a view full of wall teaches little: most often step back, turn away
@@ -217,7 +223,7 @@ class Scripted(Held):
 
 
 class PolicyMixture:
-    """Switches every few seconds among the policies of `SHARES`, which are shares of play time."""
+    """Switches between the policies of SHARES every few seconds, so that each gets its share of play time."""
 
     def __init__(self, action_space: ActionSpace, seed: int, fps: float, lines: np.ndarray = NO_MAP) -> None:
         """`lines` (m, 4) are the walls of the world's map, if it has one."""

@@ -1,4 +1,4 @@
-"""A play session on disk: one directory with `session.json`, `actions.jsonl` and `frames.mkv`.
+"""A play session on disk: a directory with `session.json`, `actions.jsonl` and `frames.mkv`.
 
 `Recorder` writes it, readable at any moment, also after `kill -9`; `Recording` reads it.
 Alignment: `action[t]` is what was held while frame `t` was produced; it causes frame `t`.
@@ -30,11 +30,11 @@ LOGGER = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Writes one session into `directory`; frames are encoded in a thread of their own and none is dropped.
+    """Writes one session into `directory`. A thread of its own encodes the frames, and none is dropped.
 
-    A directory that already holds a recording or cannot be written raises UserError. `slow` turns true for
-    good once the writer has fallen behind so far that `add` had to wait. A write error (disk full) raises
-    UserError from the next `add` or `close`; what was written until then stays readable.
+    `slow` becomes True, and stays so, once `add` has had to wait for the writer. Raises UserError for a
+    directory that holds a recording or cannot be written; after a write error (disk full) the next `add` or
+    `close` raises it, and what was written before stays readable.
     """
 
     def __init__(
@@ -49,10 +49,12 @@ class Recorder:
         state_kinds: dict[str, str] | None = None,
         parent: dict | None = None,
         policies: dict[str, float] | None = None,
+        precision: str = "",
     ) -> None:
-        """`state_kinds`: what the frames' states hold → its kind, of worlds.base.STATE_KINDS. `parent`: where
-        a branched session came from, {"recording": digest or name, "frame": number}, or None.
-        `policies`: shares of time of those that played, where it was no person.
+        """`state_kinds`: the numbers of the frames' states, name → kind (worlds.base.STATE_KINDS). `parent`:
+        where a branched session comes from, {"recording": digest or name, "frame": number}, or None.
+        `policies`: which policies played, name → share of time; None for a person. `precision`: the one in
+        which a network drew the frames.
         """
         self.directory = Path(directory)
         self.names = tuple(world.keys) if names is None else tuple(names)
@@ -77,13 +79,14 @@ class Recorder:
             "parent": parent,
             "policies": policies,
             "checkpoint": checkpoint,
+            "precision": precision,
             "seed": seed,
             "codec": {"name": CODEC, "lossless": lossless, **(EXACT if lossless else QUALITY)},
         }
         try:
             self._open()
         except OSError as error:
-            raise UserError(f"Cannot record into {self.directory}: {reason(error)}.") from error
+            raise UserError(f"Cannot record into {self.directory}: {reason(error)}; try another.") from error
         # Under half a second of frames: enough for a hiccup of the disk, and little is lost in a kill.
         self._queue: queue.Queue = queue.Queue(max(4, min(32, int(world.fps / 2))))
         self._start = time.monotonic_ns()
@@ -118,8 +121,9 @@ class Recorder:
     ) -> None:
         """Appends a copy of the frame, uint8 (h, w, 3), that `action`, multi-hot (k,), caused.
 
-        `axes` are analogue inputs by name (sticks, the mouse), `state` what the world says of itself.
-        `events` are JSON-able raw input events; `t_ns` nanoseconds since the start (None: the clock's).
+        `axes`: analogue inputs by name (sticks, mouse); `state`: the world's state by name; `events`: raw
+        input events, as JSON values; `t_ns`: nanoseconds since the start, the clock's unless given. Raises
+        ValueError for another shape, UserError after a write error.
         """
         if self._error or self._closed:
             self._raise()
@@ -160,7 +164,7 @@ class Recorder:
         try:
             self.close()
         except UserError:
-            if kind is None:  # otherwise the error on its way is the one to tell
+            if kind is None:  # otherwise the first error is the one to report
                 raise
 
     def _raise(self) -> None:
@@ -190,6 +194,7 @@ class Recorder:
                 self._error = self._error or error
 
     def write(self, frame: np.ndarray, line: bytes) -> None:
+        """Writes a frame, uint8 (h, w, 3), and its line with the frame's checksum; raises OSError."""
         checksum = self._video.write(self.frames_written, frame)
         line = line[:-1] + b',"crc":%d}\n' % checksum
         # Unbuffered write may be short on a full disk; the second attempt then raises the reason.
@@ -199,11 +204,12 @@ class Recorder:
 
 
 class Recording:
-    """Reads one recording; a truncated one is cut to the frames of which both picture and line are there.
+    """Reads one recording. A truncated one has the frames of which both picture and line are complete.
 
-    `header` dict, `names` of the keys, `fps`, `actions` (n, k), `resets` (n,), `times` int64 (n,)
-    in nanoseconds, `states` list of dict or None, `state_kinds` dict of name → kind, `axes` list of dict,
-    `events` list of lists, `parent` dict or None, `damage` a sentence or "". No recording there: UserError.
+    `header` (dict), `names` of the keys, `fps`, `actions` (n, k), `resets` (n,), `times` int64 (n,) in
+    nanoseconds, `states` (list of dict or None), `state_kinds` (name → kind), `axes` (list of dict), `events`
+    (list of lists), `parent` (dict or None), `damage` (a sentence or ""). Raises UserError where there is no
+    recording, or a damaged one.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -216,7 +222,7 @@ class Recording:
         size = self.header["height"], self.header["width"]
         whole, later = count_frames(self.directory / FRAMES, self.fps, checksums, size)
         if not whole and len(lines) > max(1, self.fps):
-            # A session killed in its first moments has no frame yet; with more lines than that it is damage.
+            # a session killed in its first second may have no frame; with more lines it is damaged
             raise UserError(f"{self.directory / FRAMES} cannot be read: it is missing or damaged.")
         self.damage = self._tell_damage(whole, later, len(lines))
         lines = lines[:whole]
@@ -236,7 +242,7 @@ class Recording:
         return len(self.actions)
 
     def _tell_damage(self, whole: int, later: int, lines: int) -> str:
-        """One sentence, also logged as a warning, where more is lost than a kill takes."""
+        """A sentence, also logged as a warning, if more is lost than by a kill; else ""."""
         lost = lines - whole
         if not later and lost <= max(1, self.fps):
             return ""
@@ -247,7 +253,7 @@ class Recording:
         return damage
 
     def episodes(self) -> list[tuple[int, int]]:
-        """(start, stop) of every episode, in frames."""
+        """First frame, and the frame after the last, of every episode."""
         starts = [i for i, reset in enumerate(self.resets) if reset or i == 0]
         return list(zip(starts, starts[1:] + [len(self)], strict=True))
 
@@ -266,26 +272,12 @@ class Recording:
         return frames
 
     def pick(self, wanted: Sequence[int]) -> Iterator[np.ndarray]:
-        """Decodes once from the start and yields the frames of these ascending numbers, uint8 (h, w, 3)."""
+        """Yields the frames with these ascending indices, uint8 (h, w, 3), decoding from the start once;
+        damage raises UserError.
+        """
         pictures = enumerate(read_frames(self.directory / FRAMES, self.fps))
         for number in wanted:
             picture = next((picture for i, picture in pictures if i == number), None)
             if picture is None:
                 raise UserError(f"{self.directory / FRAMES} is damaged before frame {number}.")
             yield picture.to_ndarray(format="rgb24")
-
-
-def find_recordings(data_dir: str | Path) -> list[Path]:
-    """All recordings below `data_dir`, sorted, without unfinished `.tmp` ones; UserError if there is none."""
-    found = walk_recordings(data_dir)
-    if not found:
-        how = f"collect some with: python train.py stage=collect data={Path(data_dir)}"
-        raise UserError(f"There is no recording in {Path(data_dir)}; {how}")
-    return found
-
-
-def walk_recordings(data_dir: str | Path) -> list[Path]:
-    """`find_recordings`, where none may be there."""
-    root = Path(data_dir)
-    found = sorted(path.parent for path in root.rglob(HEADER))
-    return [path for path in found if not any(part.endswith(".tmp") for part in path.relative_to(root).parts)]

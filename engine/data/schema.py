@@ -1,4 +1,4 @@
-"""What the files of a recording hold, checked in reading: `session.json` and the lines of `actions.jsonl`."""
+"""Reads and checks the files of a recording: `session.json` and the lines of `actions.jsonl`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import json
 from pathlib import Path
 
 from ..bounds import shortened, wrong
-from ..config import FASTEST, SLOWEST, UserError, WorldConfig
+from ..config import FASTEST, KEYS, PRECISIONS, SLOWEST, UserError, WorldConfig
 from ..worlds.base import STATE_KINDS
 
 SCHEMA = 2  # 1 had no state kinds, axes, parent and checksums, and is still read
 HEADER, ACTIONS, FRAMES = "session.json", "actions.jsonl", "frames.mkv"
-LARGEST = 16_384  # pixels a side
-KEYS = 1024  # of a recording, and numbers of a state
-FAR = 1e12  # that a number of a state may be away from 0: its square fits into float32
+SOURCES = ("true", "dream", "")  # of frames; "": not known, taken as true
+LARGEST = 16_384  # most pixels of a side
+FAR = 1e12  # largest absolute value in a state: its square fits into float32
 KINDS_OF_1 = {"x": "position", "y": "position", "angle": "angle", "health": "scalar", "ammo": "scalar"}
 
 
 def read_header(directory: Path) -> dict:
-    """What `session.json` of a recording says. Raises UserError where there is none or it is damaged."""
+    """The content of a recording's `session.json`, with defaults for optional fields. Raises UserError where
+    it is missing or damaged, or of another version.
+    """
     path = directory / HEADER
     try:
         header = json.loads(path.read_text("utf-8"), parse_constant=_refuse)
@@ -33,8 +35,10 @@ def read_header(directory: Path) -> dict:
     if not _is_whole(header["schema"]) or header["schema"] not in (1, SCHEMA):
         said = f"{path} has schema {shortened(json.dumps(header['schema']))}"
         raise UserError(f"{said}, but this version reads 1 and {SCHEMA}; it may come from a newer one.")
-    known = {"source": "", "checkpoint": "", "seed": 0, "world": "", "config": {}, "keymap": {}, "codec": {}}
-    header = {**known, "state_kinds": None, "parent": None, "policies": None, **header}
+    known = {"source": "", "checkpoint": "", "precision": "", "seed": 0, "world": "", "config": {}}
+    known |= {"keymap": {}, "codec": {}}
+    # policies: None where a person played, and none of them where an older version did not tell
+    header = {**known, "state_kinds": None, "parent": None, "policies": {}, **header}
     for name, right in HEADER_CHECKS.items():
         if not right(header[name]):
             raise UserError(f"{path} is damaged: its {name} cannot be {shortened(json.dumps(header[name]))}.")
@@ -44,9 +48,8 @@ def read_header(directory: Path) -> dict:
 
 
 def read_lines(directory: Path, names: tuple[str, ...]) -> list[dict]:
-    """All whole lines of `actions.jsonl` in order; the last may be cut in a kill and is then left out.
-
-    `names` are the keys that may be held. Raises UserError with the number of a damaged line.
+    """All lines of a recording's `actions.jsonl`, without a last one that a kill has cut. `names`: the keys
+    that may be held. Raises UserError for a damaged line, and for another key.
     """
     path = directory / ACTIONS
     try:
@@ -72,7 +75,7 @@ def read_lines(directory: Path, names: tuple[str, ...]) -> list[dict]:
 
 
 def known_kinds(states: list[dict | None]) -> dict[str, str]:
-    """Kinds of what the states of schema 1 hold, which did not tell them."""
+    """The kinds of the numbers in states of schema 1, which did not store them."""
     first = next((state for state in states if state), {})
     return {name: KINDS_OF_1[name] for name in first if name in KINDS_OF_1}
 
@@ -112,7 +115,7 @@ def _is_seed(value: object) -> bool:
 
 
 def _are_events(value: object) -> bool:
-    """Raw input events, of any form; where one tells what the game was reset to, that is replayed."""
+    """A list of events of any form, except that those with "reset", which are replayed, must be valid."""
     if not isinstance(value, list):
         return False
     began = [event["reset"] for event in value if isinstance(event, dict) and "reset" in event]
@@ -171,8 +174,9 @@ HEADER_CHECKS = {
     "height": _is_size,
     "width": _is_size,
     "world": lambda value: isinstance(value, str),
-    "source": lambda value: isinstance(value, str),
+    "source": lambda value: value in SOURCES,
     "checkpoint": lambda value: isinstance(value, str),
+    "precision": lambda value: value == "" or value in PRECISIONS[1:],
     "seed": _is_seed,
     "config": lambda value: isinstance(value, dict),
     "keymap": _are_bindings,

@@ -1,6 +1,6 @@
-"""Latents → segments → batches; before them stands the latents cache (latents.py).
+"""Segments of the latents cache (latents.py), and random batches of them.
 
-`action[t]` stays beside the frame `t` that it caused through every step; tests/test_segments.py holds that.
+`action[t]` is always the action that caused frame `t`; tests/test_segments.py checks it.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from .latents import LatentsCache
 
 
 class Clip(NamedTuple):
-    """A batch of runs of frames. `actions` begin some frames earlier, so that the first frames' history is
-    known, too: what lies before an episode is 0, as nothing was held.
+    """A batch of segments: consecutive frames with their actions and states. `actions` begin some frames
+    earlier, so that the first frames have their history; before an episode they are 0.
     """
 
     latents: Tensor  # (b, t, c, y, x) float32
     actions: Tensor  # (b, before + t, k) float32
-    states: Tensor  # (b, t, s) float32, NaN where a recording tells none
+    states: Tensor  # (b, t, s) float32, NaN where unknown
 
     def to(self, device: torch.device) -> Clip:
+        """The clip on a device."""
         return Clip(*(x.to(device, non_blocking=True) for x in self))
 
 
 class Segments:
-    """All runs of `length` consecutive frames that lie inside one episode, as (recording, start) in `places`.
+    """All segments of `length` consecutive frames within one episode; `places` (n, 2): recording and first
+    frame of each.
 
-    Actions are laid out as `names`, and `before` more frames of them in front; a name that a recording lacks
-    is 0, one that only a recording knows raises UserError, as does a cache without any run that long. States
-    are laid out as `state_names`. `near`: a device that takes all frames into its memory, as fits a GPU that
-    would wait for them.
+    Actions have the columns `names`, 0 where a recording lacks a key, and `before` more frames in front.
+    States have the columns `state_names`. `near`: a device into whose memory all frames are copied, so that
+    a GPU need not wait for them. Raises UserError where a recording has a key that is not in `names`, or no
+    episode is long enough.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Segments:
         self._states = [self._laid_states(i) for i in range(len(cache.latents))]
         places, begins = [], []
         for number, resets in enumerate(cache.resets):
-            # A border lies before every reset; a run may start on one but never step over it.
+            # a segment may begin with a reset but must not contain a later one
             borders = np.concatenate([[0], np.cumsum(resets)])  # resets before frame i
             start = np.arange(max(0, len(resets) - length + 1))
             start = start[borders[start + length] == borders[start + 1]]
@@ -61,10 +63,12 @@ class Segments:
             firsts = np.maximum.accumulate(np.where(resets, np.arange(len(resets)), 0))
             begins.append(firsts[start])
         self.places = np.concatenate(places)  # (n, 2)
-        self._begins = np.concatenate(begins)  # (n,) where each run's episode begins
+        self._begins = np.concatenate(begins)  # (n,): first frame of each segment's episode
         if not len(self.places):
             raise UserError(f"No episode in {cache.path} has {length} frames; collect longer ones.")
-        self._first = np.cumsum([0, *map(len, cache.latents)])[:-1]  # each recording's first frame in all
+        self._first = np.cumsum([0, *map(len, cache.latents)])[
+            :-1
+        ]  # index of each recording's first frame in `_all`
         self._all: list[Tensor] = []
         if near:
             all_parts = (cache.latents, self._actions, self._states)
@@ -80,7 +84,7 @@ class Segments:
         return laid
 
     def _laid_states(self, number: int) -> np.ndarray:
-        """(n, s); all NaN where the recording lacks one of the names."""
+        """A recording's states (n, s); all NaN where it lacks one of the names."""
         known, states = self.cache.state_names[number], self.cache.states[number]
         if not set(self.state_names) <= set(known):
             return np.full((len(states), len(self.state_names)), np.nan, np.float32)
@@ -102,7 +106,7 @@ class Segments:
         return found
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Clip:
-        """Segments of these numbers."""
+        """The segments with these indices."""
         chosen = np.asarray(indices)
         number, start = self.places[chosen].T
         frames = start[:, None] + np.arange(self.length)
@@ -124,11 +128,11 @@ class Segments:
 
 
 class Batches:
-    """Endless random batches, the n-th of which depends on seed, rank, world_size and n alone.
+    """Endless random batches; batch n depends on seed, rank, world_size and n alone, so that setting
+    `position` resumes exactly.
 
-    Setting `position` resumes exactly. At least `change_share` of every batch has a key change in its last
-    `tail` frames (None: anywhere), as far as there are any: most frames hold their keys, and what a key does
-    is learnt where it changes.
+    At least `change_share` of every batch has a key change in its last `tail` frames (None: anywhere), if
+    there are such segments: keys rarely change, and what a key does is best learnt where it does.
     """
 
     def __init__(
@@ -148,7 +152,7 @@ class Batches:
         self._sure = int(np.ceil(change_share * batch)) if len(changed) else 0
 
     def indices(self, position: int) -> np.ndarray:
-        """Segment numbers of the batch at `position`, (b,)."""
+        """Indices (b,) of the segments in the batch at `position`."""
         rng = np.random.default_rng([self.seed, position * self.world_size + self.rank])
         sure = self._changed[rng.integers(len(self._changed), size=self._sure)] if self._sure else []
         free = rng.integers(len(self.segments), size=self.batch - self._sure)
@@ -158,7 +162,7 @@ class Batches:
         return self
 
     def __next__(self) -> Clip:
-        """The batch at `position`, which moves on."""
+        """The batch at `position`, which advances by one."""
         chosen = self.indices(self.position)
         self.position += 1
         return self.segments.batch(chosen)

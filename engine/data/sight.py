@@ -1,17 +1,17 @@
-"""What can be seen on a map of walls: free distances by casting rays, and how many views a wall fills."""
+"""What is seen on a map of walls: free distances by ray casting, and views that a wall fills."""
 
 from __future__ import annotations
 
 import numpy as np
 
-VIEW = np.array([40.0, 20.0, 0.0, -20.0, -40.0])  # degrees from the gaze; a Doom camera sees 45 to each side
-NEAR = 100.0  # map units; where every ray ends before that, the view is filled by a wall
+VIEW = np.array([40.0, 20.0, 0.0, -20.0, -40.0])  # rays, in degrees; a Doom camera sees 45 to each side
+NEAR = 100.0  # map units: if all rays are shorter, a wall fills the view
 
 
 def free_distances(lines: np.ndarray, origins: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    """How far one sees from `origins` (n, 2) along `angles` (n,) degrees → (n,); inf where nothing is.
+    """Distance (n,) from `origins` (n, 2) along `angles` (n,), degrees, to the next wall; inf without one.
 
-    `lines` are walls (m, 4): x1, y1, x2, y2 in map units.
+    `lines`: walls (m, 4): x1, y1, x2, y2 in map units.
     """
     if not len(lines):
         return np.full(len(angles), np.inf)
@@ -35,9 +35,8 @@ def filled_views(lines: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def wall_views(states: list[dict | None], lines: np.ndarray) -> np.ndarray | None:
-    """Whether a wall fills the view from each state, bool (n,); None where places or the map are not known.
-
-    `states` name x, y and angle, `lines` are walls (m, 4).
+    """Whether a wall fills the view from each state, bool (n,); None if any state lacks x, y or angle, or
+    there are no walls. `lines`: walls (m, 4).
     """
     places = [_place(state) for state in states]
     if not places or None in places or not len(lines):
@@ -46,7 +45,9 @@ def wall_views(states: list[dict | None], lines: np.ndarray) -> np.ndarray | Non
 
 
 def wall_share(states: list[dict | None], lines: np.ndarray) -> float | None:
-    """Share of the frames with a known place whose view a wall fills; None where no place or map is known."""
+    """Of the states with x, y and angle, the share whose view a wall fills; None without such states or
+    walls.
+    """
     views = wall_views([state for state in states if _place(state)], lines)
     return None if views is None else float(views.mean())
 

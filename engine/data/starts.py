@@ -1,6 +1,5 @@
-"""Where a generated game starts: shipped clips, recordings and pictures; a few true frames with their keys.
-
-Shipped starts lie inside the checkpoint, encoded already.
+"""Start: a few true frames with keys and states, from which a generated game starts. They come from the
+checkpoint (encoded already), from a recording, a picture, or the true game.
 """
 
 from __future__ import annotations
@@ -23,30 +22,29 @@ from .picture import load_picture
 from .policies import make_policy
 from .recording import HEADER, Recording
 
-STEPS = (
-    16  # of a shipped latent, kept in 8 bits, in one of its units: finer than the noise it is trained with
-)
+# of a shipped latent, kept in 8 bits, in one of its units: finer than the noise it is trained with
+STEPS = 16
 
 
 @dataclass(frozen=True)
 class Start:
-    """True frames, uint8 (t, h, w, 3), the actions that caused them (t, k), and what the world told of itself
-    at each, None where that is not known; the game follows the last.
+    """True frames, uint8 (t, h, w, 3), the actions that caused them (t, k) and their states, None where
+    unknown. The game goes on after the last frame.
     """
 
     name: str
-    frames: np.ndarray | None  # None where they are encoded already
+    frames: np.ndarray | None  # None if there are latents instead
     actions: np.ndarray
     states: list[dict[str, float] | None] | None = None
-    latents: Any = None  # then these (t, c, y, x)
+    latents: Any = None  # (t, c, y, x)
 
 
 def packed_starts(extras: dict[str, Any], model: ModelConfig, world: WorldConfig) -> dict[str, Start]:
-    """The starts that a checkpoint holds as tensors (packing.py), by name, but for those of other networks:
-    of latents, keys or a state of other sizes. Raises UserError for one that is damaged.
+    """The starts among a checkpoint's tensors (packing.py), by name, without those whose latents, keys or
+    state do not fit its networks. Raises UserError for a damaged one.
     """
-    told = model.state.names
-    fitting = (*model.autoencoder.latent_shape(world), len(world.keys), len(told))
+    state_names = model.state.names
+    fitting = (*model.autoencoder.latent_shape(world), len(world.keys), len(state_names))
     names = sorted({key.split(".")[1] for key in extras if key.startswith("starts.")})
     starts = {}
     for name in names:
@@ -56,7 +54,7 @@ def packed_starts(extras: dict[str, Any], model: ModelConfig, world: WorldConfig
             raise UserError(f"The start {name!r} inside the checkpoint is damaged; pack it again.")
         if (*sizes[0][1:], sizes[1][1], sizes[2][1]) != fitting:
             continue
-        states = [dict(zip(told, row, strict=True)) for row in part["states"].tolist()]
+        states = [dict(zip(state_names, row, strict=True)) for row in part["states"].tolist()]
         latents, actions = part["latents"].float() / STEPS, part["actions"].float().numpy()
         starts[name] = Start(name, None, actions, states or None, latents)
     return starts
@@ -65,10 +63,10 @@ def packed_starts(extras: dict[str, Any], model: ModelConfig, world: WorldConfig
 def load_start(
     choice: str, space: ActionSpace, shipped: dict[str, Start], frames: int, world: WorldConfig
 ) -> Start:
-    """A shipped start's name, a recording `DIR` or `DIR:FRAME`, or a picture → at most `frames` frames. Of a
-    picture of another size its middle is taken, which is told.
+    """The start that `choice` names: a shipped one, a recording (`DIR` or `DIR:FRAME`), or a picture; of a
+    recording at most `frames` frames. A picture of another size is cropped and scaled, and that is printed.
 
-    Raises UserError where the choice is none of these, is damaged, holds keys that `space` lacks, or is of a
+    Raises UserError where the choice is none of these, is damaged, has keys that `space` lacks, or is of a
     game whose keys do something else than those of `world`.
     """
     if choice in shipped:
@@ -94,13 +92,13 @@ def load_start(
 
 
 def split_choice(choice: str) -> tuple[Path, int | None]:
-    """`DIR:FRAME` → (DIR, FRAME); without a frame, or where all of it is a name, (choice, None)."""
+    """`DIR:FRAME` → (DIR, FRAME); (choice, None) without a frame, or if a file of the whole name exists."""
     parts = None if os.path.exists(choice) else re.fullmatch(r"(.+):(\d+)", choice)
     return (Path(parts[1]), int(parts[2])) if parts else (Path(choice), None)
 
 
 def true_start(world: WorldConfig, seed: int, frames: int) -> Start:
-    """Where no start is shipped: the true game's first moments; UserError where it cannot be played."""
+    """The first `frames` frames of the true game, played by a policy; UserError where it cannot be played."""
     try:
         game = make_world(world)
     except UserError as error:
@@ -119,7 +117,9 @@ def true_start(world: WorldConfig, seed: int, frames: int) -> Start:
 
 
 def known_actions(recording: Recording, start: int, stop: int, space: ActionSpace) -> np.ndarray:
-    """Frames' actions in the key order of `space` (n, k); UserError for a held key that `space` lacks."""
+    """Actions (n, k) of the frames start … stop - 1, in the key order of `space`; UserError for a held key
+    that `space` lacks.
+    """
     actions = recording.actions[start:stop]
     known = np.zeros((len(actions), len(space)), np.float32)
     for column, name in enumerate(recording.names):
@@ -139,8 +139,9 @@ def cut_start(
     name: str,
     world: WorldConfig | None = None,
 ) -> Start:
-    """At most `frames` frames of a recording up to number `last`, all of one episode. What one of another
-    game than `world` tells of its state is not taken, and that is said: it is of another map.
+    """A start from a recording: at most `frames` frames up to index `last`, all of one episode. If it is of
+    another game than `world`, its states are left out, since they are of another map, and that is printed.
+    Raises UserError for a frame that is not there, and as load_start does.
     """
     where = recording.directory
     foreign = check_keys_mean_the_same(recording.header, world, str(where)) if world else ""

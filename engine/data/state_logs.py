@@ -1,4 +1,4 @@
-"""Logs of states, apart from pictures: games cut from them, and the pictures' latents that belong to some."""
+"""Training data of stage `state`: recorded states and actions without frames, and single frames' latents."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from ..stage_config import StateStageConfig
 from .latents import LatentsCache
 from .recording import Recording
 
-WARM = 16  # at most so many recorded frames before those that are predicted
-APART_SHARE = 0.4  # of the iterations, in which frames are predicted from recorded ones
-APART = 24  # frames of a game in these
-SHORTEST = 8  # frames that are unrolled
-RESET_SHARE = 0.15  # of games that begin where an episode does
+WARM = 16  # most recorded frames before those that are predicted in a row
+APART_SHARE = 0.4  # share of iterations in which every frame is predicted from recorded ones
+APART = 24  # frames of a game in these iterations
+SHORTEST = 8  # fewest frames predicted in a row
+RESET_SHARE = 0.15  # share of games that begin with an episode
 
 
 class StateBatch(NamedTuple):
-    """Recorded states (b, warm + t, S), the actions (b, warm + t, k) that caused them, and `warm`."""
+    """Recorded states (b, warm + t, S), the actions that caused them (b, warm + t, k), and how many frames
+    come before those to be predicted.
+    """
 
     states: Tensor
     actions: Tensor
@@ -33,7 +35,7 @@ class StateBatch(NamedTuple):
 
 
 class StateLogs:
-    """States, actions and resets of many recordings, one after the other, and games cut from them."""
+    """States, actions and resets of many recordings in a row, from which games are cut."""
 
     def __init__(self, states: Tensor, actions: Tensor, resets: Tensor) -> None:
         """(n, S) float32 raw units, (n, k) float32, (n,) bool: true where an episode or recording starts."""
@@ -47,10 +49,9 @@ class StateLogs:
     def read(
         cls, recordings: Iterable[Recording], names: Sequence[str], keys: Sequence[str]
     ) -> StateLogs | None:
-        """Opened recordings → logs with the numbers `names` and the actions laid out as `keys`.
-
-        Frames without state are left out; None where none has any. Raises UserError for a recording that
-        tells something of its world, but not all of `names`.
+        """Logs of recordings, states with the columns `names`, actions with the columns `keys`. Frames
+        without state are left out; None if no frame has one. Raises UserError for a recording with some of
+        `names` only.
         """
         parts = []
         for recording in recordings:
@@ -69,13 +70,15 @@ class StateLogs:
         return len(self.states)
 
     def cut(self, starts: Tensor, length: int, warm: int) -> StateBatch:
-        """Games that begin at the frames `starts` (b,) and are `length` frames long."""
+        """Games of `length` frames that begin at the frames `starts` (b,)."""
         rows = starts[:, None] + torch.arange(length)
         return StateBatch(self.states[rows], self.actions[rows], warm)
 
     def batch(self, seed: int, stage: StateStageConfig) -> StateBatch:
-        """Games drawn by the seed: with nothing to unroll, or unrolled for as many frames as one of the
-        lengths that double from SHORTEST up to `stage.unroll`, the fewer games the longer these are.
+        """Random games. In a share of the batches (APART_SHARE) `warm` is 0: frames are predicted from
+        recorded ones. In all others a number of frames is predicted in a row, drawn from SHORTEST, twice that
+        and so on up to `stage.unroll`; the longer, the fewer games. Raises UserError if no episode is long
+        enough.
         """
         random = torch.Generator().manual_seed(seed)
         lengths = [min(SHORTEST, stage.unroll)]
@@ -99,19 +102,20 @@ class StateLogs:
 
 
 class StatePictures(NamedTuple):
-    """Some frames of recordings, spread over them, as latents, with their states."""
+    """Latents and states of single frames."""
 
     latents: Tensor  # (n, c, y, x) float16
     states: Tensor  # (n, S) raw units
 
     @classmethod
     def read(cls, cache: LatentsCache, names: Sequence[str], limit: int, seed: int) -> StatePictures | None:
-        """At most `limit` frames drawn by the seed from the recordings of a cache, where the numbers `names`
-        are known; None where there are no such frames.
+        """At most `limit` random frames of a cache of which the numbers `names` are known; None if there are
+        none.
         """
         known = []
-        for states, told in zip(cache.states, cache.state_names, strict=True):
-            own = states[:, [told.index(name) for name in names]] if set(names) <= set(told) else states[:0]
+        for states, columns in zip(cache.states, cache.state_names, strict=True):
+            complete = set(names) <= set(columns)
+            own = states[:, [columns.index(name) for name in names]] if complete else states[:0]
             known.append((rows := np.flatnonzero(np.isfinite(own).all(1)), own[rows]))
         total = sum(len(rows) for rows, _ in known)
         if not total:
@@ -126,7 +130,7 @@ class StatePictures(NamedTuple):
         return cls(torch.cat(latents), torch.cat(kept))
 
     def batch(self, seed: int, count: int) -> StatePictures:
-        """`count` of them, drawn by the seed, in float32."""
+        """`count` random ones of these, as float32."""
         random = torch.Generator().manual_seed(seed)
         rows = torch.randint(len(self.latents), (count,), generator=random)
         return StatePictures(self.latents[rows].float(), self.states[rows])
@@ -136,7 +140,9 @@ class StatePictures(NamedTuple):
 
 
 def known_states(recording: Recording, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the frames whose state is known (n,), and these states (n, len(names)) float32."""
+    """Indices of the frames that have all of `names` (n,), and their states (n, len(names)) float32. Raises
+    UserError for a recording with states that lack some of `names`.
+    """
     rows = [i for i, state in enumerate(recording.states) if state]
     if rows and (missing := set(names) - recording.states[rows[0]].keys()):
         said = f"{recording.directory} does not record {', '.join(sorted(missing))}"

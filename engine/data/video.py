@@ -1,4 +1,4 @@
-"""Frames in a Matroska file, numbered by their time stamps; readable even when its writer was killed."""
+"""Frames in a Matroska file, numbered by time stamps; readable even if its writer was killed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..config import UserError
 # RGB without a colour conversion: 3 to 4 times as fast as yuv444p at the same quality and size, because
 # swscale's conversion costs more than the encoder does. crf 16: 44 dB on ViZDoom at 128x96; qp 0 is exact.
 CODEC, QUALITY, EXACT = "libx264rgb", {"crf": "16"}, {"qp": "0"}
-CLUSTER_MS = 250  # of video that Matroska holds back, and a killed process therefore loses
-START_CODE = re.compile(b"\0?\0\0\1")  # before every unit that the encoder makes; the file has lengths
+CLUSTER_MS = 250  # of video that Matroska buffers, and so is lost in a kill
+START_CODE = re.compile(b"\0?\0\0\1")  # before every unit from the encoder; in the file, lengths are there
 
 
 def _rate(fps: float) -> Fraction:
@@ -25,19 +25,19 @@ def _rate(fps: float) -> Fraction:
 
 
 def url_of(path: Path) -> str:
-    """What libav opens as this file, whatever it is called: `day:1` alone is for it a protocol `day`."""
+    """A URL by which libav opens this file, whatever its name: it would take `day:1` for a protocol `day`."""
     return f"file:{path.absolute()}"
 
 
 class VideoWriter:
-    """Appends uint8 (h, w, 3) frames to the new file `path`; disk errors, as where there is one already, come
-    as OSError from any call.
+    """Appends frames, uint8 (h, w, 3), to a new file. Any call may raise OSError; the first one does if the
+    file exists.
     """
 
     def __init__(self, path: Path, height: int, width: int, fps: float, lossless: bool) -> None:
         # bitexact: no random segment id, so that the same frames make the same bytes.
         container = {"cluster_time_limit": str(CLUSTER_MS), "flush_packets": "1", "fflags": "+bitexact"}
-        path.open("xb").close()  # libav itself would tell only with the first frame
+        path.open("xb").close()  # libav itself would raise only with the first frame
         self._file = av.open(url_of(path), "w", format="matroska", options=container)
         self._rate = _rate(fps)
         # zerolatency: no B-frames and no lookahead, so that every frame leaves the encoder at once.
@@ -51,16 +51,17 @@ class VideoWriter:
         """Encodes the frame, uint8 (h, w, 3), whose number follows that of the last one → its checksum."""
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
         picture.pts, picture.time_base = number, 1 / self._rate
-        packets = self._stream.encode(picture)  # one, as nothing is held back
+        packets = self._stream.encode(picture)  # exactly one, as nothing is buffered
         checksum = _checksum(b"".join(map(bytes, packets)), START_CODE.split)
         self._file.mux(packets)
         return checksum
 
     def finish(self) -> None:
-        """Encodes what is left, before `close`."""
+        """Flushes the encoder; to be called before `close`."""
         self._file.mux(self._stream.encode(None))
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
@@ -72,7 +73,7 @@ def read_frames(path: Path, fps: float, start: int = 0) -> Iterator[av.VideoFram
             stream = file.streams.video[0]
             stream.codec_context.thread_count = 1
             size = stream.height, stream.width
-            # a picture that was mended by guessing is damage
+            # do not conceal errors by guessing
             stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
             scale = float(stream.time_base * _rate(fps))  # video ticks → frame numbers
             if start:
@@ -80,23 +81,24 @@ def read_frames(path: Path, fps: float, start: int = 0) -> Iterator[av.VideoFram
                 file.seek(int((start + 0.5) / scale), stream=stream)
             for picture in file.decode(stream):
                 found = round(picture.pts * scale)
-                # a picture of another size in midstream is another video's
+                # a picture of another size comes from another video
                 if found > number or picture.is_corrupt or (picture.height, picture.width) != size:
                     return
                 if found == number:
                     yield picture
                     number += 1
     except (av.FFmpegError, IndexError):
-        return  # the caller counts and says where
+        return  # the caller counts the frames and reports where it ended
 
 
 def count_frames(
     path: Path, fps: float, checksums: Sequence[int | None], size: tuple[int, int]
 ) -> tuple[int, int]:
-    """Whole frames from the start, and those after the first gap or damage; nothing is decoded.
+    """→ how many frames are complete from the start on, and how many more after the first gap or damage;
+    nothing is decoded. (0, 0) for a file that is no video.
 
-    `checksums` are those that `VideoWriter.write` told, one a frame; None where it is not known.
-    (0, 0) where it is no video. Raises UserError where its pictures are not of `size`, height and width.
+    `checksums`: for each frame what `VideoWriter.write` returned, None where unknown. `size`: height and
+    width; UserError where the video has another.
     """
     count, later = 0, 0
     try:
@@ -119,12 +121,12 @@ def count_frames(
                 elif number > count:
                     later += 1
     except (av.FFmpegError, IndexError):
-        pass  # cut in a kill: what came before is whole
+        pass  # cut in a kill: the frames before are complete
     return count, later
 
 
 def _checksum(packet: bytes, split: Callable[[bytes], Iterable[bytes]]) -> int:
-    """CRC-32 of a packet without what separates its units, which differs between encoder and file."""
+    """CRC-32 of a packet's units, without the separators, which differ between encoder and file."""
     checksum = 0
     for unit in split(packet):
         checksum = zlib.crc32(unit, checksum)
@@ -132,7 +134,7 @@ def _checksum(packet: bytes, split: Callable[[bytes], Iterable[bytes]]) -> int:
 
 
 def _units(packet: bytes) -> Iterator[bytes]:
-    """The units of a packet in the file, each after its length."""
+    """The units of a packet as in the file, where each follows its length."""
     at = 0
     while at + 4 <= len(packet):
         end = at + 4 + int.from_bytes(packet[at : at + 4], "big")

@@ -1,4 +1,4 @@
-"""How many of the recorded views a wall fills: `python -m engine.data.views DIR`; one line of JSON."""
+"""Prints the share of recorded views that a wall fills, as JSON: `python -m engine.data.views DIR`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import sys
 from ..config import WorldConfig
 from ..errors import run_program
 from ..worlds import make_world
-from .recording import Recording, find_recordings
+from .find import find_recordings
+from .recording import Recording
 from .sight import wall_share
 
 
 def measure(folder: str) -> dict[str, dict[str, float]]:
-    """The recordings below `folder` → for each world its frames and the share of them that see only wall.
-
-    The share is None for a world without a map. Raises UserError where nothing is recorded, or the world
-    cannot be opened, which alone knows its walls.
+    """For each world in the recordings below `folder`: the number of frames, and the share whose view a wall
+    fills, None for a world without a map. Raises UserError where nothing is recorded, or the world cannot be
+    opened, as its walls are known to it alone.
     """
     states: dict[str, list] = {}
     configs: dict[str, dict] = {}
@@ -26,14 +26,14 @@ def measure(folder: str) -> dict[str, dict[str, float]]:
         states.setdefault(world, []).extend(recording.states)
         configs[world] = recording.header["config"]
     found = {}
-    for name, told in states.items():
+    for name, recorded in states.items():
         known = {
             key: value for key, value in configs[name].items() if key in WorldConfig.__dataclass_fields__
         }
         world = make_world(WorldConfig(**known))
-        share = wall_share(told, world.map_lines())
+        share = wall_share(recorded, world.map_lines())
         world.close()
-        found[name] = {"frames": len(told), "wall_views": None if share is None else round(share, 4)}
+        found[name] = {"frames": len(recorded), "wall_views": None if share is None else round(share, 4)}
     return found
 
 

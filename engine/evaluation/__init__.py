@@ -1,4 +1,4 @@
-"""Stages `evaluate` and `ablate`: the generated world held against the true one; figures and pictures."""
+"""Stages `evaluate` and `ablate`: compare the generated world with the true one; figures and pictures."""
 
 from .ablation import ablate
 from .stage import evaluate

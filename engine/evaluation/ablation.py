@@ -1,6 +1,6 @@
-"""Stage `ablate`: one row of figures for each variant of the method, each in a file of its own.
+"""Stage `ablate`: measures variants of the method, a row of figures for each, in a file of its own.
 
-docs/rolling-forcing.md's table is made of these files (table.py).
+The table in docs/rolling-forcing.md is made from these files (table.py).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .variants import VARIANTS, open_variant
 ROW = replace(Size(), routes=48, states=32, flips=8, settings=False, rounds=1, steps=200)
 SHORT = replace(ROW, routes=24, states=8, starts=1)  # quick=true
 PICTURES = "pictures"  # in out=DIR: a folder for each row, which git ignores
-TOLD = ("stage", "steps", "minutes", "seed", "device")  # that a checkpoint may tell of how it was made
+TOLD = ("stage", "steps", "minutes", "seed", "device")  # fields of a checkpoint's header that a row repeats
 
 
 def ablate(config: TrainConfig) -> dict:
-    """Measures variants of a checkpoint one after the other → what became of each; out=DIR/ROW.json holds a
-    row's figures. Rows that are there already, of this checkpoint at this seed and size, are skipped.
+    """Measures variants of a checkpoint in turn and writes the figures of each to out=DIR/ROW.json → what was
+    done with each. Rows that exist already, of the same checkpoint, seed and size, are skipped.
     """
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
@@ -69,7 +69,7 @@ def ablate(config: TrainConfig) -> dict:
 
 
 def _rows(config: TrainConfig) -> dict[str, str]:
-    """Names of the rows to be measured, and each one's variant."""
+    """Names of the rows to measure → each one's variant."""
     names = list(config.variants) or ["full"] if config.row else list(config.variants) or list(VARIANTS)
     if not config.checkpoint:
         raise UserError("stage=ablate needs checkpoint=FILE, of which it measures variants.")
@@ -83,7 +83,7 @@ def _rows(config: TrainConfig) -> dict[str, str]:
 
 
 def key_of(scope: Scope, row: str, variant: str) -> dict:
-    """What a row is of; one with the same is not measured again. All of it is JSON."""
+    """What a row was measured on, as JSON values; a row with the same key is not measured again."""
     size, player = json.loads(json.dumps(asdict(scope.size))), scope.player
     about = {"row": row, "variant": variant, "checkpoint": player.checkpoint.digest()}
     if scope.clips:
@@ -92,7 +92,7 @@ def key_of(scope: Scope, row: str, variant: str) -> dict:
 
 
 def known(file: Path, key: dict) -> bool:
-    """Whether the file is a row of this key; a damaged one is measured anew."""
+    """Whether the file holds a row with this key; False for a damaged file."""
     try:
         row = json.loads(file.read_text("utf-8"))
         return all(row[name] == value for name, value in key.items()) and "figures" in row
@@ -101,9 +101,7 @@ def known(file: Path, key: dict) -> bool:
 
 
 def measure(scope: Scope, row: str, variant: str) -> dict[str, float]:
-    """A row's figures. The features of true frames, with which its own are compared, are the scope's: no
-    variant has another autoencoder.
-    """
+    """A row's figures. Features of true frames are the scope's, as all variants have the same autoencoder."""
     own = scope.player
     player = open_variant(variant, own.checkpoint.path, own.device.type, own.precision)
     scope = replace(scope, player=player, stateless=None, folder=scope.folder.parent / row)
@@ -113,7 +111,7 @@ def measure(scope: Scope, row: str, variant: str) -> dict[str, float]:
 
 
 def machine(scope: Scope) -> str:
-    """The name of the device that it was measured on."""
+    """The name of the device."""
     if scope.player.device.type == "cuda":
         return torch.cuda.get_device_name(scope.player.device)
     try:

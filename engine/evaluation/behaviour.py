@@ -1,4 +1,6 @@
-"""Behaviour: standing still, turning round and back, pushing into a wall, left and right by turns."""
+"""Behaviour: standing still, turning around and back, pushing into a wall, turning left and right by
+turns.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,16 @@ from .section import Scope, Section, skipped
 from .truth import State, starts
 
 TURN_SECONDS = 8.0  # a full turn must be done by then
-WALL_SECONDS, PUSH_SECONDS = 6.0, 3.0  # to reach a wall; and pushed on against it
-SWING, SWINGS = 8, 6  # frames of a turn, and turns by turns
-END_SECONDS = 1.0  # at a walk's end, which is judged
+WALL_SECONDS, PUSH_SECONDS = 6.0, 3.0  # to reach a wall, and to push on against it
+SWING, SWINGS = 8, 6  # frames of a turn, and how many turns, left and right by turns
+END_SECONDS = 1.0  # at a walk's end, in which its figures are taken
 SHOWN = 12
 
-# The picture has collapsed where at the end any of these holds, against the true one at the same time:
-SOFT, HARSH = 1 / 3, 2.0  # sharpness, share of what the autoencoder leaves of the true
-COLOUR = 40.0  # grey levels by which the mean of a colour is off
-STUCK, MOVES = 0.15, 2.0  # share of the true motion, where the true is more than so many grey levels
-RESTLESS = 8.0  # grey levels a frame in motion where the true world stands still
+# A picture has collapsed if one of these limits is passed at a walk's end, compared with the true picture:
+SOFT, HARSH = 1 / 3, 2.0  # sharpness, as a share of the rebuilt true picture's
+COLOUR = 40.0  # grey levels of error in the mean of a colour
+STUCK, MOVES = 0.15, 2.0  # share of the true motion, if that is more than so many grey levels
+RESTLESS = 8.0  # grey levels of motion a frame while the true world stands still
 STILL = 0.5
 
 CRITERION = (
@@ -35,7 +37,7 @@ CRITERION = (
 
 @dataclass(frozen=True)
 class End:
-    """The end of a walk in figures."""
+    """Figures of the end of a walk."""
 
     sharpness: float
     colour: np.ndarray  # (3,)
@@ -43,12 +45,12 @@ class End:
 
 
 def ending(frames: np.ndarray) -> End:
-    """Of the last frames of a walk, uint8 (n, h, w, 3)."""
+    """The last frames of a walk, uint8 (n, h, w, 3) → their figures."""
     return End(sharpness(frames), frames.mean((0, 1, 2)), motion(frames))
 
 
 def collapsed(made: End, true: End) -> bool:
-    """Whether the generated world has broken down, by the criterion above; true frames are rebuilt ones."""
+    """Whether the generated picture has collapsed, by the limits above; `true`: of rebuilt true frames."""
     share = made.sharpness / max(true.sharpness, 1e-6)
     off = np.abs(made.colour - true.colour).max() > COLOUR
     stuck = true.motion > MOVES and made.motion < STUCK * true.motion
@@ -57,7 +59,7 @@ def collapsed(made: End, true: End) -> bool:
 
 
 def behaviour(scope: Scope) -> Section:
-    """What a player tries first, held against the true world."""
+    """What players try first, compared with the true world."""
     if scope.truth is None:
         return skipped("Behaviour", scope)
     section = Section("Behaviour")
@@ -91,7 +93,7 @@ def behaviour(scope: Scope) -> Section:
 
 
 def _idle(scope: Scope, section: Section) -> list:
-    """Standing still: the true world stands just as still, for as long as its episode lasts."""
+    """Standing still, compared with the true world as long as its episode lasts."""
     keys = len(scope.truth.space)
     end = np.zeros((1, scope.frames(END_SECONDS), keys), np.float32)
     found = scope.truth.gather(scope.size.walks, scope.seed + 6, lambda number, state: end, "idle")
@@ -127,7 +129,9 @@ def _walk(scope: Scope, section: Section, name: str, plan, number: int) -> list:
 
 
 def _judge(scope: Scope, section: Section, name: str, true: list[np.ndarray], made: list[np.ndarray]) -> list:
-    """Walks (n, h, w, 3), true and generated → a row of the table; figures and a strip of the first."""
+    """Walks (n, h, w, 3), true and generated → a row of the table; adds figures and a strip of the first
+    walk.
+    """
     end = max(2, scope.frames(END_SECONDS))
     ends = [
         (ending(g[-end:]), ending(rebuilt(scope.player, t[-end:]))) for g, t in zip(made, true, strict=True)
@@ -145,7 +149,7 @@ def _judge(scope: Scope, section: Section, name: str, true: list[np.ndarray], ma
 
 
 def spin(scope: Scope, state: State) -> np.ndarray | None:
-    """Keys of a full turn, whose length the true world's angle tells, and one back (t, k)."""
+    """Keys of a full turn, as long as it takes in the true world, and one back (t, k)."""
     pair = _turns(scope)
     if pair is None:
         return None
@@ -162,7 +166,7 @@ def spin(scope: Scope, state: State) -> np.ndarray | None:
 
 
 def wall(scope: Scope, state: State) -> np.ndarray | None:
-    """Keys that walk on until the true world's place no longer changes, and push on (t, k)."""
+    """Keys that walk until the true position no longer changes, and push on (t, k)."""
     ahead = [name for name in ("forward", "up") if name in scope.truth.space.names]
     if not ahead:
         return None
@@ -177,13 +181,13 @@ def wall(scope: Scope, state: State) -> np.ndarray | None:
 
 
 def reversal(scope: Scope, state: State) -> np.ndarray | None:
-    """Keys of turns to the left and to the right, one at once after the other (t, k)."""
+    """Keys of turns to the left and to the right by turns, without pauses (t, k)."""
     pair = _turns(scope)
     return pair and np.concatenate([_held(scope, pair[number % 2], SWING) for number in range(SWINGS)])
 
 
 def obeyed(made: list[np.ndarray], true: list[np.ndarray]) -> float | None:
-    """Share of the turns whose generated flow has the true one's sign, of those where this is seen."""
+    """Of the turns with a visible true flow, the share whose generated flow has the same sign."""
     signs = []
     for pair in zip(made, true, strict=True):
         ways = [[flows(x[at : at + SWING]).sum() for at in range(0, len(x), SWING)] for x in pair]

@@ -1,6 +1,6 @@
 """Makes a file of routes for a world: python -m engine.evaluation.build_routes world=NAME seed=0 out=FILE
 
-Routes are drawn at random and kept where the true world shows what their kind promises.
+Routes are drawn at random; those that in the true world do what their kind says are kept.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from .route import RETURN, Route, save_routes
 from .truth import Truth
 
 FRAMES = 64  # of a route
-WARMUPS = (24, 36, 48, 60)  # frames that the script plays before, by turns
-REST = 20  # frames without keys, after which one stands still
+WARMUPS = (24, 36, 48, 60)  # frames that the scripted policy plays before a route, by turns
+REST = 20  # frames without keys until the player stands still
 KINDS = {"open": 20, "turn": 20, "wall": 20, "random": 18, "scripted": 18}  # routes
-RETURNS = {5: 8, 10: 6, 20: 4}  # seconds until one is back → routes
-CLEAR = 130.0  # map units to the wall ahead at which a walk of a loop ends: who bumps does not come back
-ALIKE = 28.0  # decibels between the true views at the start and at the return; medkits may have come or gone
-AWAY = 24.0  # and between the view at the start and halfway, at most
-OPEN_SHARE = 0.9  # of the views of a walk in the open no wall fills
-WALKED, STOPPED = 3.0, 0.5  # map units a frame: more is walking, less is standing
-TRIALS = 50  # draws for each route that is wanted, at most
-FIRST = 500_000  # seed of the first episode: no collection or evaluation comes near it
+RETURNS = {5: 8, 10: 6, 20: 4}  # seconds of a loop → how many routes
+# map units before a wall at which a walk of a loop ends: after touching it, a loop does not close
+CLEAR = 130.0
+# PSNR in dB of the true view at the return against that at the start, at least: medkits may differ
+ALIKE = 28.0
+AWAY = 24.0  # the same halfway, at most
+OPEN_SHARE = 0.9  # share of views that no wall fills, in a walk in the open
+WALKED, STOPPED = 3.0, 0.5  # map units a frame from which one walks, and below which one stands
+TRIALS = 50  # most draws for each route
+FIRST = 500_000  # seed of the first episode, far from those of collections and evaluations
 
 
 class Builder:
@@ -47,7 +49,7 @@ class Builder:
         self.episodes = count(FIRST + 10_000 * seed)
 
     def build(self, kinds: dict[str, int], returns: dict[int, int]) -> Iterator[Route]:
-        """Routes of the kinds that this world has keys for, as many as are wanted and can be found."""
+        """Routes of all kinds for which this world has keys: as many as wanted, or fewer if not found."""
         for kind, wanted in kinds.items():
             yield from self._gather(kind, wanted, getattr(self, kind), 0)
         for seconds, wanted in returns.items():
@@ -61,7 +63,7 @@ class Builder:
         with tqdm(total=wanted, desc=kind, disable=None) as bar:
             for trial in range(TRIALS * wanted):
                 if found == wanted or short == trial == TRIALS:
-                    return  # all are there, or no episode lasts as long
+                    return  # enough routes, or no episode is long enough
                 seed = next(self.episodes)
                 warmup = self.warm_up(seed, WARMUPS[trial % len(WARMUPS)], rest)
                 actions = draw()
@@ -78,8 +80,8 @@ class Builder:
                 yield Route(kind, seed, warmup, actions, end)
 
     def warm_up(self, seed: int, frames: int, rest: int) -> np.ndarray:
-        """Plays what the script, which looks at the true state, holds in an episode's first frames, then
-        nothing for a while → these actions (n, k); the world is left where they lead.
+        """Plays the scripted policy in an episode's first frames, then `rest` frames without keys → these
+        actions (n, k). The world stays where they lead.
         """
         policy, world, held = make_policy("scripted", self.space, seed), self.truth.world, []
         world.reset(seed)
@@ -90,7 +92,7 @@ class Builder:
         return np.stack(held)
 
     def keeps(self, kind: str) -> Callable[[np.ndarray, list[dict]], bool]:
-        """Whether frames and states, from the start of a route on, are what its kind promises."""
+        """A test whether frames and states of a route are as its kind says."""
         if kind.startswith(RETURN):
             return lambda frames, told: _came_back(frames)
         rules = {"open": self._is_open, "wall": self._reaches_wall}
@@ -102,7 +104,9 @@ class Builder:
         return walks and (views is None or 1 - views.mean() >= OPEN_SHARE)
 
     def _reaches_wall(self, frames: np.ndarray, told: list[dict]) -> bool:
-        """Open at first, walked up to by half of the time, then stood before."""
+        """Whether the view is open at first, a wall fills it by half of the time, and the player then
+        stands.
+        """
         views, steps = wall_views(told, self.lines), _steps(told)
         if views is None or steps is None:
             return True
@@ -110,7 +114,7 @@ class Builder:
         return not views[:8].any() and len(near) > 8 and near[0] < 48 and (steps[-8:] < STOPPED).all()
 
     def _walk(self, names: tuple[str, ...], most: int, backward: bool) -> int:
-        """Holds keys in the true world for so many frames, fewer where a wall comes near → how many."""
+        """Holds keys in the true world for at most so many frames, until a wall is near → how many frames."""
         world = self.truth.world
         for length in range(1, most + 1):
             if not world.done:
@@ -126,7 +130,7 @@ class Builder:
         return np.repeat(self.space.encode(names)[None], frames, 0)
 
     def pair(self) -> tuple[str, str] | None:
-        """The two keys that turn, in random order."""
+        """The two keys that turn, in random order; None without them."""
         for pair in (("turn_left", "turn_right"), ("left", "right")):
             if set(pair) <= set(self.space.names):
                 return pair if self.rng.random() < 0.5 else pair[::-1]
@@ -152,7 +156,7 @@ class Builder:
         return np.concatenate(parts)[:FRAMES]
 
     def turn(self) -> np.ndarray | None:
-        """Turns one way and back, for ever longer or shorter, standing or walking."""
+        """Turns one way and back, several times, standing or walking."""
         parts, total = [], 0
         ahead = [self.ahead()] if self.ahead() and self.rng.random() < 0.3 else []
         while total < FRAMES:
@@ -177,19 +181,19 @@ class Builder:
         return np.stack([policy({}, self.space) for _ in range(FRAMES)])
 
     def scripted(self) -> np.ndarray:
-        """The script's keys, as it holds them when it sees nothing of the world."""
+        """Keys of the scripted policy when it knows no state."""
         policy = make_policy("scripted", self.space, int(self.rng.integers(2**31)))
         return np.stack([policy({}, self.space) for _ in range(FRAMES)])
 
     def loop(self, frames: int) -> np.ndarray | None:
-        """Keys that lead away, and then the opposite ones in reverse, which lead back; a rest at the end.
+        """Keys that lead away, then the opposite keys in reverse order, which lead back, and a rest.
 
-        Speeds add up and fade alike on both ways, so where nothing is bumped into one comes back exactly.
+        Speeds rise and fall alike on both ways, so that the player comes back exactly if it touches nothing.
         """
         ahead, opposite = self.ahead(), {a: b for pair in OPPOSITES for a, b in (pair, pair[::-1])}
         if not ahead or self.pair() is None:
             return None
-        both = opposite[ahead] in self.space.names  # else one can only turn away and back
+        both = opposite[ahead] in self.space.names  # otherwise only turns can be undone
         parts, total, half = [], 0, (frames - REST - 1) // 2
         while total < half:
             walk = (ahead,) if self.rng.random() < 0.9 else (opposite[ahead],)
@@ -198,20 +202,20 @@ class Builder:
                 length = self._walk(names, min(most, half - total), backward=names == (opposite[ahead],))
                 parts, total = [*parts, (names, length)], total + length
         back = [(tuple(opposite[name] for name in names), length) for names, length in reversed(parts)]
-        # without a pause between them, two turns would be one, and a turn begins slowly
+        # with a pause, as two turns would be one, and a turn begins slowly
         keys = [self.held(length, *names) for names, length in (*parts, ((), 1), *back) if length]
         return np.concatenate([*keys, self.held(frames - 2 * half - 1)])
 
 
 def _steps(told: list[dict]) -> np.ndarray | None:
-    """Map units walked in each frame (n - 1,), where the world tells places."""
+    """Map units walked in each frame (n - 1,); None without positions."""
     if not all({"x", "y"} <= one.keys() for one in told):
         return None
     return np.hypot(*np.diff([(one["x"], one["y"]) for one in told], axis=0).T)
 
 
 def _came_back(frames: np.ndarray) -> bool:
-    """Whether a view is left and found again."""
+    """Whether a view is left and then seen again."""
     middle = len(frames) // 2
     away, back = (psnr(frames[:1], frames[at : at + 1]) for at in (middle, len(frames) - 1))
     return back >= ALIKE and away < AWAY
@@ -238,7 +242,7 @@ def build_routes(config: TrainConfig) -> dict:
 
 def main(arguments: list[str]) -> int:
     """The program → its exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # killed at once, it would leave its simulator
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a simulator is closed, too
     print(json.dumps(build_routes(load_config("train", TrainConfig, arguments))))
     return 0
 

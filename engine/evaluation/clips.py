@@ -12,7 +12,7 @@ from ..data.starts import known_actions
 from ..rollout.player import Player
 from ..worlds.base import ActionSpace
 
-RUN, EVERY = 32, 4  # a sample is every fourth frame of runs of so many
+RUN, EVERY = 32, 4  # a sample takes every fourth of so many consecutive frames
 
 
 class Clips:
@@ -29,15 +29,15 @@ class Clips:
                 )
 
     def places(self, length: int) -> list[tuple[int, int]]:
-        """All (recording, start) whose `length` frames lie in one episode."""
+        """All (recording, first frame) of clips of `length` frames within one episode."""
         runs = ((i, a, b) for i, r in enumerate(self.recordings) for a, b in r.episodes())
         return [(i, start) for i, a, b in runs for start in range(a, b - length + 1)]
 
     def choose(
         self, places: list[tuple[int, int]], count: int, length: int, seed: int
     ) -> tuple[np.ndarray, Tensor, list[list[dict | None]]]:
-        """`count` of the places at random → frames uint8 (b, length, h, w, 3), actions (b, length, k), and
-        the recorded states (b)(length).
+        """`count` random places → frames uint8 (b, length, h, w, 3), actions (b, length, k), and recorded
+        states, lists (b)(length).
         """
         if not places:
             raise UserError(
@@ -53,8 +53,8 @@ class Clips:
         return frames, torch.from_numpy(actions), told
 
     def sample(self, count: int, seed: int) -> np.ndarray:
-        """About `count` true frames, uint8 (n, h, w, 3): some of short runs, since each run costs a
-        search in the video.
+        """About `count` true frames, uint8 (n, h, w, 3), from short runs, since each run costs a search in
+        the video.
         """
         places = self.places(RUN) or self.places(1)
         length = RUN if self.places(RUN) else 1

@@ -11,7 +11,7 @@ from .drift import POLICIES
 from .fidelity import HORIZONS
 from .section import STATELESS
 
-FPS = 17.5  # of a world, where figures do not tell how many times real time a step takes
+FPS = 17.5  # assumed if the figures lack the world's rate
 ROWS = {
     **{f"PSNR after {h}": f"psnr_{h}" for h in HORIZONS},
     **{f"PSNR after {h}, without state": f"psnr_{h}{STATELESS}" for h in HORIZONS},
@@ -38,7 +38,7 @@ ROWS = {
 
 
 def cell(figures: dict, names: str) -> str:
-    """One or more figures: a value, and in brackets its interval or what stands beside it."""
+    """The text of a table's cell: a figure, and in brackets its interval or further figures."""
     figures = {"real_time": figures["fps_p50"] / FPS if "fps_p50" in figures else None} | figures
     found = [f"{figures[name]:.3g}" for name in names.split() if figures.get(name) is not None]
     value, *beside = found or ["–"]
@@ -46,7 +46,7 @@ def cell(figures: dict, names: str) -> str:
 
 
 def compare(before: dict, after: dict) -> str:
-    """Figures of stage=evaluate, twice → Markdown; rows that neither has are left out."""
+    """Two sets of figures of stage=evaluate → a Markdown table, without rows that neither has."""
     lines = ["| | before | after |", "| --- | ---: | ---: |"]
     for title, names in ROWS.items():
         pair = [cell(figures, names) for figures in (before, after)]
@@ -55,7 +55,7 @@ def compare(before: dict, after: dict) -> str:
 
 
 def read(path: Path) -> dict:
-    """The figures in a file that stage=evaluate has written. Raises UserError for any other file."""
+    """The figures in a file written by stage=evaluate. Raises UserError for any other file."""
     try:
         figures = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:

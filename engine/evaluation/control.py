@@ -1,4 +1,4 @@
-"""Control: the same state and the same noise under every key; does the picture go where the true one goes?"""
+"""Control: the same state and noise under every key; does the picture change as the true one does?"""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .section import Scope, Section, skipped
 from .truth import starts
 
 HOLD = 4  # frames that each key is held
-DEVIATIONS = 1.96  # of a normal distribution, within which 95 % lie
+DEVIATIONS = 1.96  # standard deviations within which 95 % of a normal distribution lie
 STATES_SHOWN = 3
-VISIBLE = 2.0  # grey levels by which true branches must differ for a key to be judged
+VISIBLE = 2.0  # grey levels by which a key's true picture must differ from all others, to be counted
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one action in one state."""
+    """The result for one action in one state."""
 
     action: int
     nearest: int  # the action whose true picture the generated one is most like
-    cosine: float  # of the picture's change against that of touching nothing, generated and true
-    size: float  # the generated change along the true one, in shares of it
+    cosine: float  # between generated and true change of the picture, relative to no key
+    size: float  # of the generated change along the true one, as a share of it
 
 
 def control(scope: Scope) -> Section:
-    """Counterfactuals over all single keys and none: confusion, direction and size of the change."""
+    """Counterfactuals under each single key and none: confusion, direction and size of the change."""
     if scope.truth is None:
         return skipped("Control", scope)
     names = ["none", *scope.truth.space.names]
@@ -63,11 +63,11 @@ def alternatives(keys: int) -> np.ndarray:
 
 
 def judge(true: np.ndarray, made: np.ndarray) -> list[Verdict]:
-    """Pictures (n, h, w, 3) of one state under n actions, the first of which is none → a verdict on each
-    action whose true picture is visibly another than all the rest.
+    """Pictures (n, h, w, 3) of one state under n actions, the first of which is no key → a verdict on each
+    action whose true picture visibly differs from all others.
 
-    What all pictures of a world have in common says nothing about keys, so each is compared as it differs
-    from their mean; by direction alone, as size is a figure of its own.
+    Pictures are compared by their difference from the mean over all actions, as what they have in common says
+    nothing about keys; and by direction only, as size is a figure of its own.
     """
     apart = difference(true[:, None], true[None])  # (n, n)
     np.fill_diagonal(apart, np.inf)
@@ -82,13 +82,15 @@ def judge(true: np.ndarray, made: np.ndarray) -> list[Verdict]:
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n, d) and (m, d) → (n, m); 0 where either is nothing."""
+    """Cosines between vectors (n, d) and (m, d) → (n, m); 0 where either vector is zero."""
     a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6) for x in (a, b))
     return a @ b.T
 
 
 def confusion(verdicts: list[Verdict], actions: int) -> np.ndarray:
-    """Trials (actions, actions): given in rows, most like in columns."""
+    """Counts (actions, actions): the given action in rows, the one with the most similar true picture in
+    columns.
+    """
     table = np.zeros((actions, actions), int)
     for verdict in verdicts:
         table[verdict.action, verdict.nearest] += 1
@@ -96,7 +98,7 @@ def confusion(verdicts: list[Verdict], actions: int) -> np.ndarray:
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:
-    """The share's interval of 95 %, low and high (Wilson, 1927)."""
+    """The 95 % confidence interval of hits / trials (Wilson, 1927)."""
     share, z2 = hits / trials, DEVIATIONS**2
     middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = DEVIATIONS / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))

@@ -1,4 +1,4 @@
-"""Drift: long games side by side, looked at every few seconds; do they go away from true pictures?"""
+"""Drift: long games side by side, measured every few seconds; do they move away from true pictures?"""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from .segment_stats import SegmentStats, curves, disagreement, growth, mean
 from .truth import ATTEMPTS, State
 
 POLICIES = ("scripted", "random", "idle")
-MOVING = POLICIES[:2]  # by whose games motion is judged
-AGREEMENT = 0.1  # by which the growths of both halves of the games may differ
-SPAN = 12  # segments at either end that are compared, a third of a game at most
-LONG = 1000  # where the numbers of the longest games begin
-STEPS = 2000  # idle frames over which flicker is taken, and random ones over which distance may not grow
+MOVING = POLICIES[:2]  # policies in whose games motion is measured
+AGREEMENT = 0.1  # the growths of both halves of the games may differ by this much
+SPAN = 12  # segments at both ends that are compared; at most a third of a game
+LONG = 1000  # first number of the longest games
+# frames: flicker is measured over so many idle ones, growth of distance over so many random ones
+STEPS = 2000
 SHOWN = 12  # pictures of a game in its strip
 FILM = "drift.mp4"
 FILMED = 60.0  # seconds
-EPISODES = 9000  # seed of the true states that long games begin with
+EPISODES = 9000  # seed of the true states from which long games start
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A game to be played: noise and keys follow from the seed."""
+    """A game to be played; the seed decides noise and keys."""
 
     policy: str
     seed: int
@@ -45,14 +46,14 @@ class Plan:
 
 
 class Played(NamedTuple):
-    """Games and, where there is a true world, the same under the same keys there."""
+    """Generated games, and, if there is a true world, the same keys played there."""
 
     games: list[SegmentStats]
     true: list[SegmentStats]
 
 
 def drift(scope: Scope) -> Section:
-    """Games of a minute and two under each policy; more are played until both halves of them say the same."""
+    """Games of a minute and two under each policy; more are played until both halves of them agree."""
     size = scope.size
     both = Played([], [])
     for number in range(size.rounds):
@@ -72,7 +73,7 @@ def drift(scope: Scope) -> Section:
 
 
 def long_drift(scope: Scope) -> Section:
-    """The same of a few games that go on for ten minutes."""
+    """The same with a few games of ten minutes."""
     minutes, both = scope.size.long_minutes, Played([], [])
     _play_round(scope, both, scope.size.long_starts, minutes[-1], LONG, "long drift")
     section = _told(scope, "Long drift", both, minutes)
@@ -87,7 +88,7 @@ def of(policy: str, games: list[SegmentStats]) -> list[SegmentStats]:
 
 
 def _play_round(scope: Scope, both: Played, starts: int, minutes: int, turn: int, name: str) -> None:
-    """Plays `starts` games a policy and adds them; `turn`: how many were played before."""
+    """Plays `starts` games of each policy and adds them to `both`; `turn`: how many were played before."""
     plans = _plans(scope, starts, minutes, turn)
     whole = scope.truth is not None and all(len(plan.state.script) for plan in plans)
     total = sum(len(plan.actions) for plan in plans) * (1 + whole)
@@ -97,7 +98,7 @@ def _play_round(scope: Scope, both: Played, starts: int, minutes: int, turn: int
 
 
 def _plans(scope: Scope, starts: int, minutes: int, turn: int) -> list[Plan]:
-    """Games of so many minutes, the policies by turns."""
+    """Plans of games of so many minutes, the policies by turns."""
     keys, length = scope.player.world.keys, _segment(scope)
     space = ActionSpace(tuple(keys), tuple(map(tuple, keys.values())))
     total = min(max(1, scope.most // length), _segments(scope, minutes)) * length
@@ -112,7 +113,7 @@ def _plans(scope: Scope, starts: int, minutes: int, turn: int) -> list[Plan]:
 
 
 def _start(scope: Scope, number: int) -> State:
-    """Where a game begins: a true state, or, without a simulator, a held-out clip."""
+    """Where game `number` starts: a true state, or, without a simulator, a held-out clip."""
     if scope.truth is not None:
         states = itertools.islice(scope.truth.states(EPISODES + scope.seed + number), ATTEMPTS)
         found = next((state for state in states if state is not None), None)
@@ -142,7 +143,7 @@ def _play(scope: Scope, plans: list[Plan], bar: tqdm) -> list[SegmentStats]:
 
 
 def _play_true(scope: Scope, plan: Plan, bar: tqdm) -> SegmentStats:
-    """The true world under the same keys, from episode to episode."""
+    """Plays the same keys in the true world, over as many episodes as it takes."""
     game = _watch(scope, plan)
     for frame in scope.truth.play(plan.state, iter(plan.actions)):
         game.add(frame)
@@ -157,7 +158,7 @@ def _watch(scope: Scope, plan: Plan) -> SegmentStats:
 
 
 def _segment(scope: Scope) -> int:
-    """Frames; rounded down, so that the segments of a minute fit into the frames of one."""
+    """Frames of a segment, rounded down, so that a minute's segments fit into a minute."""
     return max(2, int(scope.size.segment * scope.player.world.fps))
 
 
@@ -190,8 +191,8 @@ def _figures(section: Section, scope: Scope, both: Played, minutes: tuple[int, .
 
 
 def motion_share(scope: Scope, games: list[SegmentStats], true: list[SegmentStats], segments: int) -> float:
-    """Motion at the end of the games' first `segments`, in shares of the true world's under the same policy,
-    all its minutes; or, where there is none, of recordings.
+    """Motion at the end of the games' first `segments`, as a share of the true world's over all minutes under
+    the same policy, or, without a true world, of the recordings'.
     """
     span = _span(segments)
     made = mean(games, "motion", slice(segments - span, segments))
@@ -204,7 +205,7 @@ def motion_share(scope: Scope, games: list[SegmentStats], true: list[SegmentStat
 
 
 def _walls(section: Section, games: list[SegmentStats], true: list[SegmentStats]) -> None:
-    """Views in moving games that a wall fills, and in the true world under the same keys."""
+    """Adds the shares of views in moving games that a wall fills, generated and true."""
     pair = [[game for game in some if game.policy in MOVING] for some in (games, true)]
     if not all(pair) or "wall" not in pair[0][0].rows[0]:
         return
@@ -218,7 +219,9 @@ def _walls(section: Section, games: list[SegmentStats], true: list[SegmentStats]
 
 
 def steps(section: Section, games: list[SegmentStats]) -> None:
-    """The first 2,000 frames: flicker and wandering of what stands still, distance under random keys."""
+    """Adds figures of the first 2,000 frames: flicker and wandering without keys, distance under random
+    keys.
+    """
     count = max(1, min(STEPS // games[0].length, len(games[0].rows)))
     idle, random, f = of("idle", games), of("random", games), section.figures
     later = slice(1, count) if count > 1 else slice(count)  # at first the last walk fades
@@ -261,7 +264,7 @@ def _told(scope: Scope, title: str, both: Played, minutes: tuple[int, ...]) -> S
 
 
 def _pictures(scope: Scope, section: Section, both: Played, name: str) -> None:
-    """Curves and strips, and a table of the first segment and the last."""
+    """Adds curves, strips, and a table of the first and the last segment."""
     lines = {policy: curves(of(policy, both.games)) for policy in POLICIES}
     lines |= {f"{policy} true": curves(of(policy, both.true)) for policy in POLICIES if both.true}
     names = list(both.games[0].rows[0])
@@ -281,9 +284,9 @@ def _pictures(scope: Scope, section: Section, both: Played, name: str) -> None:
 
 
 def _film(scope: Scope, beside: list[list[np.ndarray]]) -> None:
-    """The first minute, generated, and where there is a true world it on the left."""
+    """Writes a film of the first minute: generated, with the true world, if any, on the left."""
     height, width = beside[0][0].shape[:2]
-    (scope.folder / FILM).unlink(missing_ok=True)  # an evaluation's, which is done anew
+    (scope.folder / FILM).unlink(missing_ok=True)  # of an earlier evaluation
     film = Film(scope.folder / FILM, height, width * len(beside), scope.player.world.fps)
     for pictures in zip(*beside, strict=True):
         film.add(np.concatenate(pictures, 1))

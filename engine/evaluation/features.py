@@ -1,9 +1,9 @@
-"""Features of pictures by fixed filters, and the Fréchet distance between two crowds of them.
+"""Features of pictures by fixed filters, and the Fréchet distance between two sets of pictures.
 
-No network has made them and nothing is fitted: the same figure means the same for every autoencoder, every
-world and every year. Four octaves of a grey pyramid are filtered by wave packets of four orientations (Gabor,
-1946), whose even and odd answers together give an energy that minds no small shift; their logarithm makes a
-texture that is half as strong weigh the same at every contrast. Colours are means over a coarse grid.
+No network is involved and nothing is fitted, so that figures can be compared between autoencoders, worlds and
+years. Four octaves of a grey pyramid are filtered by wave packets of four orientations (Gabor, 1946). Even
+and odd responses together give an energy that does not depend on small shifts; with its logarithm, halving
+the strength of a texture counts the same at every contrast. Colours are means over a coarse grid.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 OCTAVES, ORIENTATIONS = 4, 4
-SIDE, WAVELENGTH, SPREAD = 7, 3.2, 1.6  # pixels of a filter: its side, wavelength and deviation
-FLOOR = 2.0  # grey levels: texture below this counts as none
-TEXTURE_GRID, COLOUR_GRID = (2, 2), (3, 4)  # parts of the picture, rows and columns, that are told apart
-COLOUR = 32.0  # grey levels that weigh as much as a texture e times as strong
+SIDE, WAVELENGTH, SPREAD = 7, 3.2, 1.6  # of a filter, in pixels: side, wavelength and standard deviation
+FLOOR = 2.0  # grey levels: weaker texture counts as none
+TEXTURE_GRID, COLOUR_GRID = (2, 2), (3, 4)  # rows and columns of the parts of the picture
+COLOUR = 32.0  # a difference of so many grey levels counts like a factor e in texture
 BATCH = 64  # pictures at once
 COUNT = OCTAVES * ORIENTATIONS * math.prod(TEXTURE_GRID) + 3 * math.prod(COLOUR_GRID)
 
 
 def wave_packets() -> Tensor:
-    """The filters (2 * ORIENTATIONS, 1, SIDE, SIDE): even and odd by turns, without a mean, of equal norm."""
+    """The filters (2 * ORIENTATIONS, 1, SIDE, SIDE): even and odd by turns, of zero mean and equal norm."""
     at = torch.arange(SIDE, dtype=torch.float32) - SIDE // 2
     y, x = torch.meshgrid(at, at, indexing="ij")
     hull = torch.exp(-(x.square() + y.square()) / (2 * SPREAD**2))
@@ -66,24 +66,24 @@ def _features(frames: np.ndarray) -> Tensor:
 
 
 class Reference:
-    """True frames, uint8 (n, h, w, 3), that generated ones are held against."""
+    """Features of true frames, with which generated frames are compared."""
 
     def __init__(self, frames: np.ndarray):
         self.points = features(frames)
 
     def nearest(self, points: Tensor) -> Tensor:
-        """Distances of features (n, COUNT) to the true ones nearest to each (n,): whatever the view, a sound
-        picture has true ones near it.
+        """Features (n, COUNT) → the distance of each to the nearest true ones (n,). A good picture has true
+        ones near it, whatever it shows.
         """
         return torch.cdist(points, self.points).amin(1)
 
     def nearest_distance(self, points: Tensor) -> float:
-        """The median of these."""
+        """The median of `nearest`."""
         return float(self.nearest(points).median())
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance between the features of two crowds of pictures, uint8 (n, h, w, 3)."""
+    """Fréchet distance between the features of two sets of pictures, uint8 (n, h, w, 3) each."""
     return frechet(features(a), features(b))
 
 

@@ -1,4 +1,4 @@
-"""The generated world: true histories go on inside the network, many side by side."""
+"""Plays games in the generated world, many side by side, from true starts."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tqdm import tqdm
 from ..device import autocast
 from ..rollout.player import Player
 
-BATCH = 32  # games that are played at once
+BATCH = 32  # games played at once
 
 
 @dataclass(frozen=True)
 class Games:
-    """Games to be played side by side: each goes on from its own true frames."""
+    """Games to be played side by side, each from its own true frames."""
 
-    frames: np.ndarray  # the true frames that they begin with, uint8 (b, t, h, w, 3)
-    actions: Tensor  # (b, t + t', k): what caused these, and what is held from there on
-    seeds: Tensor  # of their noise (b,), int64
-    # (b)(t): the true states at these frames, None where they are not known
+    frames: np.ndarray  # the true frames they start from, uint8 (b, t, h, w, 3)
+    actions: Tensor  # (b, t + t', k): those that caused these frames, then those to play
+    seeds: Tensor  # (b,) int64, of the noise
+    # (b)(t): true states of the start's frames, None where unknown
     told: list[list[dict[str, float] | None]] | None = None
 
     def __len__(self) -> int:
@@ -51,8 +51,8 @@ def roll(player: Player, games: Games, name: str = "roll", correction: float | N
 
 
 def play(player: Player, games: Games, correction: float | None = None) -> Iterator[np.ndarray]:
-    """Plays games on → the next frame of each at a time, uint8 (b, h, w, 3). A game comes out as if it were
-    played alone.
+    """Plays games → yields the next frame of all, uint8 (b, h, w, 3). Each game is the same as if played
+    alone.
     """
     rollout = player.make_rollout(len(games), correction=correction)
     latents = _encoded(player, games.frames)
@@ -65,14 +65,16 @@ def play(player: Player, games: Games, correction: float | None = None) -> Itera
     with torch.inference_mode(), autocast(player.device, player.dtype, cache=False):
         rollout.reset(latents, actions[:, :start], games.seeds.to(player.device), states)
     for action in actions[:, start:].unbind(1):
-        # entered anew for each frame: neither may hold for whoever takes it
+        # entered for each frame: they must not stay in force while this generator waits
         with torch.inference_mode(), autocast(player.device, player.dtype, cache=False):
             latents = rollout.step(action)
         yield player.decode(latents)
 
 
 def _encoded(player: Player, frames: np.ndarray) -> Tensor:
-    """Frames (b, t, h, w, 3) → latents (b, t, c, y, x); neighbours that begin alike are encoded once."""
+    """Frames (b, t, h, w, 3) → latents (b, t, c, y, x); consecutive games with the same frames are encoded
+    once.
+    """
     each: list[Tensor] = []
     for number, clip in enumerate(frames):
         same = number and np.array_equal(clip, frames[number - 1])
@@ -81,6 +83,8 @@ def _encoded(player: Player, frames: np.ndarray) -> Tensor:
 
 
 def rebuilt(player: Player, frames: np.ndarray) -> np.ndarray:
-    """True frames, uint8 (n, h, w, 3), encoded and decoded: the best that the network could show."""
+    """True frames, uint8 (n, h, w, 3), encoded and decoded: the best that a network with this autoencoder can
+    show.
+    """
     parts = [frames[at : at + BATCH] for at in range(0, len(frames), BATCH)]
     return np.concatenate([player.decode(player.encode(part)[0]) for part in parts])

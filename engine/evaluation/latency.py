@@ -1,8 +1,8 @@
-"""Latency: one key changes, and nothing else; how soon does the picture answer, and how fully?
+"""Latency: if one key changes, how soon does the picture respond, and how strongly?
 
-Two games of the same state and the same noise part only in the key, so all that differs is the answer. It
-counts as far as it goes the way of the true world's own answer, whose two games part in the same frame: that
-a frame is drawn anew is no answer.
+Two games with the same state and noise differ only in the key, so that the difference of their pictures is
+the response. Only its part along the true world's own response counts: that a frame is merely drawn
+differently is no response.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from .section import Scope, Section, skipped
 from .truth import State, starts
 
 OWN = "as trained"
-ANSWERS = 48  # steps over which their time is taken
-AFTER = 8  # frames that the answer is followed
-VISIBLE = 1.0  # grey levels of the coarse picture by which the true world must have answered
-FIRST = 0.1  # share of the true answer at the same frame
-SHARES = {"half": 0.5, "full": 0.9}  # of the strength that an answer reaches
-SPAN = 3  # frames over which that is taken
+ANSWERS = 48  # steps that are timed
+AFTER = 8  # frames after the change that are played
+VISIBLE = 1.0  # grey levels of the coarse picture: the least response of the true world that counts
+FIRST = 0.1  # a first response is this share of the true one at the same frame
+SHARES = {"half": 0.5, "full": 0.9}  # shares of the strength that a response reaches
+SPAN = 3  # frames over which strength is averaged
 
 
 def answer_ms(scope: Scope) -> float:
-    """Median ms of steps that answer changed keys, all having been done before that can be."""
+    """Median milliseconds of steps in which keys change, after all that can be computed before is done."""
     session, keys = Session(scope.player), alternatives(len(scope.player.world.keys))
     session.reset(scope.seed, *scope.start())
     with threads(PlayConfig.threads):
@@ -40,8 +40,8 @@ def answer_ms(scope: Scope) -> float:
 
 
 def latency(scope: Scope) -> Section:
-    """Frames from a key to the first visible answer, to half and to all of the true one, as the checkpoint
-    plays and, with `size.settings`, without correction.
+    """Frames from a key to the first visible response, and to half and nine tenths of its strength: as the
+    checkpoint plays, and, with `size.settings`, without correction.
     """
     if scope.truth is None:
         return skipped("Latency", scope)
@@ -72,7 +72,7 @@ def latency(scope: Scope) -> Section:
 
 def _plan(scope: Scope, number: int, state: State) -> np.ndarray | None:
     """Two action lists (2, t, k): the state's keys held on, and changed to others (by turns none, and each
-    alone); none if the true world hardly answers.
+    alone); None if the true world hardly responds.
     """
     keys = alternatives(len(scope.truth.space))
     others = [key for key in np.roll(keys, -1 - number, 0) if not np.array_equal(key, state.actions[-1])]
@@ -85,32 +85,29 @@ def _plan(scope: Scope, number: int, state: State) -> np.ndarray | None:
 
 
 def answer(made: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Pairs of games (n, 2, t, h, w, 3) → how far the generated ones part the way of the true ones, in shares
-    of these, (n, t).
-    """
+    """Pairs of games (n, 2, t, h, w, 3) → the generated response along the true one, as its share (n, t)."""
     change, truth = (flat(pair[:, 1]) - flat(pair[:, 0]) for pair in (made, true))  # (n, t, d)
     return (change * truth).sum(-1) / np.maximum(np.square(truth).sum(-1), 1e-9)
 
 
 def strength(made: np.ndarray) -> np.ndarray:
-    """Answers (n, t) in shares of the true ones → the most that each reaches over `SPAN` frames (n,). Not
-    what it ends at: as the two worlds go apart, even a right answer is less and less along the true one.
+    """Responses (n, t) → the highest mean that each reaches over `SPAN` frames (n,). Not the last value: as
+    the two worlds diverge, even a right response is less and less along the true one.
     """
     return np.lib.stride_tricks.sliding_window_view(made, SPAN, 1).mean(-1).max(1)
 
 
 def frames_until(made: np.ndarray, seen: np.ndarray, share: float | np.ndarray) -> np.ndarray:
-    """Answers (n, t) in shares of the true ones, and where these can be seen → frames from the first of
-    these, which is 1, to the first at which an answer has the share; one more than were followed where none
-    has.
+    """Responses (n, t), whether the true ones are visible (n, t), and a share → frames (n,) from the first
+    visible true response, which counts 1, to the first response of at least the share; t + 1 if none is.
     """
     enough = (made >= share) & seen
     return np.where(enough.any(1), enough.argmax(1) - seen.argmax(1) + 1, made.shape[1] + 1)
 
 
 def summary(made: np.ndarray, seen: np.ndarray) -> dict[str, float]:
-    """Median frames to the first answer, and to half and nine tenths of the strength that it reaches; what
-    stays below a first answer's share has not answered.
+    """Median frames to the first response, and to half and nine tenths of the strength it reaches. A response
+    that stays below FIRST counts as none.
     """
     reached = strength(made)[:, None]
     reached = np.where(reached >= FIRST, reached, np.inf)

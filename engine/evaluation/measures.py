@@ -1,5 +1,5 @@
-"""Figures of pictures, uint8 (n, h, w, 3): how alike, how sharp and in which octaves, how much in motion,
-shifted by how much.
+"""Figures of pictures, uint8 (n, h, w, 3): similarity, sharpness, energy by octave, motion, and horizontal
+shift.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 
-POOL = 4  # pixels a side that a difference of views is averaged over: grain must not hide it
-EQUAL = 78.0  # decibels: an error of a thousandth of a squared grey level
-REACH = 16  # pixels to either side that a turn is sought in
+# side in pixels of the squares that views are averaged over before they are compared, to remove grain
+POOL = 4
+EQUAL = 78.0  # decibels, for equal pictures: a mean squared error of a thousandth
+REACH = 16  # largest shift in pixels that is tried
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio, decibels; of equal pictures `EQUAL`."""
+    """Mean over pictures of the peak signal-to-noise ratio in decibels; EQUAL for equal pictures."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     each = peak_signal_noise_ratio(_pixels(a), _pixels(b), 255.0, reduction="none", dim=(1, 2, 3))
@@ -39,13 +40,13 @@ def sharpness(frames: np.ndarray) -> float:
     return float(np.abs(np.diff(pixels, axis=1)).mean() + np.abs(np.diff(pixels, axis=2)).mean())
 
 
-OCTAVES = 4  # whose energies are told, the finest first
-HIGH = 2  # octaves that the high-pass part holds
+OCTAVES = 4  # how many have a figure, the finest first
+HIGH = 2  # octaves in the high-pass part
 
 
 def octaves(frames: np.ndarray) -> np.ndarray:
-    """Mean energy of the grey picture's octaves, squared grey levels (OCTAVES,): of each what is lost when it
-    is halved in resolution and brought back, the finest first.
+    """Mean energy of the grey picture's octaves (OCTAVES,), squared grey levels, the finest first: what is
+    lost when the resolution is halved, step by step.
     """
     grey, energies = _pixels(frames).mean(1, keepdim=True), []
     for _ in range(OCTAVES):
@@ -56,15 +57,15 @@ def octaves(frames: np.ndarray) -> np.ndarray:
 
 
 def highpass_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over pictures of the correlation between the grey pictures' finest octaves, `HIGH` of them; 1
-    where they are equal. A detail that is sharp and in the wrong place does not help here.
+    """Mean over pictures of the correlation between the `HIGH` finest octaves of the grey pictures; 1 if they
+    are equal. Sharp detail in the wrong place does not raise it.
     """
     a, b = (_highpass(x) for x in (a, b))
     return float(((a * b).mean(1) / (a.square().mean(1) * b.square().mean(1)).sqrt().clamp_min(1e-6)).mean())
 
 
 def _highpass(frames: np.ndarray) -> torch.Tensor:
-    """uint8 (n, h, w, 3) → (n, h * w), without a mean."""
+    """uint8 (n, h, w, 3) → (n, h * w), of zero mean."""
     grey = _pixels(frames).mean(1, keepdim=True)
     fine = (grey - _enlarged(F.avg_pool2d(grey, 2**HIGH), 2**HIGH)).flatten(1)
     return fine - fine.mean(1, keepdim=True)
@@ -75,7 +76,7 @@ def _enlarged(pixels: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def motion(frames: np.ndarray) -> float:
-    """Mean absolute difference of consecutive frames, in grey levels; of one frame none."""
+    """Mean absolute difference of consecutive frames, in grey levels; 0 for one frame."""
     if len(frames) < 2:
         return 0.0
     return float(np.abs(np.diff(frames.astype(np.float32), axis=0)).mean())
@@ -95,7 +96,7 @@ def coarse(frames: np.ndarray) -> np.ndarray:
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """How far two views are apart, grey levels of the coarse pictures: (..., h, w, 3) twice → (...)."""
+    """Mean absolute difference of coarse pictures, in grey levels: (..., h, w, 3) twice → (...)."""
     return np.abs(coarse(a) - coarse(b)).mean((-3, -2, -1))
 
 
@@ -105,11 +106,10 @@ def flat(frames: np.ndarray) -> np.ndarray:
 
 
 def horizontal_flow(a: np.ndarray, b: np.ndarray) -> float:
-    """Shift in pixels, to the right, that best lays picture a over b, both uint8 (h, w, 3); 0 where nothing
-    is seen.
+    """The shift to the right, in pixels, that best maps picture a to b, both uint8 (h, w, 3); 0 for blank
+    pictures.
 
-    Turning moves the whole picture sideways, so one global shift by block matching is enough, and needs no
-    library.
+    Turning shifts the whole picture sideways, so that one global shift is enough.
     """
     a, b = (x.astype(np.float32).mean(-1) for x in (a, b))  # (h, w)
     width = a.shape[1]

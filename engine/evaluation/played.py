@@ -1,4 +1,4 @@
-"""Routes as played in the true world: what a generated game begins with, and what it should show."""
+"""Played: routes in the true world, what a generated game starts from and what it should show."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .generated import Games
 from .route import Route
 from .truth import Truth
 
-ELSEWHERE = 1.0  # map units or degrees by which a route may end elsewhere than where it was made
+ELSEWHERE = 1.0  # map units or degrees: tolerance of the place where a route ends
 
 
 @dataclass(frozen=True)
 class Played:
-    """Routes of one length: the last true frames before each, its keys, and true frames and states after."""
+    """Routes of one length: the last true frames before each, its keys, and its true frames and states."""
 
     kinds: list[str]  # (b)
     before: np.ndarray  # uint8 (b, t, h, w, 3)
-    actions: np.ndarray  # (b, t + t', k), those of the frames before among them
+    actions: np.ndarray  # (b, t + t', k), beginning with those of the frames before
     true: np.ndarray  # uint8 (b, t', h, w, 3)
     told_before: list[list[dict[str, float] | None]]  # (b)(t)
     told: list[list[dict[str, float] | None]]  # (b)(t')
 
     def games(self, seed: int) -> Games:
-        """As games of the network; game i has the noise of seed + i."""
+        """The routes as generated games; game i has the noise of seed + i."""
         seeds = torch.arange(len(self.before)) + seed
         return Games(self.before, torch.from_numpy(self.actions), seeds, self.told_before)
 
@@ -40,8 +40,8 @@ class Played:
 
 
 def play_routes(truth: Truth, routes: list[Route], name: str = "routes") -> Played:
-    """Plays routes of one length in the true world. Raises UserError where it plays otherwise than where the
-    routes were made.
+    """Plays routes of one length in the true world. Raises UserError where a route ends elsewhere than when
+    it was made.
     """
     history, columns = truth.history, ([], [], [], [], [])
     for route in tqdm(routes, desc=f"{name}: true", unit="route", disable=None):
@@ -55,7 +55,7 @@ def play_routes(truth: Truth, routes: list[Route], name: str = "routes") -> Play
             )
         frames, told = seen
         actions = np.concatenate([np.zeros((1, script.shape[1]), np.float32), script])
-        at = len(route.warmup) + 1  # the first frame is nobody's doing
+        at = len(route.warmup) + 1  # no action caused the first frame
         first = at - history
         if first < 0:
             raise UserError(
@@ -77,7 +77,7 @@ def _apart(route: Route, told: dict[str, float]) -> float:
 
 
 def recorded(clips: Clips, count: int, history: int, length: int, seed: int) -> Played:
-    """Clips of recordings as routes, where there is no simulator."""
+    """Random clips of recordings as routes, for use without a simulator."""
     frames, actions, told = clips.choose(clips.places(history + length), count, history + length, seed)
     kinds, (before, after) = ["recorded"] * len(frames), (slice(history), slice(history, None))
     told_before, told = ([one[part] for one in told] for part in (before, after))

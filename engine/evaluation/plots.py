@@ -17,7 +17,7 @@ def _figure(width: float, height: float, rows: int, columns: int):
 
 
 def draw_confusion(path: Path, table: np.ndarray, names: list[str]) -> None:
-    """Trials (n, n): given key in rows, most like in columns."""
+    """Draws counts (n, n): the given key in rows, the most similar one in columns."""
     side = 1.8 + 0.62 * len(names)
     figure, axes = _figure(side + 0.8, side, 1, 1)
     axis = axes[0, 0]
@@ -35,7 +35,7 @@ def draw_confusion(path: Path, table: np.ndarray, names: list[str]) -> None:
 
 
 def draw_responses(path: Path, curves: dict[str, np.ndarray], own: str) -> None:
-    """Answers to a key (t,) by the way of playing; that called `own` is drawn thick."""
+    """Draws responses to a key (t,), by the way of playing; the one named `own` is thick."""
     figure, axes = _figure(6, 4, 1, 1)
     axis = axes[0, 0]
     axis.axhline(1, color="black", linewidth=1, linestyle=":")
@@ -50,8 +50,8 @@ def draw_responses(path: Path, curves: dict[str, np.ndarray], own: str) -> None:
 
 
 def draw_drift(path: Path, games: dict[str, dict[str, np.ndarray]], seconds: float) -> None:
-    """Figures of each segment of `seconds`, by game and figure (segments,), one panel a figure. Games whose
-    names end in "true" are dashed, in the colour of their generated ones.
+    """Draws curves (segments,) by game and figure, a panel for each figure; a segment has `seconds`. Games
+    whose names end in "true" are dashed, in the colour of the generated ones.
     """
     panels = {
         "nearest": "distance to the nearest true frames (features)",

@@ -14,7 +14,7 @@ from ..data.starts import Start, packed_starts
 from ..rollout.player import Player
 from ..rollout.session import Session
 
-FRAMES = 16  # that are compared, from each start; the timed ones go on behind
+FRAMES = 16  # compared from each start; timed steps follow
 
 
 def precision(config: TrainConfig) -> dict:
@@ -30,7 +30,7 @@ def precision(config: TrainConfig) -> dict:
         try:
             frames, p50 = _play(Player(path, config.device, name), path, steps, config.seed)
         except UserError as error:
-            if true is None:  # nothing can be played, or compared
+            if true is None:  # float32 itself failed, so nothing can be compared
                 raise
             print(f"{name:9s}  {error}")
             continue
@@ -64,6 +64,6 @@ def _play(player: Player, path: Path, steps: int, seed: int) -> tuple[np.ndarray
 
 
 def _psnr(made: np.ndarray, true: np.ndarray) -> float:
-    """Of uint8 pictures, in dB; equal ones are given 99."""
+    """PSNR of uint8 pictures in dB; 99 for equal ones."""
     error = np.square(made.astype(np.float64) - true).mean()
     return 10 * np.log10(255**2 / error) if error else 99.0

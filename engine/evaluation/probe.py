@@ -1,4 +1,4 @@
-"""Probe: tells from a picture alone whether a wall fills the view; trained and tested on true frames."""
+"""WallProbe: decides from a picture whether a wall fills the view; fitted and tested on true frames."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor
 
 from .features import features
 
-STEPS, DECAY = 60, 1e-3  # of the fit, which is convex
-FOLD = 4  # every fourth stretch of the true frames tests
-STRETCH = 32  # consecutive frames, which are alike, and so stay together
+STEPS, DECAY = 60, 1e-3  # optimiser steps and weight decay of the fit, which is convex
+FOLD = 4  # every fourth stretch of the true frames is for testing
+STRETCH = 32  # consecutive frames in a stretch, as neighbours are alike
 
 
 class WallProbe:
-    """A logistic regression on the fixed features. Blurred copies of the frames are learned, too: a soft
-    picture of a room is no wall.
+    """A logistic regression on the features of features.py. It is fitted on blurred copies of the frames,
+    too, so that a soft picture of a room does not count as wall.
     """
 
     def __init__(self, frames: np.ndarray, walls: np.ndarray):
-        """From true frames, uint8 (n, h, w, 3), in the order they were played, and whether a wall fills each
-        (n,).
+        """Fits it to true frames, uint8 (n, h, w, 3), in the order they were played, and whether a wall fills
+        each, bool (n,).
         """
         tests = np.arange(len(frames)) // STRETCH % FOLD == FOLD - 1
         self._fit(frames[~tests], walls[~tests])
         said, true = self.fills(frames[tests]), walls[tests]
         both = [float((said[true == kind] == kind).mean()) for kind in (False, True) if (true == kind).any()]
-        self.accuracy = float(np.mean(both)) if both else 0.0  # on unseen true frames, mean over both kinds
+        self.accuracy = float(np.mean(both)) if both else 0.0  # on the test frames, mean of both kinds
         self.share = float(walls.mean())  # of the true frames
 
     def _fit(self, frames: np.ndarray, walls: np.ndarray) -> None:
@@ -37,7 +37,7 @@ class WallProbe:
         inputs = (points - self.mean) / self.deviation
         self.weights = torch.zeros(points.shape[1] + 1, dtype=torch.float64, requires_grad=True)
         share = kinds.mean().clamp(0.02, 0.98)
-        weight = torch.where(kinds > 0.5, 0.5 / share, 0.5 / (1 - share))  # both kinds count alike
+        weight = torch.where(kinds > 0.5, 0.5 / share, 0.5 / (1 - share))  # both kinds get the same weight
         optimiser = torch.optim.LBFGS([self.weights], max_iter=STEPS, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
@@ -57,12 +57,12 @@ class WallProbe:
         return (scores > 0).numpy()
 
     def fills(self, frames: np.ndarray) -> np.ndarray:
-        """uint8 (n, h, w, 3) → bool (n,)."""
+        """Pictures uint8 (n, h, w, 3) → whether a wall fills each, bool (n,)."""
         return self.of(features(frames))
 
 
 def _blurred(frames: np.ndarray) -> np.ndarray:
-    """Half the resolution, and back: uint8 (n, h, w, 3)."""
+    """Pictures uint8 (n, h, w, 3), halved in resolution and enlarged again."""
     pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
     soft = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear")
     return soft.round().byte().permute(0, 2, 3, 1).numpy()

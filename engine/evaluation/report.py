@@ -14,9 +14,7 @@ REPORT, FIGURES = "report.md", "figures.json"
 def write_report(
     folder: Path, headline: str, sections: list[Section], figures: dict, shown: list[str]
 ) -> None:
-    """Writes both files into the folder, beside the pictures that are there; the page begins with the figures
-    `shown`.
-    """
+    """Writes both files into the folder with the pictures; the page begins with the figures in `shown`."""
     lines = ["# Evaluation", "", headline, ""]
     lines += ["| figure | value |", "| --- | ---: |"]
     lines += [f"| {name} | {figures[name]} |" for name in shown]

@@ -1,4 +1,4 @@
-"""Returning: walk away, and come back under keys that bring the true game back; is it the same place?"""
+"""Returning: walk away and come back, under keys that do so in the true game; is it the same place?"""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from .played import play_routes
 from .route import RETURN
 from .section import STATELESS, Scope, Section, skipped
 
-LAST = 4  # frames at the end, when one stands where one began
+LAST = 4  # frames at the end, when the player is back at the start
 SHOWN = 12
 
 
 def returning(scope: Scope) -> Section:
-    """PSNR against the true view at the return, after 5, 10 and 20 seconds; beside it that of another place's
-    view, which shows what a wrong place is worth, and that of the view at the start, which a perfect memory
-    of it would have.
+    """PSNR against the true view at the return, after 5, 10 and 20 seconds. For comparison: that of views of
+    other places, and that of the view at the start, which a perfect memory would reach.
     """
     if scope.truth is None:
         return skipped("Coming back", scope)
@@ -59,8 +58,8 @@ def returning(scope: Scope) -> Section:
 
 
 def at_return(made: np.ndarray, true: np.ndarray, start: np.ndarray) -> dict[str, float]:
-    """Generated and true routes (b, t, h, w, 3) and the views that they began with (b, h, w, 3) → mean PSNR
-    at the end of the generated view, of the first view, and of the other routes' true ones.
+    """Generated and true routes (b, t, h, w, 3) and their first views (b, h, w, 3) → mean PSNR against the
+    true view at the end: of the generated view, of the first view, and of other routes' true views.
     """
     ends = true[:, -LAST:]
     count, shape = len(true), true.shape[2:]

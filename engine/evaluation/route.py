@@ -1,6 +1,7 @@
-"""Route: an episode's seed and the keys of a few seconds, the same for the true game and the generated one.
+"""Route: the seed of an episode and the keys of a few seconds, to be played in the true and the generated
+game.
 
-A file of routes is a public benchmark: whoever plays these keys after these seeds sees the same true frames.
+A file of routes is a public benchmark: these seeds and keys give the same true frames everywhere.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from ..files import write_whole
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "routes"
-NOTHING = "-"  # how a frame without any key is written
-RETURN = "return_"  # routes that lead back to their start are of the kinds return_5, return_10 ... (seconds)
+NOTHING = "-"  # stands for no key
+RETURN = "return_"  # prefix of kinds that lead back to the start: return_5, return_10 ... (seconds)
 
 
 @dataclass(frozen=True)
 class Route:
-    """Keys from an episode's first frame on: `warmup` (n, k), played in the true world only, then `actions`
-    (t, k), played in both. `end`: x, y and angle at which the true world arrives, where it tells them.
+    """Keys from an episode's first frame on: `warmup` (n, k) for the true world only, then `actions` (t, k)
+    for both. `end`: x, y and angle at the end in the true world, if it has them.
     """
 
     kind: str
@@ -36,7 +37,7 @@ class Route:
 
 
 def shipped_routes(world: str, keys: Iterable[str]) -> Path | None:
-    """The file of routes that ships for a world with all of its keys, if there is one."""
+    """The shipped file of routes for a world that has all of its keys; None if there is none."""
     path = SHIPPED / f"{world}.json"
     if not path.is_file() or not set(json.loads(path.read_text("utf-8"))["keys"]) <= set(keys):
         return None
@@ -44,7 +45,7 @@ def shipped_routes(world: str, keys: Iterable[str]) -> Path | None:
 
 
 def written(actions: np.ndarray, keys: Iterable[str]) -> str:
-    """Actions (t, k) as text: `forward:12 forward+turn_left:3 -:5`, names held and for how many frames."""
+    """Actions (t, k) as text: `forward:12 forward+turn_left:3 -:5`, the keys held and for how many frames."""
     names = list(keys)
     held = [[name for name, down in zip(names, action, strict=True) if down > 0.5] for action in actions]
     runs = ((kind, len(list(run))) for kind, run in groupby("+".join(some) or NOTHING for some in held))
@@ -52,7 +53,7 @@ def written(actions: np.ndarray, keys: Iterable[str]) -> str:
 
 
 def read(text: str, keys: Iterable[str]) -> np.ndarray:
-    """The inverse of `written`: text → actions (t, k). Raises ValueError for what is no such text."""
+    """The inverse of `written`: text → actions (t, k). Raises ValueError for any other text."""
     names, rows = list(keys), []
     for run in text.split():
         kind, _, count = run.rpartition(":")
@@ -64,7 +65,7 @@ def read(text: str, keys: Iterable[str]) -> np.ndarray:
 
 
 def save_routes(path: Path, world: str, keys: Iterable[str], routes: list[Route], made: str) -> None:
-    """Writes routes, a line each; `made`: the command that makes them."""
+    """Writes a file of routes, a line for each; `made`: the command that made them."""
     names = list(keys)
     lines = []
     for route in routes:
@@ -76,8 +77,8 @@ def save_routes(path: Path, world: str, keys: Iterable[str], routes: list[Route]
 
 
 def load_routes(path: str | Path, world: str, keys: Iterable[str]) -> list[Route]:
-    """Reads routes of a world with these keys. Raises UserError where the file is missing, damaged, or of
-    another game.
+    """Reads routes of a world with these keys. Raises UserError where the file is missing, damaged or of
+    another world.
     """
     names = list(keys)
     try:

@@ -1,4 +1,4 @@
-"""Section: what one part of the evaluation has to say, and Scope: what it has to say it about."""
+"""Section: figures and text of one part of the evaluation. Scope: what is evaluated, and against what."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from .probe import WallProbe
 from .route import Route
 from .truth import Truth
 
-STATELESS = "_stateless"  # at the end of figures of the same network without its state
-STARTS = 16  # episodes that are tried for a start, and frames into them
+STATELESS = "_stateless"  # suffix of figures of the network without its state
+STARTS = 16  # how many episodes are tried for a start, and how many frames into them
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is tried: the defaults are the full evaluation."""
+    """How much is measured; the defaults are the full evaluation."""
 
-    routes: int = 96  # short routes that are played at most
-    returns: int = 8  # routes back to their start that are played of each length at most
+    routes: int = 96  # most short routes
+    returns: int = 8  # most routes of each length that lead back
     return_seconds: tuple[int, ...] = (5, 10, 20)
-    reference: int = 3072  # true frames to which the nearest is sought
-    minutes: tuple[int, ...] = (1, 2)  # of the games in which drift is seen, ascending
-    long_minutes: tuple[int, ...] = (10,)  # of a few that go on
+    reference: int = 3072  # true frames with which generated ones are compared
+    minutes: tuple[int, ...] = (1, 2)  # lengths of the games that measure drift, ascending
+    long_minutes: tuple[int, ...] = (10,)  # lengths of a few longer games
     minute: float = 60.0  # seconds
-    segment: float = 5.0  # seconds over which a long game's figures are taken
-    starts: int = 2  # games a policy and round
-    rounds: int = 3  # of them at most, until the halves agree
-    long_starts: int = 1  # of the long ones a policy
-    steps: int = 300  # over which their time is taken
+    segment: float = 5.0  # seconds for which a long game has one row of figures
+    starts: int = 2  # games of each policy in a round
+    rounds: int = 3  # most rounds until both halves of the games agree
+    long_starts: int = 1  # longer games of each policy
+    steps: int = 300  # steps that are timed
     states: int = 96  # for counterfactuals
-    flips: int = 16  # keys that change, for latency
-    settings: bool = True  # latency: at all settings, not only the network's own
+    flips: int = 16  # key changes, for latency
+    settings: bool = True  # latency: also without correction
     walks: int = 3  # places for each kind of behaviour
     idle: float = 60.0  # seconds of standing still
 
@@ -62,22 +62,22 @@ QUICK = Size(
 
 @dataclass
 class Scope:
-    """What is evaluated, what it is held against, and where pictures go."""
+    """What is evaluated, what it is compared with, and where pictures are written."""
 
     player: Player
-    stateless: Player | None  # the same network without its state; None where it has none anyway
-    truth: Truth | None  # None where the simulator is not to be had
-    missing: str  # why
-    clips: Clips | None  # recordings, where there is no simulator
+    stateless: Player | None  # the network without its state; None if it has none anyway
+    truth: Truth | None  # None without a simulator
+    missing: str  # why there is no simulator
+    clips: Clips | None  # recordings, if there is no simulator
     reference: Reference
-    probe: WallProbe | None  # None where no map tells which true views a wall fills
-    lines: np.ndarray  # of the map (n, 4), none where there is no map
+    probe: WallProbe | None  # None without a map, by which true views are labelled
+    lines: np.ndarray  # (n, 4), the map's walls; (0, 4) without a map
     routes: list[Route]
     folder: Path
     seed: int
     size: Size
-    most: int  # frames of a game at most
-    learnt: str = ""  # a sentence where the network may have learnt what it is measured on
+    most: int  # most frames of a game
+    learnt: str = ""  # a sentence if the network may have been trained on what it is measured on
 
     @property
     def history(self) -> int:
@@ -88,8 +88,8 @@ class Scope:
         return max(1, round(seconds * self.player.world.fps))
 
     def start(self) -> tuple[np.ndarray, np.ndarray, list[dict[str, float] | None]]:
-        """True frames (t, h, w, 3) to begin a game with, the keys that caused them (t, k), and the states at
-        these (t).
+        """A start of a game: true frames (t, h, w, 3), the keys that caused them (t, k), and their states
+        (t).
         """
         if self.truth is not None:
             for number in range(STARTS):
@@ -112,11 +112,11 @@ class Section:
         self.lines += [*sentences, ""]
 
     def show(self, name: str, caption: str) -> None:
-        """A picture in the report's folder."""
+        """Adds a picture in the report's folder."""
         self.lines += [f"![{caption}]({name})", "", f"*{caption}*", ""]
 
     def table(self, header: list[str], rows: list[list]) -> None:
-        """Cells are text or figures."""
+        """Adds a table; cells are text or figures."""
         cells = [[c if isinstance(c, str) else f"{c:.3g}" for c in row] for row in rows]
         align = ["---", *["---:" for _ in header[1:]]]
         self.lines += [f"| {' | '.join(map(str, row))} |" for row in (header, align, *cells)] + [""]
@@ -126,7 +126,7 @@ class Section:
 
 
 def skipped(title: str, scope: Scope) -> Section:
-    """A part that needs the true world, where there is none."""
+    """The section in place of a part that needs the true world, if there is none."""
     section = Section(title)
     section.say(f"Left out, because the true world is not to be had: {scope.missing}")
     return section

@@ -1,4 +1,4 @@
-"""SectionCache: what is measured already, on disk, so that an evaluation that was stopped goes on."""
+"""SectionCache: finished parts of an evaluation on disk, so that a stopped one can be continued."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from ..data.cache import content_of
 from ..files import write_whole
 from .section import Scope, Section
 
-VERSION = 3  # to be raised when a part comes to measure something else
+VERSION = 3  # raise it when a part measures something else
 
 
 class SectionCache:
-    """The finished parts of one evaluation, each in a file of the folder; those of another one count for
-    nothing.
+    """The finished parts of one evaluation (`key`), each in a file of the folder; parts of others are
+    ignored.
     """
 
     def __init__(self, folder: Path, key: str):
         self.folder, self.key = folder, key
 
     def find(self, name: str) -> tuple[Section, float] | None:
-        """A finished part and the seconds that it took."""
+        """A finished part and the seconds it took; None if it is not finished."""
         try:
             kept = json.loads(self._file(name).read_text("utf-8"))
             if kept["key"] != self.key:
                 return None
             return Section(kept["title"], kept["figures"], kept["lines"]), kept["seconds"]
-        except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is measured anew
+        except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: it is measured again
             return None
 
     def keep(self, name: str, section: Section, seconds: float) -> None:
-        """Saves a part; its pictures lie in the report's folder already."""
+        """Saves a part; its pictures are in the report's folder."""
         self.folder.mkdir(exist_ok=True)
         kept = {"key": self.key, **asdict(section), "seconds": seconds}
         write_whole(self._file(name), json.dumps(kept, indent=1) + "\n")
 
     def drop(self, name: str) -> None:
-        """Forgets a part: before its pictures are painted over, and when the report is written."""
+        """Removes a part: before its pictures are replaced, and when the report is written."""
         self._file(name).unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
@@ -49,7 +49,7 @@ class SectionCache:
 
 
 def key_of(scope: Scope) -> str:
-    """Digest of all that the figures depend on."""
+    """A digest of everything on which the figures depend."""
     player, truth = scope.player, scope.truth is not None
     held = [content_of(r.directory) for r in scope.clips.recordings] if scope.clips else []
     arithmetic = [player.precision, player.device.type, player.states is not None]

@@ -1,4 +1,4 @@
-"""SegmentStats: figures of a long game as it goes by, segment after segment, in bounded memory."""
+"""SegmentStats: figures of a long game, segment by segment, in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ EVERY = 3  # of the frames, for features
 
 @dataclass
 class SegmentStats:
-    """What is kept of a game: a row of figures for each segment of `length` frames, the pictures whose
-    numbers are `shown`, and the first `begin` frames. Of the rest no more than a segment.
+    """Keeps a row of figures for each segment of `length` frames, the frames with the indices `shown`, the
+    first `begin` frames, and at most one segment of all others.
     """
 
     reference: Reference
@@ -33,7 +33,7 @@ class SegmentStats:
     _seen: list[np.ndarray] = field(default_factory=list)
 
     def add(self, frame: np.ndarray) -> None:
-        """The next frame, uint8 (h, w, 3)."""
+        """Takes the next frame, uint8 (h, w, 3)."""
         if self.frames in self.shown:
             self.strip.append(frame)
         if self.frames < self.begin:
@@ -46,8 +46,8 @@ class SegmentStats:
             self._seen = []
 
     def _figures(self, frames: np.ndarray) -> dict[str, float]:
-        """Of a segment, uint8 (n, h, w, 3): sharpness, mean colour and its deviation over pixels, distance to
-        the nearest true frames, motion, how far the view has come from that after the first segment (grey
+        """Figures of a segment, uint8 (n, h, w, 3): sharpness, mean colour and its deviation over pixels,
+        distance to the nearest true frames, motion, difference from the first segment's last frame (grey
         levels of the coarse picture), and the share of views that a wall fills.
         """
         points = features(frames[::EVERY])
@@ -66,20 +66,22 @@ class SegmentStats:
 
 
 def mean(games: list[SegmentStats], name: str, some: slice) -> float:
-    """Of a figure over games and some of their segments."""
+    """The mean of a figure over games and some of their segments."""
     return float(np.mean([row[name] for game in games for row in game.rows[some]]))
 
 
 def growth(games: list[SegmentStats], segments: int, span: int) -> float:
-    """Distance to the nearest true frames in the last `span` of the games' first `segments`, in shares of
-    that in the first `span`; all games pooled.
+    """Growth of the distance to the nearest true frames: in the last `span` of the games' first `segments`,
+    as a multiple of that in the first `span`, all games together.
     """
     last = mean(games, "nearest", slice(segments - span, segments))
     return last / max(mean(games, "nearest", slice(span)), 1e-9)
 
 
 def disagreement(games: list[SegmentStats], segments: int, span: int) -> float:
-    """By how much the growths of both halves of the games differ, in shares of their mean; inf of one."""
+    """Difference between the growths of both halves of the games, as a share of their mean; inf for one
+    game.
+    """
     if len(games) < 2:
         return float("inf")
     halves = [growth(games[number::2], segments, span) for number in (0, 1)]
@@ -87,7 +89,7 @@ def disagreement(games: list[SegmentStats], segments: int, span: int) -> float:
 
 
 def curves(games: list[SegmentStats]) -> dict[str, np.ndarray]:
-    """Each figure by segment (segments,), its mean over the games that go on so long."""
+    """For each figure, its mean by segment (segments,) over the games that are long enough."""
     count = max(len(game.rows) for game in games)
     alive = [[game.rows[at] for game in games if len(game.rows) > at] for at in range(count)]
     return {name: np.array([np.mean([row[name] for row in rows]) for rows in alive]) for name in alive[0][0]}

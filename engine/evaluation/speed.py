@@ -12,7 +12,7 @@ from .section import Scope, Section
 
 
 def speed(scope: Scope) -> Section:
-    """Milliseconds of a step under the script, at the median and the 99th percentile."""
+    """Milliseconds of a step under the scripted policy: median and 99th percentile."""
     session = Session(scope.player)
     policy = make_policy("scripted", session.action_space, scope.seed)
     session.reset(scope.seed, *scope.start())

@@ -1,7 +1,7 @@
-"""Stage `evaluate`: the generated world held against the true one; a report with pictures, and figures.
+"""Stage `evaluate`: compares the generated world with the true one; a report with pictures, and figures.
 
-The simulator plays routes, states under other keys and long games, so no recording is needed. Where it is not
-installed, held-out recordings give true clips, and what needs the true world is left out.
+With a simulator no recordings are needed. Without one, held-out recordings give true clips, and parts that
+need the true world are left out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .speed import speed
 from .truth import Truth
 
 FULL = Size()
-SAMPLE = 7000  # seed of the true frames to which the nearest is sought
+SAMPLE = 7000  # seed of the true frames with which generated ones are compared
 MEASURED: dict[str, Callable[[Scope], Section]] = {
     "fidelity": fidelity,
     "returning": returning,
@@ -81,9 +81,9 @@ HEADLINE = (
 
 
 def evaluate(config: TrainConfig) -> dict:
-    """Measures a checkpoint against its world → figures; the report goes to out=DIR/evaluation. Parts that an
-    earlier call has finished are taken over; with `max_minutes` some may be left for the next one, named in
-    the figures, and there is no report yet.
+    """Compares a checkpoint with its world → figures; the report is written to out=DIR/evaluation. Parts that
+    an earlier call has finished are not measured again. With `max_minutes` some parts may be left for the
+    next call; the figures name them, and there is no report yet.
     """
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
@@ -125,13 +125,17 @@ def evaluate(config: TrainConfig) -> dict:
 
 
 def open_scope(config: TrainConfig) -> Scope:
-    """Opens a network and its world, and samples true frames."""
+    """Opens a checkpoint and its world, and samples true frames. Raises UserError for what cannot be
+    evaluated.
+    """
     out = Path(config.out)
     names = list(TRAINED)
     newest = [out / f"{name}.safetensors" for name in names[: names.index("denoiser") - 1 : -1]]
     chosen = config.checkpoint or next((path for path in newest if path.exists()), newest[0])
     player = Player(chosen, config.device, config.precision, state=config.state)
-    agreed({player.checkpoint.path: asdict(player.world)}, config.world, config.given)  # what was given is it
+    agreed(
+        {player.checkpoint.path: asdict(player.world)}, config.world, config.given
+    )  # refuses world= of another one
     stateless = Player(chosen, config.device, config.precision, state=False) if player.states else None
     size = QUICK if config.quick else FULL
     folder = out / "evaluation"
@@ -146,7 +150,7 @@ def open_scope(config: TrainConfig) -> Scope:
     what |= {"routes": routes, "folder": folder, "seed": config.seed, "size": size, "most": config.frames}
     if truth is None:
         return _without_truth(config, what)
-    with ExitStack() as stack:  # a simulator that is not handed on is closed
+    with ExitStack() as stack:  # closes the simulator if this fails
         stack.callback(truth.close)
         lines = truth.world.map_lines()
         what["routes"] = routes or _drawn_routes(truth, lines, player.world.fps, config.seed, size)
@@ -167,7 +171,7 @@ def open_scope(config: TrainConfig) -> Scope:
 
 
 def _drawn_routes(truth: Truth, lines: np.ndarray, fps: float, seed: int, size: Size) -> list[Route]:
-    """Routes for a world that none ship for."""
+    """Routes drawn for a world without shipped ones."""
     share = size.routes / sum(KINDS.values())
     kinds = {kind: math.ceil(share * count) for kind, count in KINDS.items()}
     returns = {seconds: size.returns for seconds in size.return_seconds}
@@ -175,7 +179,7 @@ def _drawn_routes(truth: Truth, lines: np.ndarray, fps: float, seed: int, size: 
 
 
 def _without_truth(config: TrainConfig, what: dict) -> Scope:
-    """Against recordings of the true world that the network was not trained on, where it cannot be played."""
+    """A scope with recordings in place of the true world, those on which the network was not trained."""
     train, held_out = true_recordings(config.data, what["player"].world)
     recordings = train + held_out if config.unseen else held_out or train
     if not (config.unseen or held_out):
@@ -192,8 +196,8 @@ def _without_truth(config: TrainConfig, what: dict) -> Scope:
 def _measure(
     scope: Scope, cache: SectionCache, until: float
 ) -> tuple[list[Section], dict[str, float], list[str]]:
-    """The parts one after the other, those that are found finished or can be begun before the clock reads
-    `until`, but one at least → their sections, the seconds that each took, and the names of those left.
+    """Measures the parts in turn. None is begun after the clock reads `until`, except for a first one;
+    finished ones are taken from the cache → sections, seconds by part, and names of the parts that are left.
     """
     names = [name for name in MEASURED if name != "long_drift" or scope.size.long_minutes]
     found = {name: part for name in names if (part := cache.find(name))}

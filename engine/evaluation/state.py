@@ -1,4 +1,4 @@
-"""How far the predicted state strays from the true one under the same keys, and if it leaves the rooms:
+"""Error of the predicted state under the true keys, and how often it leaves the rooms:
 python -m engine.evaluation.state CHECKPOINT DATA
 """
 
@@ -22,15 +22,15 @@ from ..model.networks import load_states
 from ..model.state import StateModel
 from ..model.state_spec import difference, pick
 
-CELL = 1.0  # large steps: side of a cell of the map of places that the true player visited
+CELL = 1.0  # side, in large steps, of the cells in which visited places are counted
 BATCH = 256
-GAMES = 8  # that escapes are counted in
-REST = 64  # frames in which a body comes to rest
+GAMES = 8  # games in which escapes are counted
+REST = 64  # frames until a body is at rest
 
 
 def state_of(checkpoint: str | Path, data: str | Path, minutes: float = 10.0) -> dict[str, float]:
-    """A checkpoint's state network on those recordings in `data` that no training has seen → figures. Raises
-    UserError where either tells no state.
+    """Figures of a checkpoint's state network on the held-out recordings in `data`. Raises UserError where
+    either has no state.
     """
     made = Checkpoint(checkpoint)
     model = load_states(made)
@@ -55,11 +55,11 @@ def evaluate_state(
     fps: float = 17.5,
     minutes: float = 10.0,
 ) -> dict[str, float]:
-    """Median and 95th percentile of the error after each horizon, and escapes, on logs not trained on.
+    """Median and 95th percentile of the error after each horizon, and escapes, on held-out logs.
 
-    Every stretch begins with `warm` recorded frames; from there on the network has nothing but keys. A
-    horizon that no episode is long enough for is left out. Position errors and `idle_drift` in map units,
-    angles in degrees, the rest in raw units. `visited` are all logs that show where rooms are; see `escapes`.
+    Each game begins with `warm` recorded frames; after these the network has only keys. Horizons longer than
+    all episodes are left out. Positions and `idle_drift` are in map units, angles in degrees, all else in raw
+    units. `visited`: logs of all places; see `escapes`.
     """
     figures: dict[str, float] = {}
     model.eval()
@@ -81,7 +81,7 @@ def evaluate_state(
 
 
 def _errors(model: StateModel, logs: StateLogs, starts: Tensor, warm: int, horizon: int) -> dict[str, Tensor]:
-    """Distance from the truth after `horizon` frames, by kind or scalar's name, (n,) each."""
+    """Errors after `horizon` frames (n,), by kind or by a scalar's name."""
     batch, spec = logs.cut(starts, warm + horizon, warm), model.spec
     carry = model.begin(batch.states[:, :warm], batch.actions[:, :warm])
     for action in batch.actions[:, warm:].unbind(1):
@@ -103,10 +103,10 @@ def escapes(
     fps: float = 17.5,
     minutes: float = 10.0,
 ) -> dict[str, float]:
-    """Games of some minutes under the keys of `logs`: how often and for how long they leave the rooms.
+    """How often and for how long games of `minutes` under the keys of `logs` leave the rooms.
 
-    The rooms are all places within a large step of one that the true player was at. An escape is a stay
-    outside, however short. `never_returned` counts games that end outside or are out for ten seconds.
+    The rooms are all places within a large step of one that was visited. An escape is any stay outside.
+    `never_returned` counts games that end outside or stay outside for ten seconds.
     """
     frames = round(60 * minutes * fps)
     begun = (logs.left >= warm).nonzero()[:, 0]
@@ -136,7 +136,7 @@ def escapes(
 
 @torch.no_grad()
 def idle_drift(model: StateModel, logs: StateLogs, warm: int, frames: int) -> float:
-    """Median way in map units that a body strays in `frames` without keys, having come to rest before."""
+    """Median distance, in map units, that a body at rest moves in `frames` frames without keys."""
     begun = (logs.left >= warm).nonzero()[:, 0]
     starts = begun[torch.linspace(0, len(begun) - 1, 32).long()]
     first = logs.cut(starts, warm, warm)
@@ -151,7 +151,7 @@ def idle_drift(model: StateModel, logs: StateLogs, warm: int, frames: int) -> fl
 
 
 class Rooms:
-    """Where the true player can be: cells that it visited, and their neighbours."""
+    """Where a player can be: cells that were visited, and their neighbours."""
 
     def __init__(self, model: StateModel, visited: StateLogs) -> None:
         self.places = model.spec.indices("position")
@@ -166,11 +166,11 @@ class Rooms:
         self.free = grown[0, 0] > 0
 
     def _cells(self, states: Tensor) -> Tensor:
-        """(n, S) → (n, positions) whole numbers."""
+        """States (n, S) → indices of their cells (n, positions)."""
         return ((pick(states, self.places) - self.corner) / self.cell).floor().long()
 
     def outside(self, states: Tensor) -> Tensor:
-        """(b, S) → (b,) bool: the state is in no cell of the rooms."""
+        """States (b, S) → bool (b,): whether each is outside of all rooms."""
         cells = self._cells(states)
         top = torch.tensor(self.free.shape)
         beyond = ((cells < 0) | (cells >= top)).any(1)

@@ -1,4 +1,6 @@
-"""The ablation's table, made of the rows' files: python -m engine.evaluation.table [FOLDER [DOCUMENT]]"""
+"""The ablation's table, made from the files of its rows: python -m engine.evaluation.table [FOLDER
+[DOCUMENT]]
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,11 @@ COLUMNS = {
 
 
 def render(rows: list[dict]) -> str:
-    """Rows (ablation.py) → Markdown: a table, and below it what it was measured on."""
+    """Rows (ablation.py) → Markdown: a table, and below it what was measured."""
     lines = [["", *COLUMNS.values()], ["---", *["---:"] * len(COLUMNS)]]
     rows = sorted(rows, key=_place)
     lines += [_line(_title(row), row["figures"]) for row in rows]
-    if rows:  # it is the same in all rows of one size and seed
+    if rows:  # the same in all rows of one size and seed
         true = {name: rows[0]["figures"].get(f"{name}_true") for name in COLUMNS}
         lines.append(_line("the true world under the same keys", true))
     else:
@@ -46,7 +48,7 @@ def render(rows: list[dict]) -> str:
 
 
 def _place(row: dict) -> tuple[bool, int, str]:
-    """Variants in their own order, the rows of other checkpoints behind them."""
+    """Sort key: variants in their own order, then rows of other checkpoints."""
     other = row["row"] != row["variant"]
     return other, list(VARIANTS).index(row["variant"]), row["row"]
 
@@ -63,8 +65,8 @@ def _line(title: str, figures: dict) -> list[str]:
 
 
 def write_table(folder: Path, document: Path) -> None:
-    """Puts the table of the folder's rows between the document's two markers. Raises UserError where the
-    document lacks these, or a file is no row.
+    """Writes the table of the folder's rows between the two markers in a document. Raises UserError where the
+    document has no markers, or a file is no row.
     """
     text = document.read_text("utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):

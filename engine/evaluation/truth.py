@@ -1,6 +1,6 @@
-"""Truth: states of the true world, to which it can be brought back, and what becomes of each under any keys.
+"""Truth: the true world as an oracle: what happens from one of its states under any keys.
 
-A simulator is not wound back: it is reset with the same seed and given the same actions again.
+To return to a state, the simulator is reset with the same seed and given the same actions again.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from ..data.policies import make_policy
 from ..worlds import World, make_world
 from .generated import Games
 
-SCRIPT = "scripted"  # the policy that leads to the states
-SHORTEST, LONGER, KINDS = 30, 17, 6  # frames that it plays: 30, 47, ... 115, and again
+SCRIPT = "scripted"  # the policy that is played up to a state
+SHORTEST, LONGER, KINDS = 30, 17, 6  # frames of that: 30, 47, ... 115, and again
 SAMPLED = (
     "scripted",
     "random",
     "spin",
     "walls",
-)  # the policies that sample the world, an episode each by turns
-EPISODE, APART = 192, 6  # frames of such an episode at most, and between those that are kept
-ATTEMPTS = 8  # states that are tried for each that is wanted, as episodes end
+)  # policies for `sample`, by turns an episode each
+EPISODE, APART = 192, 6  # most frames of such an episode, and frames between those that are kept
+ATTEMPTS = 8  # states that are tried for each wanted one, as an episode may end too early
 
 
 @dataclass(frozen=True)
 class State:
-    """A moment of the true world: how to get there, and the last frames before it as a game's start."""
+    """A state of the true world: how to get there, and its last frames, from which a game can start."""
 
     seed: int
-    script: np.ndarray  # actions since the reset (n, k)
+    script: np.ndarray  # (n, k): actions since the reset
     frames: np.ndarray  # uint8 (t, h, w, 3)
-    actions: np.ndarray  # that caused these frames (t, k)
-    told: list[dict[str, float]] = field(default_factory=list)  # of these frames: x, y, angle ...
+    actions: np.ndarray  # (t, k): those that caused these frames
+    told: list[dict[str, float]] = field(default_factory=list)  # states of these frames: x, y, angle ...
 
 
 @dataclass(frozen=True)
 class Counterfactuals:
-    """What became of a state under several action lists (n, t, k): true frames, uint8 (n, t, h, w, 3)."""
+    """True frames, uint8 (n, t, h, w, 3), of a state under several action lists (n, t, k)."""
 
     state: State
     actions: np.ndarray
@@ -51,7 +51,7 @@ class Counterfactuals:
 
 
 class Truth:
-    """The true world as an oracle. `history`: frames that a generated game starts from."""
+    """The true world. `history`: how many frames a generated game starts from."""
 
     def __init__(self, world: World, history: int):
         self.world, self.history = world, history
@@ -60,20 +60,20 @@ class Truth:
 
     @classmethod
     def open(cls, config: WorldConfig, history: int, seed: int) -> Truth:
-        """Starts the simulator. Raises UserError where it is missing or does not repeat itself."""
+        """Starts the simulator. Raises UserError where it is missing, or not deterministic."""
         truth = cls(make_world(config), history)
         try:
             state = next(truth.states(seed))
             if state is not None:
                 truth.run(state, np.zeros((2, len(truth.space)), np.float32))
-        except BaseException:  # stopped by hand, too
+        except BaseException:  # also KeyboardInterrupt
             truth.close()
             raise
         return truth
 
     def state(self, seed: int, length: int) -> State | None:
-        """The state that the script of this seed leads to after `length` actions; None where the episode ends
-        before.
+        """The state after `length` actions of the scripted policy in the episode of this seed; None if it
+        ends before.
         """
         policy = make_policy(SCRIPT, self.space, seed)
         frames, actions = [self.world.reset(seed)], [np.zeros(len(self.space), np.float32)]
@@ -88,8 +88,8 @@ class Truth:
         return State(seed, np.stack(actions[1:]), np.stack(frames[last]), np.stack(actions[last]), told[last])
 
     def follow(self, seed: int, actions: np.ndarray) -> tuple[np.ndarray, list[dict[str, float]]] | None:
-        """An episode from its first frame under actions (n, k) → n + 1 frames and the states at these; None
-        where it ends before.
+        """Plays an episode from its first frame under actions (n, k) → n + 1 frames and their states; None if
+        it ends before.
         """
         frames, told = [self.world.reset(seed)], [self.world.state()]
         for action in actions:
@@ -100,16 +100,16 @@ class Truth:
         return (np.stack(frames), told) if not self.world.done else None
 
     def states(self, seed: int) -> Iterator[State | None]:
-        """States without end, each from another episode; which, says the seed alone. Of an episode that ends
-        early an earlier one; None where it ends at once.
+        """Endless states, each from another episode; deterministic by seed. If an episode ends too early, an
+        earlier state of it; None if that fails, too.
         """
         for number in itertools.count(1000 * seed):
             state = self.state(number, SHORTEST + LONGER * (number % KINDS))
             yield state or self.state(number, self.history)
 
     def run(self, state: State, actions: np.ndarray) -> tuple[np.ndarray, list[dict[str, float]]]:
-        """From the state under actions (t, k) → frames uint8 (t, h, w, 3) and true states at these; fewer
-        where the episode ends. What was run before is remembered.
+        """Plays actions (t, k) from the state → frames uint8 (t, h, w, 3) and their states; fewer if the
+        episode ends. Results are cached.
         """
         actions = np.asarray(actions, np.float32)
         key = (state.seed, len(state.script), actions.tobytes())
@@ -126,7 +126,7 @@ class Truth:
         return self._known[key]
 
     def branch(self, state: State, actions: np.ndarray) -> Counterfactuals | None:
-        """The state under each of the action lists (n, t, k); None where an episode ends too early."""
+        """Plays each of the action lists (n, t, k) from the state; None if an episode ends too early."""
         made = [self.run(state, one)[0] for one in actions]
         if any(len(frames) < actions.shape[1] for frames in made):
             return None
@@ -135,8 +135,9 @@ class Truth:
     def gather(
         self, count: int, seed: int, plan: Callable[[int, State], np.ndarray | None], name: str
     ) -> list[Counterfactuals]:
-        """`count` states and their branches under what `plan(number, state)` says (n, t, k); states whose
-        episode ends too early, or for which there is no plan, are passed over. Fewer where none are found.
+        """Branches of `count` states under the action lists that `plan(number, state)` returns (n, t, k).
+        States without a plan, or whose episode ends too early, are skipped; fewer branches if not enough are
+        found.
         """
         found: list[Counterfactuals] = []
         with tqdm(total=count, desc=f"{name}: true", unit="state", disable=None) as progress:
@@ -151,7 +152,7 @@ class Truth:
         return found
 
     def play(self, state: State, actions: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """From the state under actions → frames; a new episode begins where one ends."""
+        """Plays actions from the state → yields frames; when an episode ends, a new one begins."""
         self._return_to(state)
         episode = state.seed
         for action in actions:
@@ -161,8 +162,8 @@ class Truth:
             yield self.world.step(action)
 
     def sample(self, count: int, seed: int) -> tuple[np.ndarray, list[dict[str, float]]]:
-        """So many true frames, uint8 (n, h, w, 3), of many episodes in the order they were played, and the
-        states at these.
+        """`count` true frames, uint8 (n, h, w, 3), of many episodes, in the order they were played, and their
+        states.
         """
         frames, told = [], []
         with tqdm(total=count, desc="true frames", unit="frame", disable=None) as bar:
@@ -193,7 +194,7 @@ class Truth:
 
 
 def starts(found: list[Counterfactuals], seed: int) -> Games:
-    """All branches side by side as the network's games; those of one state have the same noise."""
+    """All branches as generated games; those of one state have the same noise."""
     frames = np.concatenate([np.repeat(one.state.frames[None], len(one.actions), 0) for one in found])
     before = np.concatenate([np.repeat(one.state.actions[None], len(one.actions), 0) for one in found])
     after = np.concatenate([one.actions for one in found])

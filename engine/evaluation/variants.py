@@ -1,4 +1,4 @@
-"""Variants: how a checkpoint may play otherwise than it says, for the ablation table."""
+"""Variants: other ways to play a checkpoint, for the ablation table."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..model.noise import add_noise, counter_noise
 from ..rollout.player import Player
 from ..rollout.rollout import Rollout
 
-REFRESH = 88  # frames between two sinks, five seconds
+REFRESH = 88  # frames after which the sink is renewed: five seconds
 
 
 class Sinkless(Rollout):
-    """No sink at all. The config keeps it, so games start from the same frames as all others."""
+    """No sink. The config still has it, so that games start from the same frames as in other variants."""
 
     def __init__(self, *given, **named):
         super().__init__(*given, **named)
@@ -26,18 +26,18 @@ class Sinkless(Rollout):
 
 
 class SinkAtIndex(Rollout):
-    """The sink's keys stay turned to the index where they were made, ever farther from the window."""
+    """The sink's keys keep the position at which they were made, farther and farther from the window."""
 
-    def _place_sink(self) -> None:
+    def place_sink(self) -> None:
         self.cache.place_sink(lambda keys: keys)
 
 
 class SinkRefreshed(Rollout):
-    """Every `REFRESH` frames the newest frames whose keys are in the ring become the sink; in between it is
-    placed right before the ring, as ever. The method's own sink has the start's content all game long, and
-    only its position is renewed.
+    """Every `REFRESH` frames the newest frames with keys in the ring become the sink; its position is right
+    before the ring, as usual. In the method itself the sink is always the start's, and only its position
+    changes.
 
-    What is due is decided on the device, so that a captured step can do it.
+    The device decides when that happens, so that the step can be captured as a CUDA graph.
     """
 
     def __init__(self, *given, **named):
@@ -51,10 +51,10 @@ class SinkRefreshed(Rollout):
         self.made.zero_()
         super().reset(latents, *given, **named)
 
-    def _place_sink(self) -> None:
+    def place_sink(self) -> None:
         cache, age = self.cache, self.cache.frame - self.begun
         due = (age > 0) & (age % REFRESH == 0)
-        newest = cache.frame - 1 - cache.sink  # the frame behind is pending: its keys are yet to be written
+        newest = cache.frame - 1 - cache.sink  # the frame after it is pending: its keys are not written yet
         keys, values = cache.buffer.index_select(3, (newest + self.behind) % cache.ring).unbind(1)
         kept = cache.buffer[:, 1, :, cache.ring : cache.ring + cache.sink]
         cache.unrotated_sink.copy_(torch.where(due, keys, cache.unrotated_sink))
@@ -66,8 +66,7 @@ class SinkRefreshed(Rollout):
 
 class FrameByFrame(Rollout):
     """No frames in flight, as in Self Forcing: each frame is denoised alone, under the keys that cause it,
-    down the whole ladder. As many passes a frame of the screen as the window has positions: as many a frame
-    as it goes through there, each over one frame instead of all.
+    down the whole ladder. It takes as many passes as the window has positions, each over one frame.
     """
 
     def __init__(self, *given, **named):
@@ -75,25 +74,25 @@ class FrameByFrame(Rollout):
         self.levels = self.config.ladder[::-1]
 
     def speculate(self) -> None:
-        """Nothing can be done before the keys are known."""
+        """Does nothing: the keys must be known."""
 
     def step(self, action: Tensor, renoise: bool | None = None) -> Tensor:
         return self.advance(self._alone(action), action, renoise=False)
 
     @torch.no_grad()
     def _alone(self, action: Tensor) -> Tensor:
-        """The keys (b, k) → the frame that they cause (b, 1, c, y, x)."""
+        """Keys (b, k) → the frame that they cause, repeated for each position of a window (b, w, c, y, x)."""
         condition = self.window_condition(action[:, None])
         noise = counter_noise(self.seed, self.cache.frame, 1, self.denoiser.shape)
         clean = self.last[:, 1:]
         for level in self.levels:
             sigma = level * self.one
-            clean = self._pass(add_noise(clean, noise, sigma), sigma, condition)
+            clean = self.run_pass(add_noise(clean, noise, sigma), sigma, condition)
         return clean.expand(-1, self.config.window_frames, -1, -1, -1)
 
 
 class OnePass(FrameByFrame):
-    """Frame by frame, each drawn from pure noise in a single pass."""
+    """Frame by frame, each made from pure noise in a single pass."""
 
     def __init__(self, *given, **named):
         super().__init__(*given, **named)
@@ -101,7 +100,7 @@ class OnePass(FrameByFrame):
 
 
 class Uncorrected(Rollout):
-    """The window is denoised when the keys are known, and frames in flight are not sent back."""
+    """The window is denoised once the keys are known, and no frame is corrected."""
 
     def __init__(self, *given, **named):
         super().__init__(*given, **(named | {"correction": 0.0}))
@@ -109,11 +108,11 @@ class Uncorrected(Rollout):
 
 @dataclass(frozen=True)
 class Variant:
-    """How the games are played otherwise than in the checkpoint's config."""
+    """One way to play a checkpoint."""
 
-    title: str  # in the table
+    title: str  # in the ablation table
     rollout: type[Rollout] = Rollout
-    state: bool = True  # whether games have one
+    state: bool = True  # whether games use the state
 
 
 VARIANTS = {
@@ -129,7 +128,5 @@ VARIANTS = {
 
 
 def open_variant(name: str, checkpoint: str | Path, device: str = "auto", precision: str = "auto") -> Player:
-    """A checkpoint's networks, with the same weights in all variants, that play as the variant of this name
-    does.
-    """
+    """A checkpoint's networks, which play as the variant `name` does; all variants have the same weights."""
     return Player(checkpoint, device, precision, VARIANTS[name].rollout, VARIANTS[name].state)

@@ -1,5 +1,5 @@
 """The networks: what they compute, not how they are trained or played.
 
-Keys and state become a frame's condition token in condition.py; the ring and the sink are in kv_cache.py;
-noise.py has the noise and the ladder's levels as a game begins and as training shows them.
+condition.py turns keys and state into a frame's condition token; kv_cache.py holds the ring and the sink;
+noise.py has the noise, and the noise levels at the start of a game and in training.
 """

@@ -1,4 +1,4 @@
-"""Frames ↔ latents at a spatial factor of 8, each frame alone: no look-ahead, no temporal delay."""
+"""Autoencoder: frames ↔ latents, an eighth of the size on each side, each frame on its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from ..config import AutoencoderConfig
 
 
 class ResidualLayer(nn.Module):
-    """x + convolutions(x); starts as the identity, so the deep stack needs no normalisation."""
+    """x + convolutions(x), of shape (n, width, y, x). Initially the identity, so that deep stacks need no
+    normalisation.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -33,12 +35,12 @@ def _up(wide: int, width: int) -> nn.Module:
 
 
 class Autoencoder(nn.Module):
-    """Convolutional autoencoder, narrow where pixels are many: decoding takes a few milliseconds on a CPU.
+    """Convolutional autoencoder with few channels at high resolution: decoding takes a few milliseconds on a
+    CPU.
 
-    Latents have zero mean and unit variance over all channels together. Noise on them in training gives
-    more of the variance to what matters more for the picture. Moved and zoomed latents must decode to the
-    moved and zoomed picture (Kouzelis et al., 2025, EQ-VAE), so that motion in the world is motion in the
-    latents.
+    Latents have zero mean and unit variance over all channels together. Training adds noise to them, so that
+    what matters most in a frame takes most of their variance. Crops of latents must decode to the same crops
+    of the frame (Kouzelis et al., 2025, EQ-VAE), so that motion in the world is motion in the latents.
     """
 
     def __init__(self, config: AutoencoderConfig):

@@ -1,7 +1,6 @@
-"""Weights on disk: safetensors with config and provenance inside, written beside and then renamed.
+"""Checkpoint files: weights as safetensors, with config and provenance in the header.
 
-Weights lie there as they were trained, in float32. Smaller files are made by packing.py alone; both are read
-here.
+Training writes float32; packing.py makes smaller files. Both are read here.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from torch.overrides import TorchFunctionMode
 from ..config import ModelConfig, UserError, WorldConfig
 from .state_spec import StateSpec
 
-FORMAT = 2  # 1: the networks with a flow, always packed
-SCALE = "#scale"  # behind the name of a tensor kept in 8 bits: that of its rows' scales
-EXTRAS = "extras"  # before the names of tensors that are no network's
-# what a header must have, and what it may have, by type
+FORMAT = 2  # 1 had other networks
+SCALE = "#scale"  # NAME#scale holds the scales of the rows of NAME, a tensor in 8 bits
+EXTRAS = "extras"  # prefix of tensors that belong to no network
+# types of the header's fields: required ones, and optional ones
 ABOUT = {"format": int, "modules": list, "model": dict, "world": dict}
 KNOWN = {"stage": str, "origin": dict, "scores": dict, "card": dict, "steps": int, "minutes": int | float}
 
@@ -46,9 +45,10 @@ def save_checkpoint(
     extras: dict[str, Tensor] | None = None,
     **about: Any,
 ) -> None:
-    """Writes the modules' weights as they are, and `extras`, any tensors besides (starts, say).
+    """Writes the modules' weights unchanged, and `extras`: other tensors, such as starts of games.
 
-    `about` is free provenance (seed, minutes trained, card, licence notices, scores) and must be JSON.
+    `about`: provenance for the header, such as seed, minutes trained, scores and licence notices; must be
+    JSON. Raises UserError as `write_tensors` does.
     """
     tensors = {
         f"{name}.{key}": value
@@ -61,15 +61,17 @@ def save_checkpoint(
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], head: dict[str, Any]) -> None:
-    """Writes a checkpoint from its parts; a failed write raises UserError and leaves what was there."""
-    # copies, as two names may be of one tensor, which safetensors refuses
+    """Writes a checkpoint file from tensors and header, in place of an old one only once it is complete.
+    Raises UserError where it cannot be written.
+    """
+    # copies, as safetensors refuses two names of one tensor
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     beside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, beside, metadata={"rollplay": json.dumps(head | {"format": FORMAT})})
         os.umask(mask := os.umask(0))
-        os.chmod(beside, 0o666 & ~mask)  # it comes readable for its owner alone
+        os.chmod(beside, 0o666 & ~mask)  # safetensors makes it readable for its owner only
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         if path.parent.is_dir():
@@ -79,10 +81,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], head: dict[str, Any]) 
         ) from error
 
 
-def kept(made: T, wanted: T, given: Collection[str], section: str, free: Collection[str]) -> T:
-    """The config `made` of networks that exist, with what the command line gave of those fields laid over it
-    that are `free` to change: `wanted` has its values, and `given` names it, as "model.denoiser.ladder" for
-    the section "model.denoiser". Raises UserError where it gave another field a new value.
+def apply_overrides(made: T, wanted: T, given: Collection[str], section: str, free: Collection[str]) -> T:
+    """The config `made` of trained networks, with those fields replaced by `wanted`'s that the command line
+    gave. `given` holds the command line's option names, such as "model.denoiser.ladder" where `section` is
+    "model.denoiser". Only the fields in `free` may get a new value; UserError for any other.
     """
     changes = {}
     for name in (f.name for f in fields(made)):
@@ -96,10 +98,10 @@ def kept(made: T, wanted: T, given: Collection[str], section: str, free: Collect
 
 
 class Checkpoint:
-    """A checkpoint file, read and checked. Raises UserError for a file that is missing, cut, or not ours.
+    """A checkpoint file, read and checked. Raises UserError for a file that is missing, damaged or foreign.
 
-    `about` is all of its header, `model` and `world` its configs, `modules` the names of its networks,
-    `extras` the tensors besides these.
+    `about`: the whole header; `model`, `world`: its configs; `modules`: the names of its networks; `extras`:
+    other tensors.
     """
 
     def __init__(self, path: str | Path):
@@ -118,9 +120,10 @@ class Checkpoint:
         self.extras = {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)}
 
     def build(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
-        """The network `name`, which `make` makes with fresh weights, with those of the file.
+        """The network `name` with the file's weights; `make` makes it with fresh ones.
 
-        Its sizes are compared with the file before any memory is taken: a header may say anything.
+        The shapes of its weights are compared with the file's before memory is allocated, since a damaged
+        header may ask for any size. Raises UserError where they differ.
         """
         expected = {key: tuple(value.shape) for key, value in self._weights(name).items()}
         there = sum(value.numel() for value in self.tensors.values())
@@ -137,7 +140,9 @@ class Checkpoint:
         return module
 
     def load_into(self, name: str, module: nn.Module) -> None:
-        """Fills `module` with the weights stored as `name`; refuses missing, foreign and misshapen ones."""
+        """Fills `module` with the weights of network `name`. Raises UserError where names or shapes
+        differ.
+        """
         own = self._weights(name)
         scales = {key: self.tensors.get(f"{name}.{key}{SCALE}") for key in own}
         for key, scale in scales.items():
@@ -150,7 +155,7 @@ class Checkpoint:
             raise self._misfit(name, first) from error
 
     def _weights(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a network, by their names in it, without scales."""
+        """A network's tensors without scales, by their names inside the network; UserError without it."""
         if name not in self.modules:
             raise UserError(
                 f"{self.path} holds no {name}, only {self.about['modules']}; train that stage first."
@@ -166,17 +171,17 @@ class Checkpoint:
         return UserError(f"The weights of {name} in {self.path} do not fit its config ({where}); train anew.")
 
     def digest(self) -> str:
-        """Short hash of the file: the name by which recordings, caches and later stages know it."""
+        """Short hash of the file, by which recordings, caches and later stages refer to it."""
         return file_digest(self.path)
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """The header of a checkpoint alone, which costs nothing; raises UserError as Checkpoint does."""
+    """The header of a checkpoint without its tensors, which is fast; raises UserError as Checkpoint does."""
     return _read(path, ())[0]
 
 
 def _read(path: Path, wanted: Sequence[str] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """→ a file's header and its tensors, all of them or those that are wanted."""
+    """→ a file's header, and its tensors: those in `wanted`, or all."""
     if not path.is_file():
         raise UserError(
             f"There is no checkpoint {path}; train one (python train.py) or give checkpoint=FILE."
@@ -195,7 +200,7 @@ def _read(path: Path, wanted: Sequence[str] | None = None) -> tuple[dict[str, An
 
 
 def _header(path: Path, text: str) -> dict[str, Any]:
-    """A header's text → its content, of the right types."""
+    """A header's text → its content; UserError where something is missing or of the wrong type."""
     damaged = f"The header of {path} is damaged"
     try:
         about = json.loads(text)
@@ -204,7 +209,8 @@ def _header(path: Path, text: str) -> dict[str, Any]:
     if not isinstance(about, dict):
         raise UserError(f"{damaged}: it holds no names; copy it again or train anew.")
     if about.get("format") != FORMAT:
-        raise UserError(f"{path} has format {about.get('format')}; this version reads {FORMAT}.")
+        said = f"{path} has format {json.dumps(about.get('format'))[:20]}, and this version reads {FORMAT}"
+        raise UserError(f"{said}; train it anew, or use the version that made it.")
     for name, kinds in (ABOUT | KNOWN).items():
         if (name in ABOUT or name in about) and not isinstance(about.get(name), kinds):
             raise UserError(f"{damaged}: its {name} is missing or wrong; copy it again or train anew.")
@@ -218,12 +224,14 @@ def _header(path: Path, text: str) -> dict[str, Any]:
 
 
 class _TooLarge(Exception):
-    """More was made than the file can fill."""
+    """A network has more weights than the file."""
 
 
 class _NoMemory(TorchFunctionMode):
-    """What is made with a given shape has no memory. Not torch.device("meta"), under which arange and its
-    like load Triton, too: loaded in a window's thread, that crashes with the LLVM of Mesa's drivers.
+    """A context in which torch.empty, zeros, ones and full make tensors without memory (device meta).
+
+    torch.device("meta") would also apply to arange and the like, which then load Triton; loaded in the thread
+    of a window, that crashes with the LLVM of Mesa's drivers.
     """
 
     FILLED = (torch.empty, torch.zeros, torch.ones, torch.full)
@@ -235,7 +243,7 @@ class _NoMemory(TorchFunctionMode):
 
 @contextmanager
 def _only_shapes(limit: int) -> Iterator[None]:
-    """Networks made inside have shapes and no memory; one of more than `limit` weights is stopped."""
+    """A context in which networks are made without memory; raises _TooLarge beyond `limit` weights."""
     made = 0
 
     def count(module: nn.Module, name: str, value: Tensor | None) -> None:
@@ -264,8 +272,8 @@ def file_digest(path: Path) -> str:
 
 
 def weights_digest(module: nn.Module, without: Sequence[str] = ()) -> str:
-    """Short hash of a network's weights: caches made with it are known by it. Parts of the names in `without`
-    do not count.
+    """Short hash of a network's weights, by which caches made with it are named; without the weights of the
+    submodules in `without`.
     """
     digest = hashlib.sha256()
     for key, value in module.state_dict().items():

@@ -1,4 +1,4 @@
-"""ConditionEncoder: held keys and state of a frame → its condition, the token that the transformer reads."""
+"""ConditionEncoder: a frame's keys and state → its condition, which the transformer reads."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .scene import SceneModel
 
 
 def action_windows(actions: Tensor, history: int) -> Tensor:
-    """Actions (b, history - 1 + t, k) → for each of the last t frames those of the `history` frames up to and
-    including it, (b, t, history · k), the oldest first.
+    """Actions (b, history - 1 + t, k) → for each of the last t frames, its own action and those of the
+    `history` - 1 frames before it, oldest first (b, t, history · k).
     """
     return actions.unfold(1, history, 1).transpose(2, 3).flatten(2)
 
 
 class ConditionEncoder(nn.Module):
-    """Held keys and state of a frame → its condition (b, t, width): one token of d numbers, and behind it the
-    scene that belongs to the state, where the world tells one (`parts` takes them apart).
+    """A frame's keys and state → its condition (b, t, width): a token of d numbers, followed by the scene
+    that belongs to the state, where the world has one (`parts` separates the two).
 
-    The keys are those of the last `history` frames and its own, as walking takes many frames to reach its
-    speed. Where a world tells no state, or a game has none, a flag says so in its place.
+    The keys are those of the last `history` frames, the frame's own included, since walking takes many frames
+    to reach its full speed. Where the state is unknown it is replaced by zeros, and a flag says so.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class ConditionEncoder(nn.Module):
         ahead: Tensor,
         prev_sigma: Tensor,
     ) -> Tensor:
-        """actions (b, history - 1 + t, k), what is read of the states (b, t, f), has_state (b, t) 1 where
-        these are to be believed, ahead (t,) int64: how many frames lie between a frame and the finished one
-        that it is made from, prev_sigma (b, t): how noisy this one is → (b, t, width).
+        """actions (b, history - 1 + t, k); features (b, t, f) of the states (state_spec.py); has_state (b,
+        t), 1 where these are known; ahead (t,) int64, the number of frames between a frame and the finished
+        one that it is made from; prev_sigma (b, t), the noise level of that one → conditions (b, t, width).
         """
         windows = action_windows(actions, self.history)
         has = has_state[..., None].to(windows.dtype)
-        # not one_hot, which reads on the host, where a step is to be captured
+        # not one_hot, which reads on the host: a step must be capturable as a CUDA graph
         place = (ahead[:, None] == torch.arange(self.ahead, device=ahead.device)).to(windows.dtype)
         place = place.expand(len(windows), -1, -1)
         parts = [windows, features.to(windows.dtype) * has, has, place, prev_sigma[..., None]]
@@ -69,7 +69,7 @@ class ConditionEncoder(nn.Module):
         return torch.cat([token, scene.to(token.dtype)], -1)
 
     def parts(self, condition: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A condition (b, t, width) → token (b, t, d) and scene (b, t, c, y, x)."""
+        """A condition (b, t, width) → token (b, t, d), and scene (b, t, c, y, x) or None without one."""
         if self.scene is None:
             return condition, None
         token, scene = condition.split([self.token_width, self.width - self.token_width], -1)

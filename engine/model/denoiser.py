@@ -1,4 +1,4 @@
-"""Denoiser: (noisy latents, sigma, the finished frame before, conditions, memory) → clean estimate."""
+"""Denoiser: noisy latents, noise levels, the last finished frame, conditions and memory → clean estimates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .transformer import Transformer
 
 
 class Finished(NamedTuple):
-    """A finished frame whose keys and values are to be written by the next pass."""
+    """A finished frame whose keys and values the next pass will write."""
 
     clean: Tensor  # (b, 1, c, y, x)
     prev_frame: Tensor  # (b, 1, c, y, x), the frame before it
@@ -27,7 +27,7 @@ class Finished(NamedTuple):
 class Denoiser(nn.Module):
     """Estimates the clean latents of a window of frames, each with its own noise level and condition.
 
-    What it says is added to the last finished frame: a network that knows nothing repeats that.
+    The transformer's output is added to the last finished frame, so that an untrained network repeats it.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class Denoiser(nn.Module):
         columns: int,
         scene_columns: Sequence[int] = (),
     ):
-        """`features`: how many numbers a state is told in, `scene_columns`: by which of them a scene is
-        known.
+        """`features`: width of a state's features; `scene_columns`: those of them that determine the scene.
+        Latents are (channels, rows, columns).
         """
         super().__init__()
         self.config, self.keys, self.features = config, keys, features
@@ -64,8 +64,8 @@ class Denoiser(nn.Module):
         pending: Finished | None = None,
     ) -> Tensor:
         """noisy (b, t, c, y, x), sigma (b, t), the last finished frame (b, 1, c, y, x), condition (b, t,
-        width), index of the first frame, memory → clean (b, t, c, y, x), float32. A pending frame is
-        committed along.
+        width), index of the first frame, memory → clean (b, t, c, y, x), float32. If a frame is pending, its
+        keys and values are written in the same pass.
         """
         given = (noisy, prev_frame.expand_as(noisy), sigma, condition)
         if pending:
@@ -77,10 +77,9 @@ class Denoiser(nn.Module):
     def commit(
         self, clean: Tensor, condition: Tensor, frame: int, memory: KVRecorder, sigma: Tensor | None = None
     ) -> None:
-        """Writes the keys and values of finished frames (b, t, c, y, x) with conditions (b, t, width), the
-        first of which has index `frame`, into an empty memory; each frame looks at the `context_frames`
-        before it and at itself, never at the sink. sigma (b, t) tells how noisy the frames are, 0 unless
-        given.
+        """Writes the keys and values of finished frames (b, t, c, y, x) with conditions (b, t, width) into an
+        empty memory; `frame`: index of the first; sigma (b, t): their noise levels, 0 unless given. Each
+        frame attends to itself and to the `context_frames` before it, not to the sink.
         """
         sigma = clean.new_zeros(clean.shape[:2]) if sigma is None else sigma
         prev_frame = torch.cat([clean[:, :1], clean[:, :-1]], 1)
@@ -102,8 +101,8 @@ class Denoiser(nn.Module):
         return pending.clean, pending.prev_frame, sigma, pending.condition
 
     def history_mask(self, frames: int, device: torch.device) -> Tensor:
-        """(frames n, frames n): 0 where a token may look at a key of its own or of the `context_frames`
-        before, -inf elsewhere.
+        """(frames · n, frames · n): 0 where a token may attend to a key of its own frame or of the
+        `context_frames` before it, -inf elsewhere.
         """
         index = torch.arange(frames, device=device)
         age = index[:, None] - index

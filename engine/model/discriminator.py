@@ -1,4 +1,4 @@
-"""PatchDiscriminator: true pictures told from decoded ones, patch by patch, beside the blurred picture."""
+"""PatchDiscriminator: tells true pictures from decoded ones, patch by patch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 class PatchDiscriminator(nn.Module):
-    """Scores patches of pictures, each beside what a decoder without it makes of the same latents (Isola et
-    al., 2017): it asks whether this detail suits this blurred picture, and not whether it is there.
+    """Scores patches of pictures, conditioned on a blurred picture (Isola et al., 2017): the one that the
+    decoder made of the same latents before it was trained against a discriminator. So it asks whether detail
+    fits this blurred picture, and not only whether there is detail.
 
-    Its weights are kept spectrally normal (Miyato et al., 2018), which is all that keeps it from running
-    away.
+    Spectral normalisation (Miyato et al., 2018) keeps its scores bounded; nothing else regularises it.
     """
 
     def __init__(self, width: int):
@@ -27,8 +27,8 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.ModuleList(spectral_norm(nn.Conv2d(a, b, k, s, 1)) for a, b, k, s in sizes)
 
     def forward(self, pictures: Tensor, blurred: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Two of (n, 3, h, w), about in [-1, 1] → scores (n, 1, h/4, w/4), higher for true, and what the
-        layers before say, by which pictures are compared.
+        """pictures and blurred (n, 3, h, w), about in [-1, 1] → scores (n, 1, h/4, w/4), higher for true
+        pictures, and the features of all layers but the last, for feature matching.
         """
         x = torch.cat([pictures, blurred], 1).contiguous(memory_format=torch.channels_last)
         features = []

@@ -26,8 +26,8 @@ from .kv_cache import KVSlots
 
 
 def choose_kernels(name: str) -> None:
-    """auto · reference · triton, from now on (kernels/dispatch.py). Raises UserError where there is no
-    Triton.
+    """Sets which kernels run: auto, reference or triton (kernels/dispatch.py). Raises UserError for another
+    name, and for triton where that is not installed.
     """
     try:
         choose(name)
@@ -36,23 +36,26 @@ def choose_kernels(name: str) -> None:
 
 
 class AttentionContext(Protocol):
-    """What a pass sees besides itself (kv_cache.py)."""
+    """What a pass attends to besides itself: KVCache, KVRecorder or KVContext (kv_cache.py)."""
 
     def kv_slots(self, layer: int) -> KVSlots | None:
-        """Where the pass's keys and values are written in place and what it sees, if this memory has one."""
+        """Where a layer's keys and values are written in place, and what it attends to; None without
+        slots.
+        """
         ...
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Without slots: the pass's own keys and values (b, n, h, d), behind those it sees → both (b, m, h,
-        d).
+        """Without slots: the pass's own keys and values (b, n, h, d) → all that it attends to, its own ones
+        last, (b, m, h, d) each.
         """
         ...
 
 
 class Positions(nn.Module):
-    """RoPE over (t, y, x): half of the pairs turn with time, a quarter each with the token's row and column.
+    """RoPE over (t, y, x): half of the pairs rotate with time, a quarter each with the token's row and
+    column.
 
-    Angles are computed for the frames at hand in double precision, so there is no table that runs out.
+    Angles are computed in double precision for the given frames; there is no table, and so no last frame.
     """
 
     def __init__(self, head_dim: int, rows: int, columns: int):
@@ -71,21 +74,21 @@ class Positions(nn.Module):
         self.register_buffer("place", angles, persistent=False)
 
     def forward(self, frame: Tensor | int, count: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (count · n, pairs) of `count` frames from index `frame` () on."""
+        """cos and sin, each (count · n, pairs), of frames frame … frame + count - 1."""
         index = frame + torch.arange(count, device=self.time.device, dtype=torch.float64)
         turn = (index[:, None] * self.time)[:, None].expand(-1, len(self.place), -1)
         angles = torch.cat([turn, self.place.expand(count, -1, -1)], -1).flatten(0, 1)
         return angles.cos().float(), angles.sin().float()
 
     def shift(self, keys: Tensor, frames: Tensor | int) -> Tensor:
-        """Keys (..., d) rotated for one time, turned on to `frames` later (earlier where negative)."""
+        """Rotated keys (..., d) → the same keys `frames` frames later (earlier where negative)."""
         turn = frames * self.time
         angles = torch.cat([turn, turn.new_zeros(self.place.shape[1])])
         return rotate(keys, angles.cos(), angles.sin())
 
 
 class Attention(nn.Module):
-    """Multi-head attention of a pass over its memory and itself, with normalised queries and keys."""
+    """Multi-head attention of a pass to its memory and itself, with normalised queries and keys."""
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
@@ -102,7 +105,7 @@ class Attention(nn.Module):
         layer: int,
         mask: Tensor | None,
     ) -> Tensor:
-        """x (b, n, d), angles (n, head_dim / 2) twice, mask (n, m) added to the scores → (b, n, d)."""
+        """x (b, n, d), angles: cos and sin (n, head_dim / 2), mask (n, m) added to the scores → (b, n, d)."""
         qkv, weights, slots = self.qkv(x), (self.q_weight, self.k_weight), memory.kv_slots(layer)
         if slots is None:
             q, k, v = qknorm_rope(qkv, *weights, *angles)  # (b, n, h, d)
@@ -115,7 +118,7 @@ class Attention(nn.Module):
 
 
 class Condition(NamedTuple):
-    """What a frame's noise level, keys and state make of a layer, each (b, t, d)."""
+    """How the condition of each frame modulates a layer, each (b, t, d)."""
 
     shift: Tensor
     scale: Tensor
@@ -148,8 +151,9 @@ class DiTLayer(nn.Module):
         layer: int,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """x (b, t, n, d), and that as this layer's condition normalises it; scale and shift (b, t, d) of
-        what follows → both for the next: each residual is one pass with the norm behind it.
+        """x (b, t, n, d); y, the same normalised and modulated for this layer; `following`: scale and shift
+        (b, t, d) of the norm after this layer; angles, memory and mask as in Attention → x and y for the next
+        layer. Each residual is computed in one pass with the norm that comes after it.
         """
         y = self.attention(y.flatten(1, 2), angles, memory, layer, mask).view_as(x)
         x, y = gate_residual_norm_modulate(x, y, condition.gate, condition.scale_mlp, condition.shift_mlp)
@@ -172,7 +176,7 @@ class ConvLayer(nn.Module):
             nn.init.zeros_(zero.bias)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x (b t, f, y, x) with channels last in memory, condition (b, t, d) → as x."""
+        """x (b · t, f, y, x), channels last in memory, condition (b, t, d) → like x."""
         scale, shift = self.condition(condition).chunk(2, -1)
         rows = rearrange(x, "(b t) f y x -> b t (y x) f", b=len(condition))
         y = modulated_norm(rows, scale, shift).view_as(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -1,5 +1,4 @@
-"""Noise as pure functions: counter-based Gaussian noise, adding it, and the levels of the ladder (which is
-in config.py) as a game begins and as training shows them.
+"""Counter-based Gaussian noise, adding noise, and noise levels at the start of a game and in training.
 
 Flow matching: x = (1 - sigma) * clean + sigma * noise.
 """
@@ -13,7 +12,7 @@ from torch import Tensor
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """(b, t, c, y, x) clean and noise, sigma (b, t) → noisy latents of the same shape."""
+    """clean and noise (b, t, c, y, x), sigma (b, t) → noisy latents (b, t, c, y, x)."""
     sigma = sigma[..., None, None, None]
     return torch.lerp(clean, noise, sigma)
 
@@ -48,20 +47,16 @@ def _hash(x: Tensor) -> Tensor:
 
 
 def ramp(ladder: Tensor, filled: int) -> Tensor:
-    """The window's levels (w,) while it is being filled: position k has gone through at most `filled` passes
-    before.
-
-    With `filled` = 0 all positions are pure noise, with `filled` ≥ w - 1 they are the ladder.
+    """Noise levels (w,) of the window while a game begins, after `filled` passes: with 0 all are pure noise,
+    with w - 1 or more they are the ladder.
     """
     positions = torch.arange(len(ladder), device=ladder.device)
-    return ladder[
-        torch.maximum(positions, torch.tensor(len(ladder) - 1 - filled, device=ladder.device).clamp_min(0))
-    ]
+    return ladder[positions.clamp_min(len(ladder) - 1 - filled)]
 
 
 def jittered(ladder: Tensor, most: float) -> Tensor:
-    """Levels (b, w), each a random share of at most `most` lower, but for the last, which stays pure noise:
-    what is trained at a ladder's very levels alone is at a loss where others are wanted.
+    """Levels (b, w) → the same, each lowered by a random share of at most `most`; the last stays pure noise.
+    A network trained at exact levels only could not be used at any other.
     """
     share = most * torch.rand(ladder.shape, device=ladder.device)
     share[:, -1] = 0
@@ -69,10 +64,11 @@ def jittered(ladder: Tensor, most: float) -> Tensor:
 
 
 def training_sigma(ladder: Tensor, batch: int, jitter: float, lowest: float) -> Tensor:
-    """Noise levels (batch, w) that a denoiser is trained at: the ladder's, each a share of at most `jitter`
-    lower. A third of the rows is raised from some position on, as while a window fills up and when frames
-    are sent back; another third is lowered as a whole, down to a share of `lowest`, for who asks it about
-    details (stage `distill`).
+    """Noise levels (batch, w) for training: the ladder's, each lowered by a random share of at most `jitter`.
+
+    In a third of the rows the first levels are raised to that of a later position, as while a window is being
+    filled and when frames are sent back. Another third is scaled by a random factor between `lowest` and 1:
+    as a teacher (stage `distill`) the network must know low levels, too.
     """
     window, device = len(ladder), ladder.device
     rungs = torch.arange(window, device=device).expand(batch, window)

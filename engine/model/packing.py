@@ -1,4 +1,4 @@
-"""Stage `pack`: the small file that ships. Most weights in 8 bits, each row with a scale; the rest in 16."""
+"""Stage `pack`: makes the small checkpoint that ships, with most weights in 8 bits, and starts of games."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from ..worlds.base import ActionSpace
 from .checkpoint import EXTRAS, SCALE, Checkpoint, write_tensors
 from .networks import load_autoencoder
 
-STARTS = 5  # unless they are named
-SMALLEST = 4096  # elements of a tensor that is worth a scale for each of its rows
-# 16 bits for what makes pixels, as the eye sees what rounding does there (the decoder's large matrices work
-# far from them), and for the state's predictor, whose errors add up; up to so many elements
+STARTS = 5  # how many, unless starts= names them
+SMALLEST = 4096  # matrices with up to so many elements stay in 16 bits, as scales would cost too much
+# Parts whose matrices stay in 16 bits up to so many elements: the decoder's layers close to pixels, where
+# rounding is visible, which are small; and the state's predictor, whose errors add up.
 HALF = {"autoencoder.decoder": 1 << 16, "states": 1 << 30}
 
 
 def pack(config: TrainConfig) -> dict:
-    """Packs `config.checkpoint` into `config.out`, a file or a directory → its size, and the matrix that lost
-    most.
+    """Packs `config.checkpoint` into `config.out`, a file or a directory → the packed file's path and size,
+    and the largest relative error of a matrix, with its name.
 
-    Raises UserError where something lies there already and `again` is not given.
+    Raises UserError where a file is there already, unless `again=true`, and for a packed checkpoint.
     """
     if not config.checkpoint:
         raise UserError("stage=pack needs checkpoint=FILE, of which it makes a small one at out=FILE.")
     source, out = Checkpoint(config.checkpoint), Path(config.out)
-    agreed({source.path: asdict(source.world)}, config.world, config.given)  # what was given is it
+    agreed({source.path: asdict(source.world)}, config.world, config.given)  # refuses world= of another one
     target = out if out.suffix == ".safetensors" else out / f"{source.world.name}.safetensors"
     if target.exists() and (target.samefile(source.path) or not config.again):
         raise UserError(f"{target} is there already; choose another out=FILE, or again=true to replace it.")
@@ -47,8 +47,8 @@ def pack(config: TrainConfig) -> dict:
         small = {key: value} if key.startswith(f"{EXTRAS}.") else packed(key, value)
         tensors |= small
         if value.is_floating_point() and value.ndim > 1 and key in small:
-            kept = small[key].double() * small.get(key + SCALE, torch.ones(1)).double()
-            error = float((kept - value.double()).norm() / value.double().norm().clamp_min(1e-12))
+            unpacked = small[key].double() * small.get(key + SCALE, torch.ones(1)).double()
+            error = float((unpacked - value.double()).norm() / value.double().norm().clamp_min(1e-12))
             worst, name = max((worst, name), (error, key))
     tensors |= {f"{EXTRAS}.{key}": value for key, value in starts_of(config, source).items()}
     write_tensors(target, tensors, source.about | {"packed_from": source.digest(), "card": card_of(source)})
@@ -58,8 +58,9 @@ def pack(config: TrainConfig) -> dict:
 
 
 def packed(key: str, value: Tensor) -> dict[str, Tensor]:
-    """A tensor of a network as it ships: vectors in float32, matrices and convolutions in 8 bits with a scale
-    for each row (output channel), those of HALF and small ones in float16; what is no float as it is.
+    """A network's tensor → the tensors that ship in its place, by name: matrices and convolutions in 8 bits
+    with a scale for each row (output channel); small ones and those of HALF in float16; vectors and integers
+    unchanged.
     """
     if not value.is_floating_point() or value.ndim < 2:
         return {key: value}
@@ -71,9 +72,9 @@ def packed(key: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def starts_of(config: TrainConfig, source: Checkpoint) -> dict[str, Tensor]:
-    """Where games of the packed world start: places of recordings, `config.starts` as DIR:FRAME or some
-    spread over what was held out of training, each as the latents of its last frames with their keys and
-    states. Raises UserError for what this world cannot start from.
+    """Starts of games, as tensors by name: latents, keys and states of a few frames of a recording each. They
+    are taken from `config.starts` (DIR:FRAME), or else spread over the held-out recordings. Raises UserError
+    for recordings that do not fit this world.
     """
     autoencoder, world = load_autoencoder(source).eval(), source.world
     space = ActionSpace(tuple(world.keys), tuple(map(tuple, world.keys.values())))
@@ -88,8 +89,8 @@ def starts_of(config: TrainConfig, source: Checkpoint) -> dict[str, Tensor]:
         pixels = torch.from_numpy(start.frames)
         with torch.inference_mode():
             latents = autoencoder.encode(pixels.permute(0, 3, 1, 2))
-        told = start.states or [None] * len(start.frames)
-        states = [[(state or {}).get(name, math.nan) for name in wanted] for state in told]
+        known = start.states or [None] * len(start.frames)
+        states = [[(state or {}).get(name, math.nan) for name in wanted] for state in known]
         parts = {"latents": (latents * STEPS).round().clamp(-128, 127).to(torch.int8)}
         parts["actions"] = torch.from_numpy(start.actions).to(torch.uint8)
         parts["states"] = torch.tensor(states).reshape(len(states), len(wanted))
@@ -98,9 +99,7 @@ def starts_of(config: TrainConfig, source: Checkpoint) -> dict[str, Tensor]:
 
 
 def _places(config: TrainConfig, world: WorldConfig, frames: int) -> list[tuple[Recording, int]]:
-    """Recordings of the true `world` and the number of the last frame of a start in each; starts are of so
-    many frames.
-    """
+    """Recordings, each with the index of a start's last frame; a start has `frames` frames."""
     if config.starts:
         return [_named(choice) for choice in config.starts]
     train, held_out = true_recordings(config.data, world)
@@ -123,11 +122,13 @@ def _named(choice: str) -> tuple[Recording, int]:
 
 
 def card_of(source: Checkpoint) -> dict[str, Any]:
-    """What one wants to know of a world before one plays it."""
+    """The model card: world, keys, weights by network, and scores and licence where the checkpoint has
+    them.
+    """
     about = source.about
     sizes = {
         name: sum(x.numel() for k, x in source.tensors.items() if k.startswith(f"{name}."))
         for name in source.modules
     }
-    told = {name: about[name] for name in ("scores", "licence") if name in about}
-    return {"world": source.world.name, "keys": list(source.world.keys), "weights": sizes, **told}
+    known = {name: about[name] for name in ("scores", "licence") if name in about}
+    return {"world": source.world.name, "keys": list(source.world.keys), "weights": sizes, **known}

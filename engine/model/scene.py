@@ -1,4 +1,4 @@
-"""SceneModel: a frame's state → what is to be seen from there, as far as the state tells."""
+"""SceneModel: a frame's state → the mean latents of frames with that state."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-COARSE = 64  # channels of the small picture that is enlarged
+COARSE = 64  # channels of the small feature map that is enlarged
 
 
 class SceneModel(nn.Module):
-    """Where one is and which way one looks → the mean of all latents that belong there.
+    """Position and heading → the mean of all latents seen from there: a map of the world.
 
-    It is the map: learned from single frames, which costs a hundredth of what a step of the denoiser does,
-    and then told to the denoiser, which so need not learn from games what stands where. What the state does
-    not tell (what was picked up, how each blade of grass stands) it leaves out.
+    It is trained on single frames, at a hundredth of the cost of a step of the denoiser, and its output is an
+    input of the denoiser, which then need not learn where things are. What the state does not determine
+    (what was picked up, how each blade of grass stands) is averaged out.
     """
 
     def __init__(self, columns: Sequence[int], channels: int, rows: int, across: int, width: int):
-        """`columns`: those of a state's features that it goes by (state_spec.py); latents (channels, rows,
-        across).
+        """`columns`: indices of the features to use (state_spec.scene_columns); latents are (channels, rows,
+        across); `width`: of the hidden layers.
         """
         super().__init__()
         self.shape = channels, rows, across
@@ -38,7 +38,7 @@ class SceneModel(nn.Module):
         self.enlarge = nn.Sequential(*enlarge, nn.Conv2d(COARSE, channels, 3, padding=1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features of states (..., f) → latents (..., c, y, x)."""
+        """State features (..., f) → latents (..., c, y, x)."""
         known = features.index_select(-1, self.columns).flatten(0, -2)
         made = self.enlarge(self.place(known).unflatten(-1, self.coarse))
         return made.unflatten(0, features.shape[:-1])

@@ -1,8 +1,9 @@
-"""The kinematic half of a world's state, predicted from keys: a small recurrent network, and what it carries.
+"""StateModel: a small recurrent network that predicts a world's state from keys.
 
-A frame's step is made in two parts. What the body would do in the open (steps along and across its heading,
-turn, new velocity) depends on keys, velocity and memory alone, so that it is learned once for every place;
-then walls change it, which depends on where the step begins and would end. Both are learned from logs.
+A frame's motion is computed in two parts. How the body would move in the open (steps along and across its
+heading, turn, new velocity) depends on keys, velocity and memory, but not on the place, so that it is learned
+once for all places. Then walls change that motion, depending on where the step begins and where it would end.
+Both parts are learned from recorded states. Numbers that keys do not decide (health) are not predicted.
 """
 
 from __future__ import annotations
@@ -17,29 +18,30 @@ from torch import Tensor, nn
 from ..device import exact
 from .state_spec import OCTAVES, StateScales, StateSpec, pick, turned, waves
 
-PERIODS = range(3, 21)  # frames; what swings with a fixed period (a walker's bob) follows one of these clocks
-AGEING = 0.25  # share by which a held key's age comes nearer to 1 in a frame: many turn slowly at first
-DEAD_ZONE = 0.02  # changes below this share of a large one become nothing, so that standing is standing
-LARGEST = 3.0  # large steps: no change within a frame is beyond
-EDGE = 4.0  # large steps from the edge of the known map within which the walls' part is told of it
-SOLVED_FRAMES = 50_000  # at most so many tell how a free body moves
-UNBOUNDED = 1e6  # beyond any angle; infinity would not survive a moving average
-UNTOUCHED = 2.0  # by which a wall is unlikely to matter at first
+PERIODS = range(3, 21)  # of the clocks, in frames: for swings of fixed period, such as a walker's bob
+AGEING = 0.25  # a held key's age moves towards 1 by this share a frame: many games turn slowly at first
+DEAD_ZONE = 0.02  # changes below this share of a large step become zero, so that standing still is exact
+LARGEST = 3.0  # large steps: limit of the change within a frame
+EDGE = 4.0  # large steps: up to this distance, the walls' network sees how far the map's edge is
+SOLVED_FRAMES = 50_000  # most frames in the least squares problem of free motion
+UNBOUNDED = 1e6  # limit of angles, which no angle reaches; infinity would not survive a moving average
+UNTOUCHED = 2.0  # bias against walls: before training they have little influence
 
 
 class StateCarry(NamedTuple):
-    """Between two frames: hidden (b, H) and the last frame's state (b, S) in raw units."""
+    """What is carried from frame to frame: hidden (b, H), and the last frame's state (b, S) in raw units."""
 
     hidden: Tensor
     state: Tensor
 
 
 class StateModel(nn.Module):
-    """Keys → next state. Pictured scalars are left as they are: whoever reads pictures writes them in.
+    """Carry and keys → the next frame's carry. Pictured scalars (StateSpec) stay as they are: the caller
+    reads them off frames and writes them into the state.
 
-    Inside, a state is (b, M) without the pictured scalars and in normalised units: positions, angles (in
-    half turns, not wrapped), scalars, velocities. `hidden` is memory, clocks, ages of held keys, and the last
-    turn (where no velocity is known, also the last step).
+    Inner states (b, M) have no pictured scalars, normalised units and a fixed order: positions, angles (in
+    half turns, not wrapped), scalars, velocities. `hidden` (b, H) holds memory, clocks, ages of held keys,
+    and the last turn; in worlds without velocity also the last step.
     """
 
     def __init__(self, spec: StateSpec, keys: int, width: int = 48, wall_width: int = 128) -> None:
@@ -52,16 +54,18 @@ class StateModel(nn.Module):
         )
         self.order = [i for kind in kinds for i in spec.indices(kind)]
         every = self.order + spec.pictured_indices
-        self.back = [every.index(i) for i in range(len(spec))]
-        self.added = len(self.order) - self.velocities  # numbers that a frame adds to; velocities are set
+        self.inverse_order = [every.index(i) for i in range(len(spec))]
+        # numbers to which a change is added; velocities are set
+        self.added = len(self.order) - self.velocities
         self.moved = self.positions + self.angles
-        self.known = self.positions if self.velocities else 0  # of a step: velocity tells as much
-        told = keys + self.velocities + self.scalars + self.moved - self.known
-        self.kept = width + 2 * len(PERIODS) + keys  # memory, clocks, and how long each key is held
-        self.remember = nn.Linear(told + self.kept, 2 * width + 3 * len(PERIODS))
+        # numbers of the last step that are not remembered, as velocity says the same
+        self.implied = self.positions if self.velocities else 0
+        self.recurrent_size = width + 2 * len(PERIODS) + keys  # memory, clocks, ages of held keys
+        known = self.recurrent_size + keys + self.velocities + self.scalars + self.moved - self.implied
+        self.remember = nn.Linear(known, 2 * width + 3 * len(PERIODS))
         self.clock_start = nn.Parameter(0.1 * torch.randn(2 * len(PERIODS)))
-        self.free = nn.Linear(told + self.kept, len(self.order))  # a free body's motion is nearly linear
-        self.free_rest = _mlp(told + self.kept, 2 * width, len(self.order), layers=2)
+        self.free = nn.Linear(known, len(self.order))  # a free body's motion is nearly linear
+        self.free_rest = _mlp(known, 2 * width, len(self.order), layers=2)
         near = 2 * self.positions * (2 * OCTAVES + 2) + self.positions + self.velocities
         self.bends = [n * n + n for n in (self.positions, self.velocities)]
         self.walls = _mlp(near, wall_width, sum(self.bends) + 1, layers=2)
@@ -74,22 +78,23 @@ class StateModel(nn.Module):
 
     @torch.no_grad()
     def fit(self, states: Tensor, actions: Tensor, resets: Tensor) -> None:
-        """Sets units, ranges and the linear part of free motion from the data (n, S), (n, k), (n,).
-
-        The linear part is solved for, not trained: least squares over frames that begin away from the edge of
-        the known map, if there are any. See StateScales.fit for what is refused.
+        """Measures units and ranges, and solves for the linear part of free motion by least squares, on
+        recorded states (n, S), actions (n, k) and resets (n,), in order; the latter on frames that begin away
+        from the edge of the map, if there are any. Raises UserError as StateScales.fit does.
         """
         scales, n = self.scales, self.positions
         scales.fit(states, resets)
         self.low.copy_(self._inner(scales.low))
         self.high.copy_(self._inner(scales.high))
-        self.low[n : self.moved], self.high[n : self.moved] = -UNBOUNDED, UNBOUNDED  # angles go round
+        self.low[n : self.moved], self.high[n : self.moved] = -UNBOUNDED, UNBOUNDED  # angles have no limits
         self.unit.copy_(pick(scales.step / scales.scale, self.order))
         self.unit[self.added :] = 1.0  # velocities are set, not added to
         place = self._inner(states[1:-1])[:, :n]
         edge = (EDGE * self.unit[:n]).clamp_max(0.5)
         open_ = ((place - self.low[:n] > edge) & (self.high[:n] - place > edge)).all(1)
-        runs = ~(resets[1:-1] | resets[2:]).bool()  # the frames around it are of its episode
+        runs = ~(
+            resets[1:-1] | resets[2:]
+        ).bool()  # the frame before and the one after are of the same episode
         follows = ((runs & open_) if (runs & open_).any() else runs).nonzero()[:, 0]
         follows = follows[:: max(1, -(-len(follows) // SOLVED_FRAMES))]
         if not len(follows):
@@ -98,22 +103,24 @@ class StateModel(nn.Module):
             self._inner(part)[follows] for part in (states[:-2], states[1:-1], states[2:])
         )
         cos, sin = self._heading(before)
-        last = self._felt(first, before, *self._heading(first))
-        told = self._told(last, before, actions[2:][follows], cos, sin)
-        told = torch.cat([told, torch.ones_like(told[:, :1])], 1)  # (n, told + 1)
+        last = self._last_move(first, before, *self._heading(first))
+        inputs = self._inputs(last, before, actions[2:][follows], cos, sin)
+        inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)  # (n, inputs + 1)
         change = [self._moved(before, after, cos, sin)]
         change += [((after - before) / self.unit)[:, self.moved : self.added]]
         change = torch.cat([*change, turned(after[:, self.added :], cos, -sin)], 1)
-        told, change = told.double(), change.double()
-        ridge = 1e-7 * len(told) * torch.eye(told.shape[1], dtype=told.dtype, device=told.device)
-        solved = torch.linalg.solve(told.T @ told + ridge, told.T @ change).float()
+        inputs, change = inputs.double(), change.double()
+        ridge = 1e-7 * len(inputs) * torch.eye(inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
+        solved = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ change).float()
         self.free.weight.zero_()
-        self.free.weight[:, : told.shape[1] - 1] = solved[:-1].T
+        self.free.weight[:, : inputs.shape[1] - 1] = solved[:-1].T
         self.free.bias.copy_(solved[-1])
 
     @exact
     def begin(self, states: Tensor, actions: Tensor) -> StateCarry:
-        """Recorded states (b, t, S) and the actions (b, t, k) that caused them, t >= 1 → carry."""
+        """Recorded states (b, t, S) and the actions (b, t, k) that caused them, t >= 1 → the carry after
+        them.
+        """
         inner = self._inner(states)
         previous = torch.cat([inner[:, :1], inner[:, :-1]], 1)
         hidden, _ = self._recall(self._start(len(states)), previous, inner, actions)
@@ -121,8 +128,8 @@ class StateModel(nn.Module):
 
     @exact
     def next_states(self, states: Tensor, actions: Tensor) -> Tensor:
-        """Recorded states (b, t + 1, S) and actions (b, t + 1, k) → what each of the last t frames would be,
-        predicted from the recorded ones before it (b, t, S). All frames at once: cheap to learn from.
+        """Recorded states (b, t + 1, S) and actions (b, t + 1, k) → each of the last t states, predicted from
+        the recorded ones before it (b, t, S). Faster than `unroll`, as frames do not wait for each other.
         """
         inner = self._inner(states)
         previous = torch.cat([inner[:, :1], inner[:, :-1]], 1)
@@ -139,7 +146,7 @@ class StateModel(nn.Module):
 
     @exact
     def unroll(self, carry: StateCarry, actions: Tensor) -> Tensor:
-        """Carry, actions (b, t, k) → states (b, t, S)."""
+        """Carry and actions (b, t, k) → the next t states, each predicted from the one before (b, t, S)."""
         if not actions.shape[1]:
             return carry.state[:, None].expand(-1, 0, -1)
         hidden, inner, rows = carry.hidden, self._inner(carry.state), []
@@ -149,48 +156,51 @@ class StateModel(nn.Module):
         return self._outer(torch.stack(rows, 1), carry.state[:, None].expand(-1, len(rows), -1))
 
     def _inner(self, state: Tensor) -> Tensor:
-        """(..., S) → (..., M)."""
+        """A state (..., S) → inner state (..., M)."""
         return pick(self.scales.normalise(state), self.order)
 
     def _outer(self, inner: Tensor, last: Tensor) -> Tensor:
-        """(..., M) and a state (..., S) whose pictured scalars stay → (..., S)."""
+        """An inner state (..., M), and pictured scalars from the state `last` (..., S) → state (..., S)."""
         scales, n, a = self.scales, self.positions, self.angles
         state = inner * pick(scales.scale, self.order) + pick(scales.offset, self.order)
         wrapped = state[..., n : n + a] % 360
-        wrapped = wrapped * (wrapped < 360)  # of a tiny negative angle the remainder is 360 itself
+        wrapped = wrapped * (wrapped < 360)  # the remainder of a tiny negative angle is 360 itself
         parts = [state[..., :n], wrapped, state[..., n + a :], pick(last, self.spec.pictured_indices)]
-        return pick(torch.cat(parts, -1), self.back)
+        return pick(torch.cat(parts, -1), self.inverse_order)
 
     def _start(self, games: int) -> Tensor:
-        """Hidden (b, H) before the first frame."""
-        return F.pad(self.clock_start, (self.width, self.keys + self.moved - self.known)).expand(games, -1)
+        """Hidden (b, H) at the beginning of a game."""
+        return F.pad(self.clock_start, (self.width, self.keys + self.moved - self.implied)).expand(games, -1)
 
     def _recall(
         self, hidden: Tensor, previous: Tensor, inner: Tensor, actions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Hidden (b, H) before a run of given inner states (b, t, M), the states before each of them, and
-        actions (b, t, k) → hidden after them, and what was known when each was due (b, t, ..).
+        """Hidden (b, H), recorded inner states (b, t, M), the inner states before each of them (b, t, M), and
+        actions (b, t, k) → hidden after the last one, and what was known before each of them (b, t, known):
+        inputs and recurrent part, as `_move` takes them.
         """
         cos, sin = self._heading(previous)
-        moved = self._felt(previous, inner, cos, sin)
-        last = torch.cat([hidden[:, None, self.kept :], moved[:, :-1]], 1)
-        told = self._told(last, previous, actions, cos, sin)
-        kept, rows = hidden[:, : self.kept], []
-        for now in told.unbind(1):
-            kept = self._remember(kept, now)
-            rows.append(kept)
-        return torch.cat([kept, moved[:, -1]], 1), torch.cat([told, torch.stack(rows, 1)], 2)
+        moved = self._last_move(previous, inner, cos, sin)
+        last = torch.cat([hidden[:, None, self.recurrent_size :], moved[:, :-1]], 1)
+        inputs = self._inputs(last, previous, actions, cos, sin)
+        recurrent, rows = hidden[:, : self.recurrent_size], []
+        for now in inputs.unbind(1):
+            recurrent = self._remember(recurrent, now)
+            rows.append(recurrent)
+        return torch.cat([recurrent, moved[:, -1]], 1), torch.cat([inputs, torch.stack(rows, 1)], 2)
 
     def _advance(self, hidden: Tensor, inner: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """One frame: hidden (b, H), inner (b, M), action (b, k) → the next hidden and inner."""
         cos, sin = self._heading(inner)
-        told = self._told(hidden[:, self.kept :], inner, action, cos, sin)
-        kept = self._remember(hidden[:, : self.kept], told)
-        new = self._move(inner, torch.cat([told, kept], 1), cos, sin)
-        return torch.cat([kept, self._felt(inner, new, cos, sin)], 1), new
+        inputs = self._inputs(hidden[:, self.recurrent_size :], inner, action, cos, sin)
+        recurrent = self._remember(hidden[:, : self.recurrent_size], inputs)
+        new = self._move(inner, torch.cat([inputs, recurrent], 1), cos, sin)
+        return torch.cat([recurrent, self._last_move(inner, new, cos, sin)], 1), new
 
     def _move(self, inner: Tensor, known: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Inner (b, M), all that is known (b, ..), cos and sin (b,) of the heading → the next inner."""
+        """Inner (b, M), inputs and recurrent part (b, known), cos and sin (b,) of the heading → the next
+        inner.
+        """
         out = self.free(known) + self.free_rest(known)
         n = self.positions
         step, velocity = turned(out[:, :n], cos, sin), turned(out[:, self.added :], cos, sin)
@@ -199,45 +209,51 @@ class StateModel(nn.Module):
         change = torch.cat([step, out[:, n : self.added], velocity], 1).clamp(-LARGEST, LARGEST)
         change = _still(change) * self.unit
         new = torch.cat([inner[:, : self.added] + change[:, : self.added], change[:, self.added :]], 1)
-        return torch.minimum(torch.maximum(new, self.low), self.high)  # nothing runs away
+        return torch.minimum(torch.maximum(new, self.low), self.high)  # states stay in the range of the data
 
     def _heading(self, inner: Tensor) -> tuple[Tensor, Tensor]:
-        """Inner (..., M) → cos and sin (...,)."""
+        """Inner (..., M) → cos and sin (...,) of the heading."""
         angle = inner[..., self.positions] * math.pi if self.angles else torch.zeros_like(inner[..., 0])
         return angle.cos(), angle.sin()
 
-    def _told(self, last: Tensor, inner: Tensor, action: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """What memory and free motion know (..., n): keys, velocity as the body feels it, scalars, last."""
+    def _inputs(self, last: Tensor, inner: Tensor, action: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Keys, velocity along and across the heading, scalars, and the `last` move (..., n)."""
         velocity = turned(inner[..., self.added :], cos, -sin)
         return torch.cat([action, velocity, inner[..., self.moved : self.added], last], -1)
 
     def _moved(self, inner: Tensor, new: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Step in the body's axes and turn (..., moved) from one inner state to the next, in large steps."""
+        """Two inner states in a row → step along and across the heading, and turn (..., moved), in large
+        steps.
+        """
         change = (new - inner)[..., : self.moved]
         n = self.positions
         turn = (change[..., n:] + 1) % 2 - 1
         return torch.cat([turned(change[..., :n], cos, -sin), turn], -1) / self.unit[: self.moved]
 
-    def _felt(self, inner: Tensor, new: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """What the body remembers of a move: `_moved` without what its velocity tells."""
-        return self._moved(inner, new, cos, sin)[..., self.known :]
+    def _last_move(self, inner: Tensor, new: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`_moved`, without the step where velocity says the same: the part of `hidden` about the last
+        move.
+        """
+        return self._moved(inner, new, cos, sin)[..., self.implied :]
 
-    def _remember(self, kept: Tensor, told: Tensor) -> Tensor:
-        """Memory, clocks and ages of held keys (b, kept), told → the same one frame on."""
+    def _remember(self, recurrent: Tensor, inputs: Tensor) -> Tensor:
+        """One recurrent step: memory, clocks and ages of held keys (b, recurrent_size), and the inputs of a
+        frame (b, n) → (b, recurrent_size).
+        """
         width, count = self.width, len(PERIODS)
-        memory, clock, age = kept.split([width, 2 * count, self.keys], 1)
-        out = self.remember(torch.cat([told, kept], 1))
+        memory, clock, age = recurrent.split([width, 2 * count, self.keys], 1)
+        out = self.remember(torch.cat([inputs, recurrent], 1))
         gate, fresh, clock_gate, clock_fresh = out.split([width, width, count, 2 * count], 1)
         memory = memory + gate.sigmoid() * (fresh.tanh() - memory)
         x, y = clock.chunk(2, 1)
         clock = clock * self.clock_turn[0] + torch.cat([-y, x], 1) * self.clock_turn[1]
         clock = clock + (clock_gate - 4).sigmoid().repeat(1, 2) * (clock_fresh.tanh() - clock)
-        age = told[:, : self.keys] * (age + AGEING * (1 - age))  # a key let go is young again
+        age = inputs[:, : self.keys] * (age + AGEING * (1 - age))  # a released key starts at age 0 again
         return torch.cat([memory, clock, age], 1)
 
     def _against_walls(self, here: Tensor, step: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised position (b, n), step and velocity in the open along the map's axes, in large steps and
-        scales → what walls leave of them.
+        """Normalised position (b, n), step (b, n) in large steps and velocity (b, v), both as in the open and
+        along the map's axes → step and velocity as walls change them.
         """
         n = self.positions
         low, high, unit = self.low[:n], self.high[:n], self.unit[:n]
@@ -251,18 +267,18 @@ class StateModel(nn.Module):
 
 
 def _bent(bend: Tensor, vector: Tensor) -> Tensor:
-    """A matrix (b, n n) times vector (b, n) plus an offset (b, n); `bend` holds both."""
+    """bend (b, n · n + n): a matrix and an offset; vector (b, n) → matrix · vector + offset (b, n)."""
     n = vector.shape[1]
     return (bend[:, : n * n].unflatten(1, (n, n)) * vector[:, None]).sum(2) + bend[:, n * n :]
 
 
 def _still(x: Tensor) -> Tensor:
-    """Values as they are, but those below DEAD_ZONE vanish, with some of their gradient kept alive."""
+    """x, smoothly set to zero where it is small against DEAD_ZONE; gradients do not vanish at once."""
     return x - x * DEAD_ZONE**4 / (x**4 + DEAD_ZONE**4)
 
 
 def _mlp(inputs: int, width: int, outputs: int, layers: int) -> nn.Sequential:
-    """A perceptron that says nothing before it is trained."""
+    """A multi-layer perceptron whose output is zero before training."""
     sizes = [inputs] + [width] * layers
     parts = [p for a, b in zip(sizes, sizes[1:], strict=False) for p in (nn.Linear(a, b), nn.SiLU())]
     last = nn.Linear(width, outputs)

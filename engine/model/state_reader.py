@@ -1,4 +1,4 @@
-"""Reads a state off finished latents: for starts without one, and for what keys do not decide."""
+"""StateReader: latents of a frame → its state, for starts without one and for numbers keys do not decide."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from ..device import exact
 from .state import StateModel
 from .state_spec import StateScales, StateSpec, pick
 
-SEEN = 0.3  # share of a number's variance that must be read off unseen pictures for play to go by it
-LOG_STD = -4.0, 2.0  # bounds of the logarithm of a guess's standard deviation, in units of the data
+SEEN = 0.3  # play uses a number only if the reader's R2 for it, on held-out frames, is at least this
+LOG_STD = -4.0, 2.0  # bounds of a component's logarithm of standard deviation, in normalised units
 
 
 class StateReader(nn.Module):
-    """One frame's latents → its state. Velocities are not to be seen in one frame: it tells their mean.
+    """One frame's latents → its state. One frame does not show velocities: the reader gives their mean.
 
-    Rooms look alike from several places, and the mean of these is none of them. So where and which way
-    (positions and angles together) is a mixture of some guesses, each with its weight and its deviation, of
-    which the likeliest is told; all other numbers are plain.
+    A view may fit several places, and the mean of these is none of them. So the pose (positions and angles
+    together) is a mixture of Gaussians, each with a weight and a standard deviation, of which the likeliest
+    mean is returned. All other numbers are regressed.
 
-    `share` (S,): which part of each number's variance it read off pictures that it had not seen (R2; 0: it
-    knows nothing), measured once when it was trained.
+    `share` (S,): R2 of each number on held-out frames (0: nothing is read), measured once after training.
     """
 
     def __init__(
@@ -33,7 +32,7 @@ class StateReader(nn.Module):
         self.places, self.angles = spec.indices("position"), spec.indices("angle")
         self.plain = [i for i in range(len(spec)) if i not in self.places + self.angles]
         every = self.places + self.angles + self.plain
-        self.back = [every.index(i) for i in range(len(spec))]
+        self.inverse_order = [every.index(i) for i in range(len(spec))]
         self.pose = len(self.places) + 2 * len(self.angles)  # numbers of a guess
         layers = [nn.Conv2d(channels, width, 3, padding=1), nn.SiLU()]
         layers += [nn.Conv2d(width, width, 3, 2, 1), nn.SiLU(), nn.Conv2d(width, width, 3, 2, 1), nn.SiLU()]
@@ -44,28 +43,28 @@ class StateReader(nn.Module):
         self.register_buffer("share", torch.zeros(len(spec)))
 
     def fit(self, states: Tensor, resets: Tensor) -> None:
-        """Sets units and ranges from the data; see StateScales.fit."""
+        """Measures units and ranges, as StateScales.fit does."""
         self.scales.fit(states, resets)
 
     @property
     def seen(self) -> list[int]:
-        """Places of the numbers that only pictures tell and that it does read off them."""
+        """Indices of the pictured numbers (StateSpec) that the reader reads well enough for play."""
         share = self.share.tolist()
         return [i for i in self.spec.pictured_indices if share[i] >= SEEN]
 
     @torch.no_grad()
     def measured(self, latents: Tensor, states: Tensor) -> Tensor:
-        """Latents (n, c, y, x) and their states (n, S) → the share of each number's variance that is read; of
-        an angle, as if it did not go round.
+        """Latents (n, c, y, x) and their states (n, S) → R2 of each number (S,), at least 0. Angles are taken
+        as plain numbers, from 0 to 360.
         """
         missed = (self(latents) - states).square().mean(0)
         return (1 - missed / states.var(0, unbiased=False).clamp_min(1e-12)).clamp_min(0)
 
     @exact
     def forward(self, latents: Tensor) -> Tensor:
-        """(n, c, y, x) → (n, S) in raw units, inside the range of the data, angles in [0, 360)."""
+        """Latents (n, c, y, x) → states (n, S), raw units, within the data's range, angles in [0, 360)."""
         weight, guess, log_std, plain = self._read(latents.float())
-        height = weight - self.pose * log_std  # of each guess's peak, as logarithm
+        height = weight - self.pose * log_std  # logarithm of each component's peak density
         best = height.argmax(1)[:, None, None].expand(-1, 1, self.pose)
         place, cos, sin = self._parts(guess.gather(1, best)[:, 0])
         scales, numbers = self.scales, self.places + self.plain
@@ -73,11 +72,11 @@ class StateReader(nn.Module):
         made = torch.minimum(torch.maximum(made, pick(scales.low, numbers)), pick(scales.high, numbers))
         place, plain = made.split([len(self.places), len(self.plain)], 1)
         angle = torch.rad2deg(torch.atan2(sin, cos)) % 360
-        return pick(torch.cat([place, angle * (angle < 360), plain], 1), self.back)
+        return pick(torch.cat([place, angle * (angle < 360), plain], 1), self.inverse_order)
 
     def loss(self, latents: Tensor, states: Tensor) -> Tensor:
-        """How unlikely the states (n, S) are after latents (n, c, y, x): of positions and angles the negative
-        log likelihood, of other numbers how far it is off, in units of the data.
+        """Latents (n, c, y, x) and their states (n, S) → the loss (): negative log likelihood of positions
+        and angles, plus the Huber error of all other numbers, in normalised units.
         """
         weight, guess, log_std, plain = self._read(latents)
         radians, known = torch.deg2rad(pick(states, self.angles)), self.scales.normalise(states)
@@ -89,15 +88,15 @@ class StateReader(nn.Module):
         return (plain - fits.logsumexp(1)).mean()
 
     def _read(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """→ of each guess the logarithm of its weight (n, g), its numbers (n, g, pose), and the logarithm of
-        its standard deviation (n, g); the plain numbers, normalised (n, ..).
+        """Latents (n, c, y, x) → of each component of the mixture: logarithm of weight (n, g), mean (n, g,
+        pose) and logarithm of standard deviation (n, g); then the other numbers, normalised (n, plain).
         """
         guesses, plain = self.out(self.trunk(latents)).tensor_split([self.guesses * (self.pose + 2)], 1)
         weight, log_std, guess = guesses.unflatten(1, (self.guesses, -1)).split([1, 1, self.pose], 2)
         return weight[..., 0].log_softmax(1), guess, log_std[..., 0].clamp(*LOG_STD), plain
 
     def _parts(self, guess: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, pose) → normalised positions, and the angles' cosines and sines, (n, ..) each."""
+        """A pose (n, pose) → normalised positions (n, p), and cosines and sines of the angles (n, a)."""
         return guess.split([len(self.places), len(self.angles), len(self.angles)], 1)
 
 
@@ -105,11 +104,11 @@ class StateReader(nn.Module):
 def completed(
     model: StateModel, reader: StateReader, latents: Tensor, actions: Tensor, states: Tensor
 ) -> Tensor:
-    """The states of a start's frames (b, t, S), NaN where nothing is known, without gaps. Latents (b, t, c,
-    y, x), actions (b, t, k).
+    """Fills in the states (b, t, S) of a start's frames, NaN where unknown, from latents (b, t, c, y, x) and
+    actions (b, t, k).
 
-    What of the first frame is not known is read off it, a body at rest; from there on the state follows the
-    keys, and what is known stays as it is. What keys do not decide is read off each frame.
+    The first frame's missing numbers are read off its latents, with velocity zero; those of later frames are
+    predicted from the keys, and pictured numbers are read off each frame. Known numbers stay.
     """
     known, spec = torch.isfinite(states), model.spec
     read = reader(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])

@@ -1,4 +1,4 @@
-"""What a world's state consists of, its units and ranges, and its features as conditioning."""
+"""The numbers of a world's state, their units and ranges, and the features that condition the generator."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..worlds.base import STATE_KINDS
 
 PICTURED = ("health", "ammo")  # scalars that keys do not decide
 OCTAVES = 7  # of a position's Fourier features: the finest wave is a 32nd of the map
-HARMONICS = 8  # of an angle
-STEP_HARMONICS = 2  # of a step between two frames
+HARMONICS = 8  # Fourier features of an angle
+STEP_HARMONICS = 2  # Fourier features of the step between two frames
 
 
 @dataclass(frozen=True)
 class StateSpec:
-    """The numbers of a state in order, and of what kind each one is.
+    """The numbers of a state in order, and the kind of each (worlds/base.py).
 
-    Positions lie on a fixed map; the first two span the plane that the first angle (degrees, counted from
-    the first axis to the second) is a heading in, and the first two velocities lie in it, too. `pictured`
-    are scalars that keys do not decide (health): they are read off pictures; every other number follows keys.
-    Raises UserError for an unknown kind, and for a pictured number that is no scalar.
+    Positions are on a fixed map. The first two, and the first two velocities, are in the plane in which the
+    first angle is the heading: degrees, from the first axis towards the second. `pictured`: scalars that
+    keys do not decide (health), which are read off frames; all other numbers are predicted from keys.
+    Raises UserError for an unknown kind, names that repeat, and a pictured number that is no scalar.
     """
 
     names: tuple[str, ...]
@@ -48,33 +48,40 @@ class StateSpec:
         return len(self.names)
 
     def indices(self, kind: str) -> list[int]:
-        """Places of all numbers of one kind; of scalars, those that follow keys."""
+        """Indices of the numbers of one kind, without pictured ones."""
         pairs = enumerate(zip(self.names, self.kinds, strict=True))
         return [i for i, (name, its) in pairs if its == kind and name not in self.pictured]
 
     @property
     def pictured_indices(self) -> list[int]:
+        """Indices of the pictured scalars."""
+        """Indices of the pictured scalars."""
         return [self.names.index(name) for name in self.pictured]
 
     def to_dict(self) -> dict[str, Any]:
+        """As plain lists, for JSON and for StateConfig."""
+        """As plain lists, for JSON and for StateConfig."""
         return {key: list(value) for key, value in asdict(self).items()}
 
     @classmethod
     def of(cls, kinds: Mapping[str, str], pictured: Sequence[str] = PICTURED) -> StateSpec:
-        """From a recording's or world's `state_kinds`, in their order."""
+        """From the `state_kinds` of a recording or world (name → kind); `pictured`: names read off frames."""
         scalars = [name for name, kind in kinds.items() if kind == "scalar" and name in pictured]
         return cls(tuple(kinds), tuple(kinds.values()), tuple(scalars))
 
     @classmethod
     def from_dict(cls, plain: dict[str, Sequence[str]]) -> StateSpec:
+        """The reverse of `to_dict`; UserError as above."""
+        """The reverse of `to_dict`; UserError as above."""
         return cls(**{key: tuple(value) for key, value in plain.items()})
 
 
 class StateScales(nn.Module):
-    """Offsets, scales and ranges of a world's states, as buffers: set once by `fit`, kept with the weights.
+    """Units and ranges of a world's state, as buffers, saved with the weights; `fit` sets them.
 
     `offset`, `scale` (S,): (state - offset) / scale is about in [-1, 1]; `low`, `high` (S,): range of the
-    data; `step` (S,): a large change within one frame. Positions share one scale, as do velocities.
+    data; `step` (S,): the large step, the 99th percentile of changes within a frame. Positions share one
+    scale and one step, and so do velocities.
     """
 
     def __init__(self, spec: StateSpec) -> None:
@@ -87,9 +94,9 @@ class StateScales(nn.Module):
 
     @torch.no_grad()
     def fit(self, states: Tensor, resets: Tensor) -> None:
-        """Measures the data: states (n, S) in raw units, in order; resets (n,) bool, where an episode starts.
+        """Measures states (n, S), raw units, in order; resets (n,) bool: True where an episode starts.
 
-        Raises UserError where there are no two frames of one episode or a number is not finite.
+        Raises UserError where no episode has two frames, or a number is not finite.
         """
         follows = ~resets[1:].bool()
         if len(states) < 2 or not follows.any() or not torch.isfinite(states).all():
@@ -104,7 +111,7 @@ class StateScales(nn.Module):
         self.offset[angles], self.scale[angles], self.low[angles], self.high[angles] = 0.0, 180.0, 0.0, 360.0
         for kind in ("position", "velocity"):
             places = self.spec.indices(kind)
-            if places:  # one scale for both axes, so that turning the frame keeps lengths
+            if places:  # one scale for both axes, so that rotations keep lengths
                 self.scale[places] = self.scale[places].max()
                 self.step[places] = self.step[places].max()
         self.offset[self.spec.indices("velocity")] = 0.0
@@ -112,17 +119,19 @@ class StateScales(nn.Module):
         self.step.copy_(torch.where(self.step < 1e-4 * self.scale, self.scale, self.step))
 
     def normalise(self, state: Tensor) -> Tensor:
-        """(..., S) raw → (..., S) about in [-1, 1]."""
+        """States (..., S), raw units → (..., S), about in [-1, 1]."""
         return (state - self.offset) / self.scale
 
 
 def _percentile(values: Tensor, share: float) -> Tensor:
-    """(n, S) → (S,); torch.quantile refuses large inputs."""
+    """The quantile `share` of each column: (n, S) → (S,). torch.quantile refuses large inputs."""
     return values.sort(0).values[round(share * (len(values) - 1))]
 
 
 def pick(values: Tensor, places: Sequence[int]) -> Tensor:
-    """(..., S) → (..., len(places)), without an index tensor, whose copy to a GPU no graph can capture."""
+    """values[..., places]: (..., S) → (..., len(places)), without an index tensor, since copying one to the
+    GPU cannot be captured in a CUDA graph.
+    """
     first, count = (places[0] if places else 0), len(places)
     if list(places) == list(range(first, first + count)):
         return values[..., first : first + count]
@@ -138,7 +147,9 @@ def difference(spec: StateSpec, state: Tensor, previous: Tensor) -> Tensor:
 
 
 def turned(plane: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Vectors (..., n) with their first two numbers turned by the angle of cos, sin (...,); n < 2: as is."""
+    """Vectors (..., n), their first two numbers rotated by the angle of cos, sin (...,); unchanged if n
+    < 2.
+    """
     if plane.shape[-1] < 2:
         return plane
     x, y = plane[..., 0], plane[..., 1]
@@ -147,28 +158,30 @@ def turned(plane: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def heading(spec: StateSpec, state: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., S) → cos and sin (...,) of the first angle; of 0 where there is none."""
+    """States (..., S) → cos and sin (...,) of the heading, the first angle; of 0 without one."""
     angles = spec.indices("angle")
     radians = torch.deg2rad(state[..., angles[0]]) if angles else torch.zeros_like(state[..., 0])
     return radians.cos(), radians.sin()
 
 
 def waves(x: Tensor, frequencies: Tensor) -> Tensor:
-    """(..., n) → sines and cosines of every frequency (..., 2 n len(frequencies))."""
+    """(..., n) → sines, then cosines, at every frequency (..., 2 · n · len(frequencies))."""
     phase = (x[..., None] * frequencies).flatten(-2)
     return torch.cat([phase.sin(), phase.cos()], -1)
 
 
 def octaves(x: Tensor) -> Tensor:
-    """Normalised positions (..., n) → Fourier features (..., 2 n OCTAVES); the slowest wave spans the map."""
+    """Normalised positions (..., n) → Fourier features (..., 2 · n · OCTAVES); the longest wave spans the
+    map.
+    """
     return waves(x, 2.0 ** torch.arange(OCTAVES, device=x.device) * (math.pi / 2))
 
 
 def state_features(scales: StateScales, state: Tensor, previous: Tensor) -> Tensor:
-    """What a generator is told of a state: (..., S) and the state of an earlier frame, raw → (..., F).
+    """A state and that of an earlier frame (..., S), raw units → features for the generator (..., F).
 
-    Where (octaves of the position), which way (harmonics of the angles), the step from `previous` to it in
-    the earlier frame's own axes, with slow sines and cosines of it, and all but position and angle plain.
+    They are, in order: the position and its octaves; harmonics of the angles; all other numbers, normalised;
+    the step from `previous` along and across its heading, and the turn, with sines and cosines of these.
     """
     spec = scales.spec
     position, angle = spec.indices("position"), spec.indices("angle")
@@ -186,14 +199,16 @@ def state_features(scales: StateScales, state: Tensor, previous: Tensor) -> Tens
 
 
 def features_width(spec: StateSpec) -> int:
-    """F of `state_features`."""
+    """How many features `state_features` gives."""
     position, angle = len(spec.indices("position")), len(spec.indices("angle"))
     moved = (position + angle) * (1 + 2 * STEP_HARMONICS)
     return position * (1 + 2 * OCTAVES) + 2 * HARMONICS * angle + len(spec) - position - angle + moved
 
 
 def scene_columns(spec: StateSpec) -> list[int]:
-    """Places in `state_features` of what a scene is known by: positions, angles, and all but velocities."""
+    """Indices, in `state_features`, of the numbers that determine what is seen: all but velocities and
+    steps.
+    """
     position, angle = len(spec.indices("position")), len(spec.indices("angle"))
     turn = position * (1 + 2 * OCTAVES) + 2 * HARMONICS * angle
     plain = [kind for kind in spec.kinds if kind not in ("position", "angle")]

@@ -1,6 +1,4 @@
-"""The diffusion transformer over frame tokens: one condition token and the patches of every frame; and the
-convolutions around it.
-"""
+"""Transformer: a diffusion transformer over the tokens of frames, with convolutions before and after it."""
 
 from __future__ import annotations
 
@@ -14,25 +12,27 @@ from .layers import AttentionContext, Condition, ConvLayer, DiTLayer, Positions,
 
 
 class Transformer(nn.Module):
-    """Latents of some frames (b, t, c, y, x), conditioned frame by frame → as many of the same shape.
+    """Latents of frames (b, t, c, y, x), conditioned frame by frame → the same shape.
 
-    Convolutions at the latents' own resolution stand before and behind the tokens, joined past them (as in a
-    U-Net, Ronneberger et al., 2015): fine things nearby are their work, far and long-ago ones that of the
-    attention over a few large tokens.
+    A frame's tokens are one condition token and its patches. Convolutions at the latents' own resolution come
+    before and after the tokens, with a skip connection past them (as in a U-Net, Ronneberger et al., 2015):
+    convolutions handle fine detail nearby; attention over a few large tokens what is far away or long ago.
     """
 
     def __init__(self, config: DenoiserConfig, channels: int, rows: int, columns: int, scene: bool = False):
-        """`scene`: whether frames come with the scene that belongs to their state."""
+        """`scene`: whether frames come with a scene (scene.py). Raises UserError where latents do not divide
+        into patches.
+        """
         super().__init__()
         self.patch = config.patch
         if rows % self.patch or columns % self.patch:
             said = f"Latents of {columns}x{rows} do not divide into patches of {self.patch}"
             raise UserError(f"{said}; change model.denoiser.patch or the world's frame size.")
         self.rows, self.columns = rows // self.patch, columns // self.patch
-        self.tokens = 1 + self.rows * self.columns  # a frame
+        self.tokens = 1 + self.rows * self.columns  # of a frame
         width, fine = config.width, config.conv_width
-        # a few channels that keys and state draw by themselves: convolutions that are told the same
-        # everywhere cannot know what stands where
+        # channels that the condition draws, different at every place: a condition that is the same for all
+        # places cannot tell a convolution where things are
         self.field = nn.Linear(width, config.field_channels * rows * columns)
         seen = (3 if scene else 2) * channels + config.field_channels
         self.read = nn.Conv2d(seen, fine, 3, padding=1)
@@ -64,10 +64,10 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         context_only_frames: int = 0,
     ) -> Tensor | None:
-        """latents and the finished frame before them (b, t, c, y, x), sigma (b, t), condition tokens (b, t,
-        d), their scenes as latents, index of the first frame, memory, mask (t n, m) added to the scores → (b,
-        t, c, y, x) without the `context_only_frames` first ones, of which only the memory is wanted; None
-        where that is all.
+        """latents and prev_frame, for each the finished frame that it is made from (b, t, c, y, x); sigma
+        (b, t); condition tokens (b, t, d); scenes (b, t, c, y, x) or None; index of the first frame; memory;
+        mask (t · n, m) added to the attention scores → (b, t - context_only_frames, c, y, x). Of the first
+        `context_only_frames` frames only keys and values are written; None if these are all.
         """
         b, t = latents.shape[:2]
         condition = F.silu(self.sigma(sigma) + token)  # (b, t, d)
@@ -98,7 +98,7 @@ class Transformer(nn.Module):
         return self.write(F.silu(fine)).unflatten(0, (b, t))
 
     def _conditions(self, condition: Tensor) -> list[Condition]:
-        """Each layer's own from the frames' (b, t, d)."""
+        """Conditions of the frames (b, t, d) → each layer's modulation."""
         shared = self.modulation(condition)
         tables = torch.stack([layer.table for layer in self.layers]).to(shared.dtype)
         parts = (shared[:, :, None] + tables).unflatten(-1, (6, -1))  # (b, t, layers, 6, d)

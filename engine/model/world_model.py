@@ -1,4 +1,4 @@
-"""WorldModel: all networks of a generated world as one module, and its part that plays, the Generator."""
+"""Generator: the networks that make the next latents from keys. WorldModel: these and the autoencoder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .state_reader import StateReader
 
 
 class Generator(nn.Module):
-    """What makes the next latents from keys: the denoiser, and for a world that tells its state the network
-    that predicts it (`states`) and the one that reads it off latents (`reader`), None where there is none.
+    """The networks that make the next latents from keys: the denoiser; in a world with state, also the
+    network that predicts it (`states`), and the one that reads it off latents (`reader`); else None.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class Generator(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """A generated world: frames to latents and back, and what makes the next latents from keys."""
+    """All networks of a generated world."""
 
     def __init__(self, autoencoder: Autoencoder, generator: Generator):
         super().__init__()

@@ -20,7 +20,7 @@ from ..worlds.base import ActionSpace
 class TrueGame:
     """The simulator. `start` says where the running episode began."""
 
-    source, digest, checkpoint = "true", "", ""
+    source, digest, checkpoint, precision = "true", "", "", ""
 
     def __init__(self, config: PlayConfig) -> None:
         """Opens the simulator. Raises UserError where it is not installed or does not start."""
@@ -89,6 +89,7 @@ class Dream:
         self.action_space, self.fps = self._session.action_space, self._session.fps
         self.state_kinds = self._session.state_kinds
         self.world, self.checkpoint, self.digest = player.world, str(path), player.checkpoint.digest()
+        self.precision = player.precision
         self.start = config.start or next(iter(self._shipped), "true game")
 
     def reset(self, seed: int, start: str = "") -> np.ndarray:
@@ -150,9 +151,12 @@ def open_game(config: PlayConfig) -> Game:
         import torch
 
         torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
+    from ..device import is_lack_of_memory
+
     try:
         return Dream(config)
-    except MemoryError:
-        raise UserError(
-            f"There is not enough memory for {config.checkpoint}; close other programs."
-        ) from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        said = f"There is not enough memory for {config.checkpoint}"
+        raise UserError(f"{said}; close other programs.") from None

@@ -180,18 +180,10 @@ class Playthrough:
         """Begins a recording with the frame that is shown now, and notes what led to it, so that it can be
         replayed. Raises UserError where it cannot write.
         """
-        world, names = self.game.world, self.game.action_space.names
-        kinds = self.game.state_kinds
-        self.recorder = Recorder(
-            directory,
-            world,
-            self.game.source,
-            self.seed,
-            self.game.digest,
-            names=names,
-            state_kinds=kinds,
-            parent=self._parent(),
-        )
+        game = self.game
+        about = {"names": game.action_space.names, "state_kinds": game.state_kinds}
+        about |= {"precision": game.precision, "parent": self._parent()}
+        self.recorder = Recorder(directory, game.world, game.source, self.seed, game.digest, **about)
         self._write(self._reset_event(), reset=True)
 
     def stop_recording(self) -> None:

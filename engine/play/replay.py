@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import UserError
+from ..config import UserError, WorldConfig
 from ..data.about_world import check_keys_mean_the_same
 from ..data.recording import Recording
 from ..data.starts import known_actions
 from ..worlds.base import ActionSpace
 from .game import Game
+
+DRAWN = ("id", "scenario", "map", "width", "height", "tics", "episode_frames")  # on which a true game depends
 
 
 class Beginning(NamedTuple):
@@ -43,6 +47,10 @@ class Replay:
         self._same = True  # the game is the recorded one
         self._at = 0  # number of the frame that was shown last
 
+    def precision(self, wanted: str) -> str:
+        """In which a dream is to be drawn: as it was recorded, where `wanted` leaves that open (auto)."""
+        return wanted if wanted != "auto" else self._recording.header["precision"] or wanted
+
     def fit(self, game: Game) -> None:
         """Puts the keys in the game's order. Raises UserError for a held key that it does not know, and where
         its keys do something else.
@@ -52,6 +60,9 @@ class Replay:
         self._actions = known_actions(self._recording, 0, len(self._recording), self._space)
         recorded = header["source"], header["checkpoint"]
         self._same = recorded == (game.source, game.digest) and "seed" in self._told(0)
+        if self._same and game.source == "true" and (other := _differences(header["config"], game.world)):
+            said = f"{self._recording.directory} was recorded with {other}"
+            print(f"{said}: what is drawn here is not what was seen there.", file=sys.stderr)
 
     @property
     def left(self) -> int:
@@ -95,3 +106,9 @@ class Replay:
         """What is recorded of the reset at this frame; nothing, where that was not noted."""
         events = [event for event in self._recording.events[frame] if isinstance(event, dict)]
         return next((event["reset"] for event in events if "reset" in event), {})
+
+
+def _differences(there: dict[str, Any], world: WorldConfig) -> str:
+    """What of a recorded world's config is otherwise than in `world`, as far as it was told."""
+    here = asdict(world)
+    return ", ".join(f"{name} {there[name]}" for name in DRAWN if there.get(name, here[name]) != here[name])

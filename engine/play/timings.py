@@ -16,9 +16,8 @@ try:
 except ImportError:  # Windows
     resource = None
 
-KEPT = (
-    20_000  # steps of which times are kept: nineteen minutes; older ones are forgotten, memory does not grow
-)
+# steps of which times are kept: nineteen minutes; older ones are forgotten, memory does not grow
+KEPT = 20_000
 IMPORTED = time.perf_counter()
 
 

@@ -1,12 +1,15 @@
 """Plays a world: python play.py [name=value ...]
 
 Without options a window opens and you walk through the world that the network in assets/ draws; F1 shows the
-keys. Where there is no display, a recorded walk is played into a video. Often used options:
-  checkpoint=FILE   which network           game=true world=NAME   the real game instead, with the same keys
-  start=WHERE       where a dream starts: a shipped start's name, a recording DIR or DIR:FRAME, any picture
-  record=DIR        records frames and keys, to train on or to replay
-  video=FILE.mp4    films what is seen
-  policy=NAME       who plays: keyboard explore scripted random taps idle spin walls, or a recording to replay
+keys. Where there is no display, a recorded walk is played into a video, rollplay.mp4. Often used options:
+  checkpoint=FILE   which network; out=DIR of training has it as decoder.safetensors
+  game=true         the real game instead, with the same keys: world=NAME, or world=gym world.id=ID
+  start=WHERE       where a generated game starts: the name of a start inside the checkpoint (1, 2, ...), a
+                    recording DIR or DIR:FRAME, any picture
+  record=DIR        records frames and keys: of the real game to train on, of a generated one to replay
+  video=FILE.mp4    films what is seen (FILE.webp: a moving picture)
+  policy=NAME       who plays: keyboard, a recording DIR to replay, or explore (walks by the map) scripted
+                    (like a person) random taps idle spin walls (runs into them)
   display=headless  no window, as fast as it can      frames=N   stop after so many      seed=N      threads=N
 All options with their defaults: engine/config.py, PlayConfig. The last line of output is JSON with figures.
 """
@@ -78,6 +81,8 @@ def open_playthrough(config: PlayConfig, check: Callable[[ActionSpace], None] | 
     from ..play.playthrough import Playthrough, check_policy
 
     replay = check_policy(config.policy)
+    if replay:
+        config = replace(config, precision=replay.precision(config.precision))
     game = open_game(config)
     tell_keyless(game.action_space)
     try:
@@ -146,8 +151,9 @@ def _play(arguments: list[str]) -> int:
     try:
         config = choose_display(load_config("play", PlayConfig, arguments))
         figures = play_window(config) if config.display == "window" else play_headless(config)
-    except KeyboardInterrupt:
-        return refuse("play.py", "stopped; what was recorded is complete.", 130)
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        return refuse("play.py", "stopped; what was recorded is complete.", 128 + number)
     for what, path in (("recording", config.record), ("video", config.video)):
         if path:
             print(f"The {what} is in {os.path.abspath(path)}")
@@ -156,9 +162,13 @@ def _play(arguments: list[str]) -> int:
     return 0
 
 
+def _end(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
 def program() -> int:
     """The command line's program → its exit code."""
     for number in ENDING:  # a logout and a terminal that goes close files, as Ctrl-C does
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, _end)
     return main(sys.argv[1:])

@@ -3,22 +3,25 @@
 stage=all makes a playable world from nothing: it collects, then trains every stage with its share of the
 time, and goes on where it was stopped. Each stage is also a command of its own, reads what the one before it
 wrote, takes max_minutes=M and goes on where it was stopped:
-  collect      policies play the true game
-  autoencoder  frames to latents and back
-  state        where one is and where one looks, from keys
-  denoiser     the next frames, from true ones
-  distill      the model's own games keep to the truth and get its look
-  decoder      crisp pictures
-  evaluate     all figures of the report, against the true game
+  collect      policies play the real game and record it
+  autoencoder  learns to turn frames into latents and back
+  state        learns where the player is and looks, from keys, and what is to be seen from there
+  denoiser     learns the next frames from recorded ones
+  distill      goes on with that on its own games, so that they stay sharp and on course
+  decoder      learns to draw crisp pictures
+  evaluate     measures a checkpoint against the real game (not part of stage=all)
 Besides: pack makes the small file that ships (checkpoint=FILE out=FILE), precision compares arithmetic, and
 ablate measures a checkpoint that plays without parts of the method (checkpoint=FILE out=DIR). What evaluate
 measures: docs/evaluation.md; routes=FILE gives it other routes, quick=true takes some three minutes.
 
 Often used options:
-  world=NAME    doom_gathering doom_arena doom_defend doom_home gym (with world.id=...)
-  preset=NAME   toy (seconds) · laptop (overnight on 2 cores) · gpu (under 25 minutes on one big GPU)
-  data=DIR      recordings         out=DIR    checkpoints, metrics and pictures
-  frames=N      collect: how many  max_minutes=M  seed=N  threads=N
+  world=NAME    doom_gathering doom_arena doom_defend doom_home (pip install '.[doom]'), or gym ('.[gym]')
+                with world.id=CartPole-v1 or world.id=my_module:MyGame-v0, a module beside train.py or on
+                PYTHONPATH
+  preset=NAME   toy (a minute, shows only that all runs) · laptop (overnight on 2 cores) · gpu (one big GPU,
+                meant for under 25 minutes)
+  data=DIR      recordings; those of generated games are left out     out=DIR  checkpoints, figures, pictures
+  frames=N      collect, all: how many frames policies play; 0 none      max_minutes=M  seed=N  threads=N
   device=NAME   auto · cpu · cuda · cuda:1 · mps (untested)
   again=true    train anew what was made from something else than what is there now
 Ctrl-C, SIGTERM and a closed terminal save before they stop; while a file `pause` lies in out=DIR, training
@@ -38,6 +41,7 @@ import torch
 
 from ..config import TrainConfig, UserError, load_config
 from ..data.dataset import recorded_world
+from ..device import is_lack_of_memory
 from ..errors import refuse, run_program
 from ..model.layers import choose_kernels
 from ..stage_config import TRAINED
@@ -95,10 +99,13 @@ def _train(arguments: list[str]) -> int:
             figures = run(config, stop)
     except Stopped as stopped:
         return refuse("train.py", str(stopped) or f"stopped; {UNTOUCHED}.", stopped.code)
-    except torch.OutOfMemoryError:
-        said = "The GPU's memory is too small for this"
-        raise UserError(f"{said}; lower stages.NAME.batch and raise stages.NAME.accumulate.") from None
-    if int(os.environ.get("RANK", 0)) == 0:
+    except (RuntimeError, MemoryError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        said = "There is too little memory for this"
+        how = "lower stages.NAME.batch and raise stages.NAME.accumulate, or choose smaller networks"
+        raise UserError(f"{said}; {how}.") from None
+    if os.environ.get("RANK", "0") == "0":
         print(json.dumps(figures))
     return 0
 

@@ -1,1 +1,1 @@
-"""Play in latents: window.py, the one forward path (rollout.py), and a game on a device (session.py)."""
+"""Games in latents: the window, the one forward path (rollout.py), and a game on a device (session.py)."""

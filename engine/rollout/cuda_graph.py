@@ -1,4 +1,4 @@
-"""StepGraph: a step of a game as CUDA graphs, so that a GPU goes through it without waiting for the host."""
+"""StepGraph: a step of a game as CUDA graphs, so that the GPU does not wait for the host within a step."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 Draw = Callable[[Tensor, bool], Tensor]
 
-WARM_UP = 3  # eager steps before a capture: kernels are compiled and libraries choose their plans
+WARM_UP = 3  # eager steps before a capture, in which kernels are compiled and libraries choose plans
 
 
 class StepGraph:
-    """Two graphs of `draw(held, renoise)`: one that shows the leaving frame as it is, one that sends it back.
-    draw takes keys (1, k) on the device and gives a frame there; all that it keeps must stay where it is, and
-    nothing but `renoise` may decide on the host.
+    """Two graphs of `draw(held, renoise)`, with `renoise` False and True (Rollout.step).
 
-    Frames come back through pinned memory; waiting for this copy is the only time that the host waits.
+    draw takes keys (1, k) on the device and returns a frame on the device. Its memory must not move between
+    calls, and its course on the host may depend on `renoise` alone. Frames are copied to the host through
+    pinned memory; the host waits for that copy only.
     """
 
     def __init__(self, draw: Draw, keys: int, device: torch.device):
@@ -31,7 +31,7 @@ class StepGraph:
         self._done = torch.cuda.Event()
 
     def capture(self) -> None:
-        """Plays a few steps and captures both kinds. The game is another one afterwards: reset it."""
+        """Plays a few steps and captures both graphs. This changes the game: reset it afterwards."""
         side = torch.cuda.Stream()
         pool = torch.cuda.graph_pool_handle()
         for renoise in (False, True):
@@ -48,11 +48,11 @@ class StepGraph:
 
     @property
     def captured(self) -> bool:
-        """Whether steps can be played."""
+        """Whether `capture` is done, so that steps can be played."""
         return bool(self._graphs)
 
     def __call__(self, action: np.ndarray, renoise: bool) -> np.ndarray:
-        """Holds the keys `action` (k,) for one frame → frame, as draw makes it."""
+        """Plays one frame under the keys `action` (k,) → the frame that draw returns, on the host."""
         self._given[0] = torch.from_numpy(np.asarray(action, np.float32))
         self._held.copy_(self._given, non_blocking=True)
         self._graphs[renoise].replay()

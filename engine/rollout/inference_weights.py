@@ -1,4 +1,4 @@
-"""How weights are kept for play: in the type of the products, in 8 bits, or laid out for a CPU's library."""
+"""Weights as play needs them: cast to the precision of products, or laid out for oneDNN on a CPU."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from ..device import AUTOCAST
 
-SMALLEST = 128  # columns of a product that is worth doing in 8 bits
-PACKED = 64  # rows and columns of a product whose weights are worth laying out
+SMALLEST = 128  # input channels from which a linear layer is faster in 8 bits
+PACKED = 64  # input and output channels from which packing a linear layer's weights is faster
 
 
 def cast_weights(module: nn.Module, precision: str) -> None:
-    """Stores the weights of products and convolutions as `precision` has them, lest autocast casts them each
-    step. fp8 has the large products of the transformer's layers in 8 bits, all else in bfloat16.
+    """Casts the weights of linear layers and convolutions to `precision`, in place, so that autocast need not
+    cast them at each step. With fp8 the large linear layers of the transformer are replaced by Float8Linear,
+    and all others are bfloat16.
     """
     dtype = AUTOCAST[precision]
     for part in module.modules():
@@ -28,9 +29,9 @@ def cast_weights(module: nn.Module, precision: str) -> None:
 
 
 def pack_weights(module: nn.Module, precision: str) -> None:
-    """For play on a CPU: convolutions and products have their weights in oneDNN's own layout, instead of
-    bringing them into it at every call, and nothing is moved before a convolution that can be read where it
-    is. There are no gradients. A CPU that oneDNN cannot serve in bfloat16 keeps plain weights.
+    """Replaces linear layers and convolutions, for play on a CPU, by ones whose weights have oneDNN's own
+    layout, which need not be made at every call; a PixelUnshuffle before a convolution becomes part of it.
+    There are no gradients. Does nothing where oneDNN does not support `precision` on this CPU.
     """
     if _is_served(precision):
         for part in module.modules():
@@ -46,7 +47,7 @@ def _is_served(precision: str) -> bool:
 
 
 def _fold(parts: nn.Sequential) -> None:
-    """Pixels moved into channels, and a convolution over these: one convolution with larger steps."""
+    """Replaces PixelUnshuffle and the convolution after it by one convolution with a larger stride."""
     for index, (moves, conv) in enumerate(pairwise(parts)):
         if isinstance(moves, nn.PixelUnshuffle) and isinstance(conv, nn.Conv2d):
             step, (height, width) = moves.downscale_factor, conv.kernel_size
@@ -79,7 +80,7 @@ def _packed(part: nn.Module) -> nn.Module | None:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights lie as oneDNN wants them."""
+    """A linear layer with weights in oneDNN's layout."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -92,8 +93,8 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv(nn.Module):
-    """A convolution whose weights lie as oneDNN wants them, which depends on the size of what comes: a wrong
-    layout halves the speed.
+    """A convolution with weights in oneDNN's layout. The best layout depends on the input's size, and another
+    one halves the speed, so there is one for each size.
     """
 
     def __init__(self, conv: nn.Conv2d):
@@ -112,8 +113,8 @@ class PackedConv(nn.Module):
 
 
 class Float8Linear(nn.Module):
-    """A linear layer whose weights and inputs are 8-bit floats (e4m3), each row with a scale of its own
-    (Micikevicius et al., 2022); products are summed in float32.
+    """A linear layer whose weights and inputs are 8-bit floats (e4m3), with a scale for each row
+    (Micikevicius et al., 2022); sums are float32.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -132,6 +133,6 @@ class Float8Linear(nn.Module):
 
 
 def rows_in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, m) → as 8-bit floats, and each row's scale (n, 1) float32."""
+    """(n, m) → the same as 8-bit floats (n, m), and each row's scale (n, 1), float32."""
     scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
     return (x / scale).to(torch.float8_e4m3fn), scale

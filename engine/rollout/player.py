@@ -1,4 +1,4 @@
-"""Player: a world model on a device, in a precision, laid out for play."""
+"""Player: the world model of a checkpoint on a device, ready to play."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .rollout import Rollout
 
 
 class Player:
-    """The world model of a checkpoint, ready to play."""
+    """A world model on a device, in a precision, with weights laid out for play."""
 
     def __init__(
         self,
@@ -30,8 +30,9 @@ class Player:
         rollout: Callable[..., Rollout] = Rollout,
         state: bool = True,
     ):
-        """`rollout`: how they play; ablations play otherwise. `state`: whether games may have one; without,
-        they are played as in a world that tells none.
+        """`rollout`: the class that plays games, another one in ablations. `state`: whether games may use the
+        state; with False they are played as in a world without one. Raises UserError for a checkpoint, device
+        or precision that cannot be used.
         """
         self.rollout = rollout
         self.checkpoint = Checkpoint(checkpoint)
@@ -47,21 +48,23 @@ class Player:
 
     @property
     def states(self) -> StateModel | None:
-        """What predicts the world's state, if it tells one."""
+        """The network that predicts the world's state; None without state."""
         return self.model.generator.states
 
     @property
     def known_frames(self) -> int:
-        """How many true frames a game begins with."""
+        """How many true frames a game should begin with."""
         return self.model.generator.denoiser.config.known_frames
 
     def make_rollout(self, batch: int, correction: float | None = None) -> Rollout:
-        """Games side by side in these networks."""
+        """A rollout of `batch` games side by side; `correction`: as in Rollout."""
         dtype = self.dtype or torch.float32
         return self.rollout(self.model.generator, batch, dtype, correction=correction)
 
     def laid_states(self, states: list[dict[str, float] | None] | None, frames: int) -> Tensor | None:
-        """What was recorded of a world at some frames → (1, frames, s), NaN where it is not known."""
+        """The states of so many frames as a tensor (1, frames, s) on the device, NaN for numbers that are not
+        known; None for a world without state.
+        """
         if self.states is None:
             return None
         names = self.states.spec.names
@@ -70,8 +73,8 @@ class Player:
 
     @torch.inference_mode()
     def known_states(self, latents: Tensor, actions: Tensor, states: Tensor | None) -> Tensor | None:
-        """A start's latents (b, t, c, y, x), actions (b, t, k) and states (b, t, s), NaN where nothing is
-        known → the states without gaps, where the checkpoint can read them off latents.
+        """A start's latents (b, t, c, y, x), actions (b, t, k) and states (b, t, s), NaN where unknown →
+        states (b, t, s) without gaps. Unchanged if the checkpoint has no reader.
         """
         reader = self.model.generator.reader
         if states is None or reader is None:

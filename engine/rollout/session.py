@@ -1,4 +1,4 @@
-"""Session: a generated world with the verbs of a true one, on a device, with timings."""
+"""Session: a game in a generated world, with the methods of a true world."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .player import Player
 
 
 class Session:
-    """A game inside the network: `reset` from start frames, then `step(action)` → the frame that this action
-    caused. On a GPU a step is a CUDA graph (`graph`), captured at the first reset.
+    """A generated game: `reset` from start frames, then `step(action)` → the frame that this action causes.
+    On a GPU steps are played as CUDA graphs, captured at the first reset, unless `graph` is False.
     """
 
     def __init__(self, player: Player, graph: bool = True):
@@ -35,9 +35,9 @@ class Session:
         on_gpu = player.device.type == "cuda"
         self.graph = StepGraph(self._draw, len(keys), player.device) if graph and on_gpu else None
         self.held = np.zeros(len(keys), np.float32)
-        self.frames_since_change = 0  # of keys
-        self.step_ms: deque[float] = deque(maxlen=600)  # the last steps' times, decode included
-        self.frames = 0  # since the last reset
+        self.frames_since_change = 0  # frames since the keys changed
+        self.step_ms: deque[float] = deque(maxlen=600)  # milliseconds of the last steps, decoding included
+        self.frames = 0  # frames since the last reset
 
     def reset(
         self,
@@ -46,9 +46,9 @@ class Session:
         actions: np.ndarray | None = None,
         states: list[dict[str, float] | None] | None = None,
     ) -> np.ndarray:
-        """Starts from true frames, uint8 (t, h, w, 3), the actions that caused them (t, k), and what the
-        world told of itself at each → the last of them. A state that is not known is read off the frames, or
-        done without where the checkpoint has not learnt to.
+        """Starts from true frames, uint8 (t, h, w, 3), the actions that caused them (t, k; none held unless
+        given) and their states → the last frame. Unknown states are read off the frames, if the checkpoint
+        has a reader. Raises UserError for frames of another size.
         """
         shape = (self.world.height, self.world.width, 3)
         if frames.shape[1:] != shape:
@@ -61,7 +61,7 @@ class Session:
         return self._begin(seed, frames[-1], self.player.encode(frames), actions, states)
 
     def begin(self, seed: int, start: Start) -> np.ndarray:
-        """Starts where `start` (starts.py) says → its last frame."""
+        """Starts from a Start (data/starts.py), frames or latents → its last frame, uint8 (h, w, 3)."""
         if start.latents is None:
             return self.reset(seed, start.frames, start.actions, start.states)
         latents = start.latents[None].to(self.player.device)
@@ -121,18 +121,20 @@ class Session:
         self.frames, self.frames_since_change = int(snapshot["frames"]), int(snapshot["since_change"])
 
     def speculate(self) -> None:
-        """Does what can be done before it is known which keys are held next; a GPU has no need for it."""
+        """Computes what does not depend on the next keys, while there is time; nothing on a GPU with
+        graphs.
+        """
         if not self.graph:
             with torch.inference_mode(), autocast(self.player.device, self.player.dtype, cache=False):
                 self.rollout.speculate()
 
     def step(self, action: np.ndarray) -> np.ndarray:
-        """Holds the keys `action` (k,) for one frame → frame, uint8 (h, w, 3)."""
+        """Plays one frame under the keys `action` (k,) → the frame, uint8 (h, w, 3)."""
         start = time.perf_counter()
         self.frames_since_change = self.frames_since_change + 1 if np.array_equal(action, self.held) else 0
         renoise = self.frames_since_change < max(1, self.rollout.config.window_frames - 1)
         with torch.inference_mode():
-            if self.graph and self.frames:  # the first step has nothing to commit: it is another one
+            if self.graph and self.frames:  # the first step, without a pending commit, is another computation
                 frame = self.graph(action, renoise)
             else:
                 held = torch.from_numpy(np.asarray(action, np.float32)).to(self.player.device)[None]
@@ -144,20 +146,20 @@ class Session:
         return frame
 
     def _draw(self, held: Tensor, renoise: bool) -> Tensor:
-        """Keys (1, k) → the frame that they cause, uint8 (h, w, 3), on the device."""
+        """Plays one frame under the keys (1, k) → the frame, uint8 (h, w, 3), on the device."""
         latents = self.rollout.step(held, renoise)
         return self.player.model.autoencoder.decode(latents)[0].permute(1, 2, 0).contiguous()
 
     def state(self) -> dict[str, float]:
-        """What the network believes of its world at the last frame; empty where it knows nothing."""
+        """The network's own state at the last frame, by name; empty if this game has none."""
         carry = self.rollout.carry
         if carry is None or not self.rollout.has_state[0]:
             return {}
         return dict(zip(self.player.states.spec.names, carry.state[0].tolist(), strict=True))
 
     def map_lines(self) -> np.ndarray:
-        """The edges of where players of the recordings have been, as four walls (4, 4): a network has no map,
-        but policies walk by one. Empty (0, 4) where its state has no x, y and angle.
+        """Four walls (4, 4), as x and y of both ends, around all positions in the recordings: the network has
+        no map, but policies need one. (0, 4) where the state lacks x, y or angle.
         """
         states = self.player.states
         if states is None or not {"x", "y", "angle"} <= set(states.spec.names):
@@ -171,4 +173,4 @@ class Session:
         return np.array([(*a, *b) for a, b in zip(corners, corners[1:] + corners[:1], strict=True)])
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Does nothing; true worlds have something to close."""

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class RollingWindow:
-    """Clean estimates of W frames, oldest first; position 0 leaves next.
+    """Clean estimates of the `window_frames` frames in flight, oldest first; position 0 leaves next.
 
-    Late binding: the newest keys stand in all its positions, as nobody knows yet which will be held when the
-    later ones leave; a frame's action is final when it leaves.
+    Late binding: all frames in flight get the newest keys, as it is not known which keys will be held when
+    the later ones leave. A frame's action is final when it leaves.
     """
 
     def __init__(self, batch: int, window: int, shape: tuple[int, ...], device: torch.device):
@@ -18,7 +18,7 @@ class RollingWindow:
         self.clean = torch.zeros(batch, window, *shape, device=device)  # (b, w, c, y, x)
 
     def reset(self) -> None:
-        """Empties the window."""
+        """Sets all estimates to zero."""
         self.clean.zero_()
 
     def bind(self, action: Tensor) -> Tensor:
@@ -26,9 +26,11 @@ class RollingWindow:
         return action[:, None].expand(-1, self.frames, -1)
 
     def update(self, clean: Tensor) -> None:
-        """Takes a pass's estimates (b, w, c, y, x) in place; gradients stay behind."""
+        """Stores a pass's estimates (b, w, c, y, x) in place, detached."""
         self.clean.copy_(clean.detach())
 
     def roll(self) -> None:
-        """The oldest frame leaves; an empty one enters at the noisy end, where its content has no weight."""
+        """Removes the oldest frame and appends one, whose content does not matter: its level is pure
+        noise.
+        """
         self.clean.copy_(self.clean.roll(-1, 1))

@@ -1,3 +1,3 @@
-"""Training: the loop around a stage (loop.py), Ctrl-C and pauses (stop.py), what is saved and resumed
-(resume.py), all stages one after the other (pipeline.py), and a file for each stage, listed in stages.py.
+"""Training: the loop around a stage (loop.py), signals and pauses (stop.py), saved states (resume.py), all
+stages in turn (pipeline.py), and a file for each stage, listed in stages.py.
 """

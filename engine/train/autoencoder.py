@@ -17,12 +17,13 @@ from ..device import autocast
 from ..model.autoencoder import Autoencoder, to_float
 from ..model.checkpoint import Checkpoint, save_checkpoint
 from ..stage_config import AutoencoderStageConfig
-from .stage import LICENCE
+from .latents_stage import LICENCE
 
 
 class AutoencoderLoss(nn.Module):
-    """An autoencoder and its reconstruction loss: absolute and squared error, and that of the gradients,
-    which keeps texture and small things (enemies, medkits) that squared error alone averages away.
+    """An autoencoder and its reconstruction loss: absolute error, squared error, and the error of differences
+    between neighbouring pixels. The last keeps texture and small things (enemies, medkits), which squared
+    error alone averages away.
     """
 
     def __init__(self, autoencoder: Autoencoder, stage: AutoencoderStageConfig):
@@ -30,7 +31,7 @@ class AutoencoderLoss(nn.Module):
         self.autoencoder, self.stage = autoencoder, stage
 
     def forward(self, frames: Tensor, turn: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        """uint8 frames (n, 3, h, w) → the loss, and PSNR."""
+        """uint8 frames (n, 3, h, w) → the loss (), and PSNR to log."""
         latents, pixels = self.autoencoder.encode(frames), to_float(frames)
         moved = (len(frames) + 1) // 2
         latents = torch.cat([zoom(latents[:moved], grid := random_crops(moved)), latents[moved:]])
@@ -46,7 +47,7 @@ class AutoencoderLoss(nn.Module):
 
 
 def random_crops(count: int) -> Tensor:
-    """Affine maps (n, 2, 3) of random windows that are three quarters of the picture or more on each side."""
+    """Affine maps (n, 2, 3) of random crops, whose sides are at least three quarters of the picture's."""
     size = 0.75 + 0.25 * torch.rand(count)
     middle = (2 * torch.rand(count, 2) - 1) * (1 - size)[:, None]
     return torch.cat([torch.diag_embed(size[:, None].expand(-1, 2)), middle[..., None]], -1)
@@ -78,16 +79,16 @@ class AutoencoderStage:
         self.module = AutoencoderLoss(autoencoder, stage)
 
     def batch(self, step: int) -> Tensor:
-        """The frames of iteration `step`: a pure function of seed and step, so that a resumed run goes on
-        exactly.
+        """Random crops of frames (n, 3, h, w), uint8, for iteration `step`: a pure function of seed and step,
+        so that a resumed run sees what an uninterrupted one would have seen.
         """
         random = torch.Generator().manual_seed(self.seed + step)
         picked = torch.randint(len(self.frames), (self.size,), generator=random)
         return self._cropped(self.frames[picked], random).to(self.device, non_blocking=True)
 
     def _cropped(self, frames: Tensor, random: torch.Generator) -> Tensor:
-        """Parts of frames (n, 3, h, w), a `crop` of each side, somewhere in each frame: small things are all
-        that convolutions see, and many small parts teach more than a few whole frames.
+        """A random crop of each frame (n, 3, h, w), its sides `crop` times the frame's, rounded to 16:
+        convolutions see only small parts, and many small crops teach more than a few whole frames.
         """
         share, (rows, columns) = self.config.stage_config().crop, frames.shape[2:]
         height, width = (max(16, round(side * share / 16) * 16) for side in (rows, columns))
@@ -123,9 +124,9 @@ class AutoencoderStage:
         config = self.config
         save_checkpoint(path, modules, config.model, config.world, licence=LICENCE, **about)
 
-    def under_way(self) -> list:
-        """Nothing is under way that a save does not hold."""
+    def resume_state(self) -> list:
+        """Empty: a stage without games (see LatentsStage.resume_state)."""
         return []
 
-    def take_up(self, under_way: list) -> None:
-        """Nothing to take up."""
+    def load_resume_state(self, saved: list) -> None:
+        """Nothing to load."""

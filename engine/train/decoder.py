@@ -1,5 +1,5 @@
-"""Stage `decoder`: the decoder learns to draw crisp pictures. The encoder and all that was trained on its
-latents stay as they are.
+"""Stage `decoder`: trains the decoder on for crisp frames. The encoder does not change, so every network that
+was trained on its latents still fits.
 """
 
 from __future__ import annotations
@@ -26,43 +26,50 @@ from .denoiser import DenoiserStage
 
 
 class DecoderLoss(nn.Module):
-    """The decoder against a conditional patch discriminator (hinge), with feature matching and pixel errors
-    beside it; both learn in one step, neither moves the other's weights.
+    """Pixel errors, an adversarial loss (hinge) against a conditional patch discriminator, and feature
+    matching. Decoder and discriminator learn in the same step, each from its own loss alone.
     """
 
     def __init__(self, decoder: nn.Module, stage: DecoderStageConfig):
         super().__init__()
         self.decoder, self.stage = decoder, stage
         self.blurred = copy.deepcopy(decoder).requires_grad_(False)
-        self.discriminator = PatchDiscriminator(stage.discriminator)
+        self.discriminator = PatchDiscriminator(stage.discriminator_width)
 
     def forward(self, batch: tuple[Tensor, Tensor], turn: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents (n, c, y, x) and the true frames (n, 3, 8 y, 8 x), uint8; the iteration's number."""
+        """Batch: latents (n, c, y, x) and their true frames (n, 3, 8 y, 8 x), uint8; `turn`: the iteration's
+        number → the sum of both losses, and figures to log.
+        """
         latents, true = batch[0].contiguous(memory_format=torch.channels_last), to_float(batch[1])
         with torch.no_grad():
             blurred = self.blurred(latents).float()
         made = self.decoder(latents).float()
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-        judged, felt = functional_call(self.discriminator, frozen, (made, blurred))
+        # the decoder's part: gradients pass through the discriminator, not into its weights
+        made_scores, made_features = functional_call(self.discriminator, frozen, (made, blurred))
+        # the discriminator's part: no gradients into the decoder
         pairs = torch.cat([true, made.detach()]), torch.cat([blurred, blurred])
         scores, features = self.discriminator(*pairs)
         of_true, of_made = scores.chunk(2)
-        judge = F.relu(1 - of_true).mean() + F.relu(1 + of_made).mean()
-        matched = sum(
-            (f - both.chunk(2)[0].detach()).abs().mean() for f, both in zip(felt, features, strict=True)
+        discriminator_loss = F.relu(1 - of_true).mean() + F.relu(1 + of_made).mean()
+        feature_matching = sum(
+            (f - both.chunk(2)[0].detach()).abs().mean()
+            for f, both in zip(made_features, features, strict=True)
         )
         error = made - true
         pixels = error.abs().mean() + self.stage.squared_weight * error.square().mean()
-        weight = self.stage.adversarial * min(1.0, (turn + 1) / self.stage.adversarial_warmup)
-        told = self.stage.feature_weight * matched - self.stage.judge_weight * judged.mean()
-        loss = pixels + weight * told + judge
+        gan = self.stage.feature_matching_weight * feature_matching
+        gan = gan - self.stage.adversarial_weight * made_scores.mean()
+        gan_weight = self.stage.gan_weight * min(1.0, (turn + 1) / self.stage.gan_warmup)
+        loss = pixels + gan_weight * gan + discriminator_loss
         psnr = 10 * torch.log10(4 / error.detach().square().mean())
-        return loss, {"judge": judge.detach(), "psnr": psnr, "matched": matched.detach()}
+        logs = {"discriminator": discriminator_loss.detach(), "psnr": psnr}
+        return loss, logs | {"feature_matching": feature_matching.detach()}
 
 
 class DecoderStage(DenoiserStage):
-    """Learns from true frames and their latents, with a little noise on them. The generator only plays what
-    is measured and shown.
+    """Trains the decoder on true frames and their latents with a little noise. The generator is used only to
+    measure and to show decoded games.
     """
 
     def segment(self) -> tuple[int, int]:
@@ -71,17 +78,18 @@ class DecoderStage(DenoiserStage):
         return start + sizes.window_frames, sizes.window_frames
 
     def loss(self) -> DecoderLoss:
-        self.drawing = self.frozen(self.generator())
+        self.frozen_generator = self.frozen(self.generator())
         stage = self.config.stage_config()
         self.frames = load_frames(
             true_recordings(self.config.data, self.config.world)[0], stage.frames, self.config.seed
         )
-        self.recordings: dict[str, Recording] = {}  # opened once
+        self.recordings: dict[str, Recording] = {}  # those that are open, by directory
         decoder = copy.deepcopy(self.autoencoder.decoder).requires_grad_(True)
         return DecoderLoss(decoder, stage)
 
     @torch.no_grad()
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Noisy latents (n, c, y, x) and true frames (n, 3, 8 y, 8 x) of iteration `step`."""
         random = torch.Generator().manual_seed(self.config.seed + 7919 * step + self.rank)
         count = self.config.stage_config().batch
         picked = torch.randint(len(self.frames), (count,), generator=random)
@@ -93,7 +101,9 @@ class DecoderStage(DenoiserStage):
         return self._cropped(latents + noise.to(self.device), frames, random)
 
     def _true_pictures(self, batches: Batches, turn: int, count: int) -> list[Tensor]:
-        """The frames that own games from the segments of a batch are to make, uint8 (count, 3, h, w) each."""
+        """The recorded frames after the start of each segment of a batch: what a game with the same keys
+        should show, uint8 (count, 3, h, w) each.
+        """
         c, segments = self.model.denoiser, batches.segments
         pictures = []
         for number, first in segments.places[batches.indices(turn)].tolist():
@@ -106,7 +116,9 @@ class DecoderStage(DenoiserStage):
         return pictures
 
     def _cropped(self, latents: Tensor, frames: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A part of the frames, the same in all: many small parts teach more than a few whole frames."""
+        """The same random crop of all frames and of their latents: many small crops teach more than a few
+        whole frames.
+        """
         (rows, columns), share = latents.shape[2:], self.config.stage_config().crop
         height, width = max(2, round(rows * share)), max(2, round(columns * share))
         y = int(torch.randint(rows - height + 1, (), generator=random))
@@ -115,21 +127,23 @@ class DecoderStage(DenoiserStage):
         part = frames[:, :, y * size : (y + height) * size, x * size : (x + width) * size]
         return latents[:, :, y : y + height, x : x + width], part
 
-    def drawn(self, module: DecoderLoss) -> Autoencoder:
+    def trained_autoencoder(self, module: DecoderLoss) -> Autoencoder:
         """The autoencoder with the decoder in training."""
         autoencoder = copy.deepcopy(self.autoencoder)
         autoencoder.decoder.load_state_dict(module.decoder.state_dict())
         return autoencoder
 
-    def made(self, module: DecoderLoss) -> WorldModel:
-        return WorldModel(self.drawn(module), self.drawing)
+    def world_model(self, module: DecoderLoss) -> WorldModel:
+        return WorldModel(self.trained_autoencoder(module), self.frozen_generator)
 
     @torch.no_grad()
     def held_out(self, module: DecoderLoss) -> dict[str, Tensor]:
-        """Held-out pictures (n, 3, h, w) float: true, decoded from their latents, and from own games'."""
-        made = self.play(self.drawing, self.shown)[1]
+        """Held-out frames (b, t, 3, h, w), float: "true"; "read": these encoded and decoded; "own": decoded
+        from the latents of the model's own games.
+        """
+        made = self.play(self.frozen_generator, self.shown)[1]
         true = torch.stack(self._true_pictures(self.shown, 0, made.shape[1])).to(self.device)
-        autoencoder = self.frozen(self.drawn(module))
+        autoencoder = self.frozen(self.trained_autoencoder(module))
         with autocast(self.device, self.dtype):
             read = [autoencoder.encode(x) for x in true]
             pictures = {
@@ -139,14 +153,16 @@ class DecoderStage(DenoiserStage):
 
     @torch.no_grad()
     def picture(self, module: DecoderLoss) -> np.ndarray:
-        """Held-out games: true frames, the same decoded from their latents, and the model's own."""
+        """Rows of three held-out games: true frames, the same encoded and decoded, the model's own."""
         shown = {name: x[:3, ::7] for name, x in self.held_out(module).items()}
         rows = [rearrange(to_bytes(x), "b t c h w -> b t h w c").cpu().numpy() for x in shown.values()]
         return grid([row for triple in zip(*rows, strict=True) for row in triple])
 
     @torch.no_grad()
     def validate(self, module: DecoderLoss) -> dict[str, float]:
-        """PSNR, sharpness and finest octave of held-out pictures, decoded from true latents and own ones."""
+        """PSNR, and sharpness and finest octave as shares of the true frames', of held-out frames: decoded
+        from true latents (`read_…`) and from the model's own games (`own_…`).
+        """
         shown, scores = self.held_out(module), {}
         true = shown["true"].flatten(0, 1)
         for name in ("read", "own"):
@@ -159,13 +175,13 @@ class DecoderStage(DenoiserStage):
 
 
 def sharpness(pictures: Tensor) -> Tensor:
-    """Mean absolute differences of neighbouring pixels of (n, 3, h, w), across and down."""
+    """Pictures (n, 3, h, w) → mean absolute difference of neighbouring pixels, across plus down."""
     across = (pictures[..., 1:] - pictures[..., :-1]).abs().mean()
     return across + (pictures[..., 1:, :] - pictures[..., :-1, :]).abs().mean()
 
 
 def finest_octave(pictures: Tensor) -> Tensor:
-    """Energy of what grey pictures (n, 3, h, w) lose when they are halved and enlarged again."""
+    """Pictures (n, 3, h, w) → mean square of what their grey versions lose when halved and enlarged again."""
     grey = pictures.mean(1, keepdim=True)
     coarse = F.interpolate(F.avg_pool2d(grey, 2), scale_factor=2, mode="bilinear")
     return (grey - coarse).square().mean()

@@ -1,4 +1,4 @@
-"""Stage `denoiser`: windows of true frames, noised, behind true frames."""
+"""Stage `denoiser`: trains the denoiser on noised windows of recorded frames."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from ..model.state_spec import state_features
 from ..model.world_model import Generator, WorldModel
 from ..rollout.rollout import Rollout
 from ..stage_config import TRAINED, DenoiserStageConfig
-from .stage import LatentsStage
+from .latents_stage import LatentsStage
 
-MADE = 64  # frames of the games that are shown and measured, at most
-HORIZONS = (1, 8, 16, 64)
-MEASURED = 16  # held-out games
+MADE = 64  # most frames of the games that are shown and measured
+HORIZONS = (1, 8, 16, 64)  # frames after which they are measured
+MEASURED = 16  # held-out games that are measured
 
 
 def least_frames(sizes: DenoiserConfig, stage: DenoiserStageConfig) -> int:
-    """Frames of a segment of true ones: what windows look at, room for one, and more where `clip` says so."""
+    """Frames of a training segment: sink, context and a window, or `clip` where that is more."""
     return max(stage.clip, sizes.sink_frames + sizes.context_frames + sizes.window_frames)
 
 
-class PlainLoss(nn.Module):
-    """Squared error of clean estimates, as one module that data parallelism can wrap.
+class DenoiserLoss(nn.Module):
+    """Squared error of the denoiser's clean estimates, as one module that data parallelism can wrap.
 
-    One commit pass writes the keys and values of a segment's frames; then windows with own noise and levels
-    stand at random places of it, each seeing sink and context just as in play. A fifth of them are single
-    frames at the level to which play sends a leaving frame back. Frames are told the true keys and states:
-    what they look like under other keys is not known.
+    One commit pass writes the keys and values of a segment's frames. Then windows are noised at random places
+    of the segment, each with its own noise and levels, and denoised with sink and context as in play. A share
+    of the windows (`single_share`) is a single frame at the level to which play sends a leaving frame back.
+    Frames get the true keys and states, since how they would look under other keys is not recorded.
     """
 
     def __init__(self, generator: Generator, stage: DenoiserStageConfig):
-        """What of the generator is to be trained has gradients; the rest is used."""
+        """Trains those weights of the generator that require gradients."""
         super().__init__()
         self.generator, self.stage = generator, stage
 
@@ -59,8 +59,8 @@ class PlainLoss(nn.Module):
         return self.generator.states
 
     def forward(self, clip: Clip, turn: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """`turn`: the iteration's number. It decides on the host what kind of iteration that is, so that all
-        processes, which wait for one another, do alike, and none waits for its device.
+        """→ the loss () and figures to log. `turn`, the iteration's number, seeds the choice of what kind of
+        iteration this is: on the host, so that none waits for its device, and the same in all processes.
         """
         choice = random.Random(turn)
         if choice.random() < self.stage.memoryless:
@@ -68,7 +68,7 @@ class PlainLoss(nn.Module):
         clip = Clip(*(part[: self.stage.memory_games] for part in clip))
         config, total = self.denoiser.config, clip.latents.shape[1]
         has_state, states = self.known_states(clip)
-        history, sigma = self._roughened(clip.latents)
+        history, sigma = self._noised_context(clip.latents)
         count = torch.arange(total, device=sigma.device)
         before = torch.cat([states[:, :1], states[:, :-1]], 1)
         condition = self._condition(clip.actions, states, before, has_state, 0 * count, sigma)
@@ -91,29 +91,29 @@ class PlainLoss(nn.Module):
         return torch.stack(errors).mean(), logs
 
     def _without_memory(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
-        """One window in each game, made from the frame before it alone. What a frame needs is mostly in that
-        one and in the state, and writing keys and values costs as much as two windows do.
+        """The loss of one window a game that sees only the frame before it. That frame and the state hold
+        most of what a window needs, and writing keys and values costs as much as two windows.
         """
         size, (has_state, states) = self.denoiser.config.window_frames, self.known_states(clip)
-        history, sigma = self._roughened(clip.latents)
+        history, sigma = self._noised_context(clip.latents)
         start = clip.latents.shape[1] - size
         error = self._window_error(clip, states, has_state, history, sigma, start, size, KVRecorder())
         return error.mean(), {"alone": error[:, 0].mean().detach()}
 
     def known_states(self, clip: Clip) -> tuple[Tensor, Tensor]:
-        """has_state (b,) and states (b, t, s) without gaps. In a tenth of the games they are kept from the
-        network, which must do without where a world or a start has none.
+        """→ has_state (b,), 1 where the network may use the states, and states (b, t, s), finite everywhere.
+        In a share of the games (`stateless`) they are hidden, since some worlds and starts have none.
         """
         known = torch.isfinite(clip.states).all(-1).all(-1)
         if self.states is None:
             return 0.0 * known, clip.states
         states = torch.where(known[:, None, None], clip.states, self.states.scales.offset)
-        told = torch.rand(len(known), device=known.device) >= self.stage.stateless
-        return (known & told).float(), states
+        shown = torch.rand(len(known), device=known.device) >= self.stage.stateless
+        return (known & shown).float(), states
 
-    def _roughened(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames with some noise in part of the games, as play's own frames are never perfect → (latents,
-        sigma (b, t)).
+    def _noised_context(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (b, t, c, y, x) → the same with noise in a share of the games (`context_noise_share`), as
+        generated frames are never perfect, and the noise levels (b, t).
         """
         b, t = latents.shape[:2]
         level = self.stage.context_noise * torch.rand(b, 1, device=latents.device)
@@ -130,8 +130,9 @@ class PlainLoss(nn.Module):
         ahead: Tensor,
         prev_sigma: Tensor,
     ) -> Tensor:
-        """actions (b, history - 1 + t, k), states and those of the frames they are made from (b, t, s) →
-        conditions (b, t, d).
+        """actions (b, history - 1 + t, k), states (b, t, s), `before`: the states of the finished frames that
+        these are made from (b, t, s), has_state (b,), ahead (t,) and prev_sigma (b, t) as in
+        ConditionEncoder → conditions (b, t, width).
         """
         if self.states is None:
             features = actions.new_zeros(*states.shape[:2], self.denoiser.features)
@@ -141,9 +142,9 @@ class PlainLoss(nn.Module):
         return self.denoiser.condition(actions, features, has_state, ahead, prev_sigma)
 
     def _context(self, recorder: KVRecorder, start: int) -> KVContext:
-        """What a window at `start` looks at: the segment's first frames as the sink, moved to its place, and
-        the ring. Half of the batch gets another segment's sink: in play the sink is from long ago and shows
-        another view.
+        """Keys and values for a window that begins at frame `start`: the segment's first frames as the sink,
+        shifted to where play has it, and the `context_frames` before the window. Half of the batch gets
+        another segment's sink: in play the sink is from long ago and shows another view.
         """
         c, transformer = self.denoiser.config, self.denoiser.transformer
         n, layers = transformer.tokens, []
@@ -171,7 +172,9 @@ class PlainLoss(nn.Module):
         size: int,
         context: KVContext | KVRecorder,
     ) -> Tensor:
-        """Squared error (b, size) of a noised window at `start`."""
+        """Mean squared error (b, size) of the clean estimates of frames start … start + size - 1. `history`
+        (b, t, c, y, x) and `history_sigma` (b, t): all frames as the window sees those before it.
+        """
         config, span = self.denoiser.config, slice(start, start + size)
         clean, b = clip.latents[:, span], len(clip.latents)
         if size == 1:
@@ -195,18 +198,18 @@ class DenoiserStage(LatentsStage):
     def __init__(self, *given):
         super().__init__(*given)
         start = self.model.denoiser.sink_frames + self.model.denoiser.context_frames
-        # of games that are over when they begin there is nothing to be seen
+        # held-out games, unless all are too short to go on after their start
         shown = next(cache for cache in reversed(self.caches) if cache.longest() > start)
         self.shown = Batches(self.segments(shown, min(start + MADE, shown.longest())), 6, 0)
         self.module = self.loss()
 
-    def loss(self) -> PlainLoss:
-        """The networks and what they minimise."""
-        return PlainLoss(self.generator(), self.config.stage_config())
+    def loss(self) -> DenoiserLoss:
+        """The networks to train, and their loss, as one module."""
+        return DenoiserLoss(self.generator(), self.config.stage_config())
 
     def generator(self) -> Generator:
-        """Its denoiser is to be trained, with the weights of the checkpoint before where it has some, as
-        stage `distill` goes on from these; else with those of its scene.
+        """The generator whose denoiser is to be trained. That starts with the weights of the checkpoint's
+        denoiser if there is one, else of its scene.
         """
         denoiser = make_denoiser(self.model, self.config.world)
         if "denoiser" in self.before.modules or "denoiser" not in TRAINED[self.config.stage].makes:
@@ -221,12 +224,14 @@ class DenoiserStage(LatentsStage):
         length = least_frames(sizes, self.config.stage_config())
         return length, length - sizes.sink_frames - sizes.context_frames
 
-    def made(self, module: PlainLoss) -> WorldModel:
+    def world_model(self, module: DenoiserLoss) -> WorldModel:
         return WorldModel(self.autoencoder, module.generator)
 
     @torch.no_grad()
     def play(self, generator: Generator, batches: Batches, position: int = 0) -> tuple[Tensor, Tensor]:
-        """Held-out games of the model's own from true starts → true and made latents (b, t, c, y, x)."""
+        """Plays games from true starts under the recorded keys → true and generated latents after the start,
+        (b, t, c, y, x) each. `position`: number of the batch.
+        """
         clip = batches.segments.batch(batches.indices(position)).to(self.device)
         actions = clip.actions[:, batches.segments.before :]
         b = len(clip.latents)
@@ -241,9 +246,9 @@ class DenoiserStage(LatentsStage):
         return clip.latents[:, start:], made
 
     @torch.no_grad()
-    def picture(self, module: PlainLoss) -> np.ndarray:
-        """Held-out games: every fifth true frame above the one that the model makes of the same start and
-        keys.
+    def picture(self, module: DenoiserLoss) -> np.ndarray:
+        """Held-out games in pairs of rows: every fifth true frame, and below it the one that the model
+        generates from the same start and keys.
         """
         both = self.play(module.generator, self.shown)
         with autocast(self.device, self.dtype):
@@ -251,10 +256,10 @@ class DenoiserStage(LatentsStage):
         rows = [rearrange(x, "b t c h w -> b t h w c").cpu().numpy() for x in both]
         return grid([row for pair in zip(*rows, strict=True) for row in pair])
 
-    def validate(self, module: PlainLoss) -> dict[str, float]:
-        """Own games from held-out true starts, after some frames: the share of the latents' variance that is
-        missed, the energy of their detail as a share of the true ones', and PSNR of the decoded pictures
-        against the decoded true latents.
+    def validate(self, module: DenoiserLoss) -> dict[str, float]:
+        """Figures of generated games against the true ones from the same held-out start, at each horizon:
+        `missed`, the mean squared error of latents (whose variance is 1); `detail`, the energy of their
+        detail as a share of the true ones'; `psnr` of the decoded pictures.
         """
         batches = Batches(self.shown.segments, MEASURED, 1)
         true, made = self.play(module.generator, batches)
@@ -272,5 +277,5 @@ class DenoiserStage(LatentsStage):
 
 
 def _detail(latents: Tensor) -> Tensor:
-    """Mean square of what latents (n, c, y, x) lose when every 2 x 2 of them is averaged."""
+    """Mean square of what latents (n, c, y, x) lose when every 2 x 2 patch is averaged."""
     return latents.square().mean() - F.avg_pool2d(latents, 2).square().mean()

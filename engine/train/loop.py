@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import PRECISIONS, TrainConfig, UserError
 from ..data.cache import stable_hash
+from ..data.lock import alone
 from ..data.picture import save_picture
 from ..device import AUTOCAST, autocast, pick_device, pick_precision
 from ..model.checkpoint import read_about
@@ -22,13 +24,11 @@ from .resume import UNREADABLE, Standing, read_state, state_file, unfit, write_s
 from .stages import make_stage
 from .stop import Stop, Stopped, paused, say_paused
 
-PATIENCE = 100  # steps in a row whose gradients may not be finite
+PATIENCE = 100  # training gives up after so many steps in a row without finite gradients
 
 
 class Training:
-    """One stage in training: its networks, optimiser, moving average and where it stands; saved and resumed
-    whole.
-    """
+    """One stage in training: networks, optimiser, moving average and progress, saved and resumed together."""
 
     def __init__(self, config: TrainConfig, ranks: Ranks | None = None, standing: Standing | None = None):
         self.config, self.ranks, self.stage_config = config, ranks or Ranks(), config.stage_config()
@@ -43,24 +43,28 @@ class Training:
         self.optimiser = optim.Optimiser(self.module, self.stage_config)
         self.average = optim.MovingAverage(self.module, self.stage_config.ema)
         self.step, self.seconds = 0, 0.0
-        self.scores: dict[str, float] = {}  # what was measured last on held-out data
+        self.scores: dict[str, float] = {}  # the last figures on held-out data
         if state:
             self._restore(state)
         self.runner = self.ranks.share(self.module)
 
     def _precision(self, state: dict[str, Any] | None) -> str:
-        """Decided once, by the first process, and kept: what is timed anew may come out otherwise."""
+        """The saved state's; else chosen by the first process for all: `auto` measures, and a second
+        measurement may come out differently.
+        """
         if state:
             return state["precision"]
         chosen = pick_precision(self.config.precision, self.device) if self.ranks.first else "fp32"
         return PRECISIONS[int(self.ranks.firsts(PRECISIONS.index(chosen))[0])]
 
     def _seed(self, step: int) -> None:
-        """Each process draws numbers of its own, whatever the seed's size."""
+        """Seeds torch's random numbers, differently in each process and at each step."""
         torch.manual_seed(stable_hash(f"{self.config.seed} {self.ranks.rank} {step}"))
 
     def progress(self) -> float:
-        """Share of the run that is done, by steps or by minutes, whichever is further; this process's."""
+        """Share of the run that is done, in [0, 1]: by steps or by this process's minutes, whichever is
+        more.
+        """
         if not self.stage.trains:
             return 1.0
         return min(
@@ -68,10 +72,11 @@ class Training:
         )
 
     def iterate(self, progress: float) -> dict[str, Tensor]:
-        """One step of the optimiser, after `accumulate` batches → means of their figures, still on the
-        device. Nothing here waits for that.
+        """One step of the optimiser on `accumulate` batches → means of their figures, as tensors on the
+        device; nothing here waits for the device.
 
-        Where a gradient is not finite nothing moves, weights, averages or momentum; `finite` says so.
+        If a gradient is not finite, weights, averages and momentum stay as they are, and the figure
+        `finite` is False.
         """
         parts: dict[str, list[Tensor]] = {}
         for part in range(count := self.stage_config.accumulate):
@@ -92,8 +97,9 @@ class Training:
         return {"grad": norm, **means, "finite": finite}
 
     def save(self) -> None:
-        """The stage's checkpoint and then what an exact continuation needs, which so never tells of a step
-        that the checkpoint does not have; all processes at the same step.
+        """Writes the stage's checkpoint and then the state for an exact continuation. In this order, the
+        state is never ahead of the checkpoint. To be called by all processes at the same step; UserError
+        where their weights differ.
         """
         if not self.ranks.same(list(self.module.parameters())):
             raise UserError(
@@ -106,7 +112,7 @@ class Training:
             self.stage.save(checkpoint_of(self.config, self.config.stage), self.average.module, about)
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state: dict[str, Any] = {"step": self.step, "random": torch.get_rng_state(), "cuda_random": cuda}
-        state |= {"under_way": self.stage.under_way()}
+        state |= {"resume_state": self.stage.resume_state()}
         if self.ranks.first:
             state |= {"seconds": self.seconds, "precision": self.precision, "origin": self.origin}
             state |= {"scores": self.scores, "trains": self.stage.trains}
@@ -117,13 +123,13 @@ class Training:
         write_state(state_file(self.config, self.ranks.rank), state)
 
     def _buffers(self) -> dict[str, Tensor]:
-        """What of the module's state is no weight: its own on each process."""
+        """The module's buffers, which each process has its own of."""
         weights = {name for name, _ in self.module.named_parameters()}
         return {name: value for name, value in self.module.state_dict().items() if name not in weights}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Goes on from the first process's state; another's own games and random numbers are taken from its
-        own file, if that was saved at the same step.
+        """Loads the first process's state. Games and random numbers of other processes come from their own
+        files, if these were saved at the same step.
         """
         own = state if self.ranks.first else read_state(state_file(self.config, self.ranks.rank))
         try:
@@ -140,7 +146,7 @@ class Training:
             if not own or own["step"] != self.step:
                 self._seed(self.step)  # it was not there before
                 return
-            self.stage.take_up(own["under_way"])
+            self.stage.load_resume_state(own["resume_state"])
             torch.set_rng_state(own["random"])
             if own["cuda_random"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda_random"], self.device)
@@ -148,7 +154,7 @@ class Training:
             raise unfit(state_file(self.config)) from error
 
     def show(self, metrics: Metrics) -> None:
-        """Measures and draws what the averaged weights make of held-out data."""
+        """Measures the averaged weights on held-out data, and draws a picture of what they make of it."""
         self.scores = rounded(self.stage.validate(self.average.module))
         metrics.measured(self.scores, self.step, self.seconds)
         name = Path(self.config.out) / f"{self.config.stage}.png"
@@ -156,16 +162,25 @@ class Training:
 
 
 def _learnt(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state without the weights that it uses and does not train: they lie in other checkpoints."""
-    used = {name for name, weight in module.named_parameters() if not weight.requires_grad}
-    return {name: value for name, value in module.state_dict().items() if name not in used}
+    """A module's state without the weights that it does not train: those are in other checkpoints."""
+    frozen = {name for name, weight in module.named_parameters() if not weight.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in frozen}
 
 
 def train_stage(
     config: TrainConfig, ranks: Ranks, stop: Stop, standing: Standing | None = None
 ) -> dict[str, Any]:
-    """Trains one stage until its steps or minutes are spent → figures. Raises Stopped after having saved."""
-    Path(config.out).mkdir(parents=True, exist_ok=True)
+    """Trains one stage until its steps or minutes are spent → its last figures. When stopped by a signal it
+    saves and raises Stopped; UserError where another training writes into the same folder.
+    """
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    said = f"Another training is writing into {out}; wait for it, or choose another out=DIR."
+    with alone(out, said) if ranks.first else nullcontext():
+        return _train_alone(config, ranks, stop, standing)
+
+
+def _train_alone(config: TrainConfig, ranks: Ranks, stop: Stop, standing: Standing | None) -> dict[str, Any]:
     standing = standing or Standing(config)
     if standing.finished(config.stage_config()):
         return figures_of(config)
@@ -187,11 +202,11 @@ def train_stage(
     try:
         with stop.gently():
             _run(training, metrics, stop)
-            training.save()  # what was learnt stays, whatever comes of showing it
+            training.save()  # first, in case showing fails
             if ranks.first:
                 training.show(metrics)
             training.save()  # with the scores
-            ranks.agree(0)  # what is to be read is written
+            ranks.agree(0)  # the others wait until all files are written
     finally:
         metrics.close()
     return metrics.last | figures_of(config)
@@ -209,8 +224,8 @@ def _run(training: Training, metrics: Metrics, stop: Stop) -> None:
             paused(folder),
         ]
         share, *wishes = (ranks.first and wish for wish in (training.progress(), *wishes))
-        progress, signal, save, picture, pause = ranks.agree(share, stop.signal, *wishes)
-        if save or signal or picture:  # whatever comes of showing it, what was learnt stays
+        progress, signal, save, picture, pause = ranks.agree(share, stop.signal or metrics.unheard, *wishes)
+        if save or signal or picture or pause:  # whatever comes of showing it, what was learnt stays
             training.save()
             saved = time.perf_counter()
         if signal:
@@ -236,7 +251,7 @@ def _run(training: Training, metrics: Metrics, stop: Stop) -> None:
 
 
 def _wait(ranks: Ranks, folder: Path, stop: Stop) -> float:
-    """Waits for the pause file to go or for a signal → seconds."""
+    """Waits until the pause file is gone or a signal comes → the seconds it took."""
     begin = time.perf_counter()
     if ranks.first:
         say_paused(folder)
@@ -248,8 +263,8 @@ def _wait(ranks: Ranks, folder: Path, stop: Stop) -> float:
 
 
 def figures_of(config: TrainConfig) -> dict[str, Any]:
-    """What a finished stage's checkpoint tells."""
+    """Stage, steps, minutes and scores of a finished stage, read from its checkpoint, and the file's path."""
     path = checkpoint_of(config, config.stage)
     about = read_about(path)
-    told = {name: about[name] for name in ("stage", "steps", "minutes", "scores") if name in about}
-    return told | {"checkpoint": str(path)}
+    figures = {name: about[name] for name in ("stage", "steps", "minutes", "scores") if name in about}
+    return figures | {"checkpoint": str(path)}

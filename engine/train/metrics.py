@@ -1,9 +1,10 @@
-"""What a stage tells while it trains: JSON lines, a progress bar, TensorBoard where asked for."""
+"""Figures of a training: JSON lines, a progress bar, and TensorBoard if wanted."""
 
 from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -12,18 +13,20 @@ from tqdm import tqdm
 from ..config import TrainConfig, UserError
 from ..files import write_whole
 from .parallel import Ranks
+from .stop import GONE
 
 
 class Metrics:
-    """Means of figures over some steps and all processes; told by the first one alone.
+    """Means of figures over `log_every` steps and all processes, written by the first process.
 
-    `per_step`: samples that a step of all processes takes. Lines of steps after `step`, at which training
-    goes on, are cut off: these steps come again.
+    `per_step`: samples in a step of all processes together. `step`: where training continues; lines of later
+    steps in the file are removed, as these steps will be done again.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, per_step: int, step: int):
         self.every, self.per_step, self.ranks, self.loud = config.log_every, per_step, ranks, ranks.first
         self.last: dict[str, float] = {}
+        self.unheard = 0  # GONE once what is told could not be written
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, torch.Tensor] = {}  # not every step has every figure
         self._steps, self._since = 0, time.perf_counter()
@@ -40,9 +43,9 @@ class Metrics:
         )
 
     def add(self, logs: dict[str, torch.Tensor], step: int, seconds: float, progress: float) -> int:
-        """The figures of the step that made `step` of them; those of a step whose gradients were not finite
-        do not count → how many such steps came in a row, as far as it is known: every `log_every` steps,
-        which are the only ones that wait for the device.
+        """Takes the figures of one step, after which `step` steps are done; they are ignored where
+        `logs["finite"]` is False. Every `log_every` steps, the only ones that wait for the device, the means
+        are written → then: how many steps in a row were not finite, at least; else 0.
         """
         finite = logs.pop("finite")
         for name, value in (logs | {"finite": finite}).items():
@@ -64,10 +67,10 @@ class Metrics:
         self._skipped_before = in_a_row if skipped == self._steps else 0
         self._sums, self._counts, self._steps, self._since = {}, {}, 0, now
         if self.loud:
-            self._tell(step, seconds, progress)
+            self._write(step, seconds, progress)
         return in_a_row
 
-    def _tell(self, step: int, seconds: float, progress: float) -> None:
+    def _write(self, step: int, seconds: float, progress: float) -> None:
         line = {"step": step, "minutes": round(seconds / 60, 2)} | self.last
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -76,10 +79,13 @@ class Metrics:
                 self._board.add_scalar(name, value, step)
         self.bar.n = 100 * progress
         shown = (f"{name} {value:.4g}" for name, value in self.last.items() if name != "skipped" or value)
-        self.bar.set_postfix_str(" ".join(shown))
+        try:
+            self.bar.set_postfix_str(" ".join(shown))
+        except OSError:
+            self.unheard, self.bar.disable = GONE, True
 
     def measured(self, figures: dict[str, float], step: int, seconds: float) -> None:
-        """What was measured on held-out data with the averaged weights, as a line of its own."""
+        """Writes a line of figures that were measured on held-out data with the averaged weights."""
         figures = rounded(figures)
         line = {"step": step, "minutes": round(seconds / 60, 2), "held_out": figures}
         self._file.write(json.dumps(line) + "\n")
@@ -88,11 +94,12 @@ class Metrics:
             self._board.add_scalar(f"held_out/{name}", value, step)
 
     def waited(self, seconds: float) -> None:
-        """Time that is no part of the rate."""
+        """Leaves a pause of so many seconds out of the rate."""
         self._since += seconds
 
     def close(self) -> None:
-        self.bar.close()
+        with suppress(OSError):
+            self.bar.close()
         if self._file:
             self._file.close()
         if self._board:
@@ -100,15 +107,16 @@ class Metrics:
 
 
 def rounded(figures: dict[str, float]) -> dict[str, float]:
+    """The figures with five significant digits."""
     return {name: float(f"{value:.5g}") for name, value in figures.items()}
 
 
 def _cut(path: Path, step: int) -> None:
-    """Leaves the lines up to `step`."""
+    """Removes the lines of steps after `step`, and broken ones."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

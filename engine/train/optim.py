@@ -14,20 +14,21 @@ from ..stage_config import StageConfig
 class Optimiser:
     """AdamW, and Muon (Jordan et al., 2024; torch.optim.Muon) for the matrices inside a transformer's layers.
 
-    Muon's steps are scaled to AdamW's (Liu et al., 2025), so that both take one learning rate. Weight decay
-    is only on matrices, never on gains, biases and tables.
+    Muon's steps are scaled to the size of AdamW's (Liu et al., 2025), so that both use one learning rate.
+    Weight decay applies to matrices and convolutions only, not to gains, biases and tables.
     """
 
     def __init__(self, module: nn.Module, stage: StageConfig):
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         inner = [p for name, p in trained.items() if stage.muon and ".layers." in name and p.ndim == 2]
-        judge = [p for name, p in trained.items() if name.startswith("discriminator.")]
-        other = [p for p in trained.values() if not any(p is q for q in inner + judge)]
+        discriminator = [p for name, p in trained.items() if name.startswith("discriminator.")]
+        other = [p for p in trained.values() if not any(p is q for q in inner + discriminator)]
         groups = _decayed(other, stage.weight_decay)
         how = {"lr": stage.learning_rate, "betas": tuple(stage.betas), "fused": True}
-        if judge:
+        if discriminator:
             groups += [
-                group | {"times": stage.discriminator_rate} for group in _decayed(judge, stage.weight_decay)
+                group | {"times": stage.discriminator_rate}
+                for group in _decayed(discriminator, stage.weight_decay)
             ]
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **how)]
         if inner:
@@ -35,12 +36,14 @@ class Optimiser:
             self.parts.append(torch.optim.Muon(inner, lr=stage.learning_rate, **how))
 
     def step(self, rate: float, finite: Tensor) -> None:
-        """One step with the learning rate `rate`; none where `finite` () is 0: the host need not know."""
+        """One step with learning rate `rate`, skipped on the device where `finite` (), bool, is False: the
+        host does not have to wait for its value.
+        """
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate * group.get("times", 1.0)
             if isinstance(part, torch.optim.AdamW):
-                part.found_inf = 1 - finite.float()  # as a gradient scaler tells it
+                part.found_inf = 1 - finite.float()  # how a gradient scaler asks AdamW to skip a step
                 part.step()
             else:
                 _step_where(finite, part)
@@ -58,7 +61,7 @@ class Optimiser:
 
 
 def _decayed(weights: list[Tensor], decay: float) -> list[dict[str, Any]]:
-    """Groups of weights: matrices, which decay, and all others, which do not."""
+    """Two parameter groups: weights of two or more dimensions, which decay, and vectors, which do not."""
     return [
         {"params": [p for p in weights if p.ndim > 1], "weight_decay": decay},
         {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
@@ -66,17 +69,21 @@ def _decayed(weights: list[Tensor], decay: float) -> list[dict[str, Any]]:
 
 
 def learning_rate(stage: StageConfig, step: int, progress: float) -> float:
-    """Linear warm-up over steps, flat, then linear decay over the run's last share; progress in [0, 1]."""
+    """Learning rate at `step`: linear warm-up over `warmup` steps, constant, then linear decay to zero over
+    the last `decay_share` of the run. `progress`: share of the run that is done, in [0, 1].
+    """
     warm = min(1.0, (step + 1) / max(1, stage.warmup))
     decay = min(1.0, (1 - progress) / max(1e-6, stage.decay_share))
     return stage.learning_rate * warm * max(0.0, decay)
 
 
 def _step_where(finite: Tensor, part: torch.optim.Optimizer) -> None:
-    """The step of an optimiser that cannot be told to leave it out: weights and momentum are put back."""
+    """A step of an optimiser that cannot skip one: where `finite` is False, weights and momentum are put back
+    as they were.
+    """
     weights = [p for group in part.param_groups for p in group["params"] if p.grad is not None]
     momentum = [x for p in weights for x in part.state[p].values() if torch.is_tensor(x)]
-    moving = weights + momentum  # momentum that this step begins begins as zeros in any case
+    moving = weights + momentum  # momentum that the step creates starts at zero and needs no copy
     before = [x.detach().clone() for x in moving]
     for p in weights:
         p.grad = torch.where(finite, p.grad, 0)
@@ -87,8 +94,9 @@ def _step_where(finite: Tensor, part: torch.optim.Optimizer) -> None:
 
 
 class MovingAverage:
-    """Exponential moving average of weights and buffers, short at first, to forget the start soon. (torch's
-    AveragedModel reads its count from the device at each update.)
+    """Exponential moving average of weights and buffers; its decay rises during the first updates, so that
+    the initial weights are soon forgotten. torch's AveragedModel would read its count from the device at each
+    update.
     """
 
     def __init__(self, module: nn.Module, decay: float):
@@ -96,8 +104,8 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, module: nn.Module, count: int, finite: Tensor) -> None:
-        """Takes the weights as they are after `count` updates before this one; none where `finite` () is 0:
-        the host need not know.
+        """Averages in the module's current weights; `count`: how many updates there were before. Skipped on
+        the device where `finite` (), bool, is False.
         """
         share = max(1 - self.decay, 9 / (10 + count)) if count else 1.0
         pairs = zip(self.module.state_dict().values(), module.state_dict().values(), strict=True)

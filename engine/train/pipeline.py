@@ -1,6 +1,4 @@
-"""Stage `all`: a playable world from nothing. Every stage in turn with its share of the time, resumable as a
-whole.
-"""
+"""Stage `all`: every stage in turn, each with its share of the time, resumable as a whole."""
 
 from __future__ import annotations
 
@@ -23,15 +21,17 @@ from .parallel import Ranks
 from .resume import Standing
 from .stop import Stop, Stopped
 
-PLAN = "all.json"  # in out=DIR: minutes that stages were given, and that all of it took
-LEAST = 0.01  # minutes that a stage is given, whatever is left
+PLAN = "all.json"  # in out=DIR: minutes given to each stage, and minutes spent
+LEAST = 0.01  # minutes: a stage gets no less, even if no time is left
 
 
 def train_all(config: TrainConfig, ranks: Ranks, stop: Stop) -> dict[str, Any]:
-    """Collects `config.frames` frames (0: none), then trains the preset's stages → figures of all.
+    """Collects `config.frames` frames (0: none), then trains every stage to which the preset gives minutes →
+    the figures of all.
 
-    With `max_minutes` that is for the whole of it, collecting and encoding included: what is left is shared
-    out, as the preset's minutes say, whenever a stage begins. Finished stages stay finished.
+    `max_minutes` is for all of it, collecting and encoding included. Whenever a stage begins, the time that
+    is left is divided among it and the later ones in proportion to the preset's minutes. Finished stages are
+    not trained again. Raises UserError for options that do not fit, Stopped after a signal.
     """
     names = [name for name in TRAINED if getattr(config.stages, name).max_minutes]
     if not names:
@@ -42,12 +42,12 @@ def train_all(config: TrainConfig, ranks: Ranks, stop: Stop) -> dict[str, Any]:
     Path(config.out).mkdir(parents=True, exist_ok=True)
     plan = Plan(config, names)
     if ranks.first:
-        print(plan.told(), flush=True)
+        print(plan.table(), flush=True)
     with plan.clock("collect", ranks, stop):
         if config.frames and ranks.first:
             collect(replace(config, stage="collect"))
         ranks.agree(0)  # the others wait for the data
-    # what only the opened game knew, its recordings tell
+    # what only the opened game knows, such as its rate, is in its recordings
     config = replace(config, world=recorded_world(config.data, config.world, config.given))
     figures: dict[str, Any] = {"stage": "all", "checkpoint": ""}
     for name in names:
@@ -60,13 +60,13 @@ def train_all(config: TrainConfig, ranks: Ranks, stop: Stop) -> dict[str, Any]:
             raise Stopped(stop.signal, f"stopped after {name}, which is saved; the same command continues.")
         figures["checkpoint"] = made.pop("checkpoint")
         figures[name] = {key: value for key, value in made.items() if key != "stage"}
-        gc.collect()  # networks, data and optimiser of the stage
+        gc.collect()  # frees networks, data and optimiser of the stage
     return figures | {"minutes": {name: round(value, 2) for name, value in plan.spent.items()}}
 
 
 class Plan:
-    """How many minutes each stage gets: `given` to each that has begun, and `spent`, over all calls of the
-    command.
+    """How many minutes each stage gets. `given`: minutes by stage, for those that have begun; `spent`:
+    minutes by stage, over all calls of the command. Both are kept in the file PLAN.
     """
 
     def __init__(self, config: TrainConfig, names: list[str]):
@@ -75,8 +75,8 @@ class Plan:
         self.spent: dict[str, float] = kept.get("spent", {})
         self.given: dict[str, float] = kept.get("given", {})
 
-    def told(self) -> str:
-        """The plan as a table."""
+    def table(self) -> str:
+        """The plan, a line a stage."""
         preset = {name: getattr(self.config.stages, name).max_minutes for name in self.names}
         scale = self.config.max_minutes / sum(preset.values()) if self.config.max_minutes else 1.0
         rows = [("collect", f"{self.config.frames:,} frames")]
@@ -89,8 +89,8 @@ class Plan:
         return "\n".join([head, *(f"  {name:12s} {text}" for name, text in rows)])
 
     def minutes(self, name: str, standing: Standing) -> float:
-        """Of training for the stage that comes next; one that goes on or is finished has at least what it was
-        given.
+        """Minutes of training for stage `name`. One that is continued or finished gets at least what it was
+        given before.
         """
         own = getattr(self.config.stages, name).max_minutes
         if standing.state is None:
@@ -108,7 +108,7 @@ class Plan:
 
     @contextmanager
     def clock(self, name: str, ranks: Ranks, stop: Stop) -> Iterator[None]:
-        """What is done inside is charged to the stage `name`, pauses aside."""
+        """A context whose time, without pauses, counts as spent by stage `name`."""
         begin, waited = time.perf_counter(), stop.waited
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a stage is made from and how: written into its checkpoint, compared before it is gone on with."""
+"""The origin of a stage: what it is made from and how. Stored in its checkpoint, compared on resuming."""
 
 from __future__ import annotations
 
@@ -9,29 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig, UserError
-from ..data.recording import ACTIONS, FRAMES, HEADER, find_recordings
+from ..data.find import find_recordings
+from ..data.recording import ACTIONS, FRAMES, HEADER
 from ..model.checkpoint import file_digest, read_about
 from ..stage_config import TRAINED
 
-FREE = ("steps", "max_minutes")  # of a stage's config may be changed while it lasts
+FREE = ("steps", "max_minutes")  # fields of a stage's config that may change between calls
 ELSEWHERE = "start anew with again=true, or in another out=DIR"
 
 
 def checkpoint_of(config: TrainConfig, stage: str) -> Path:
+    """The file of a stage's checkpoint."""
     return Path(config.out) / f"{stage}.safetensors"
 
 
 def origin_of(config: TrainConfig) -> dict[str, Any]:
-    """What `config.stage` is made from (digests of checkpoints and data) and how (configs, seed)."""
+    """What `config.stage` is made from (digests of checkpoints and data) and how (configs, seed), for
+    JSON.
+    """
     stage = {name: value for name, value in asdict(config.stage_config()).items() if name not in FREE}
     made_from = {
         name: file_digest(path)
         for name in TRAINED[config.stage].reads
         if (path := checkpoint_of(config, name)).is_file()
     }
-    for name, file in (("weights", config.weights),):
-        if file and Path(file).is_file():
-            made_from[name] = file_digest(Path(file))
+    if config.weights and Path(config.weights).is_file():
+        made_from["weights"] = file_digest(Path(config.weights))
     about = {
         "made_from": made_from,
         "stage": stage,
@@ -42,7 +45,7 @@ def origin_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def _model_of(config: TrainConfig) -> dict[str, Any]:
-    """The parts of the model's config that the stage makes, and what the command line gave of the others."""
+    """The parts of the model's config that the stage makes, and fields of the others given as options."""
     makes = TRAINED[config.stage].makes
     model = {part: asdict(getattr(config.model, part)) for part in makes}
     for option in config.given:
@@ -63,26 +66,28 @@ def data_digest(data: str) -> str:
 
 
 def differences(config: TrainConfig, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What makes two origins of a stage two different trainings, in words; other data do not."""
-    told = []
+    """In what two origins of a stage differ, in words; empty where the training can be continued. Recordings
+    may have been added or removed.
+    """
+    found = []
     for name in sorted(before["made_from"].keys() | now["made_from"].keys()):
         if before["made_from"].get(name) != now["made_from"].get(name):
-            told.append(f"{name} is another" if name in before["made_from"] else f"{name} was not there")
+            found.append(f"{name} is another" if name in before["made_from"] else f"{name} was not there")
     for part, prefix in (("stage", f"stages.{config.stage}."), ("model", "model."), ("world", "world.")):
         one, other = _flat(before[part]), _flat(now[part])
         names = one.keys() & other.keys()
         if part == "model":
-            # a field that only a newer version has is no difference, but a choice that is gone or new is
+            # fields that only one version of the program has are ignored; options given once only are not
             fields = tuple(f"{made}." for made in TRAINED[config.stage].makes)
             names = one.keys() | {name for name in other if not name.startswith(fields)}
-        told += [
+        found += [
             f"{prefix}{name} was {one.get(name, 'not given')} and is {other.get(name, 'not given')}"
             for name in sorted(names)
             if one.get(name) != other.get(name)
         ]
     if before["seed"] != now["seed"]:
-        told.append(f"seed was {before['seed']} and is {now['seed']}")
-    return told
+        found.append(f"seed was {before['seed']} and is {now['seed']}")
+    return found
 
 
 def _flat(part: Any, name: str = "") -> dict[str, Any]:
@@ -94,8 +99,8 @@ def _flat(part: Any, name: str = "") -> dict[str, Any]:
 
 
 def check_upstream(config: TrainConfig, stage: str) -> None:
-    """Raises UserError where a checkpoint that `stage` reads was made from another one than the one beside
-    it.
+    """Raises UserError where a checkpoint that `stage` reads, directly or not, was made from an earlier
+    version of one beside it.
     """
     for name in TRAINED[stage].reads:
         path = checkpoint_of(config, name)

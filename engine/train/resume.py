@@ -1,4 +1,4 @@
-"""What an exact continuation needs, on disk: written beside and then renamed, checked before it is used."""
+"""Saved training states: written to a temporary file that is renamed, and checked before use."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ UNREADABLE = (OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueErro
 
 
 def state_file(config: TrainConfig, rank: int = 0) -> Path:
-    """The first process's has all; another's what is its own: buffers (its games) and random states."""
+    """The file of a process's training state. The first process's has everything; another's only its own
+    buffers, games and random states.
+    """
     return Path(config.out) / f"{config.stage}.state{rank or ''}.pt"
 
 
 def write_state(path: Path, content: dict[str, Any]) -> None:
-    """Saves nested plain values and tensors; a failed write raises UserError and leaves what was there."""
+    """Saves nested plain values and tensors. If that fails, the old file stays; UserError where the disk is
+    the reason.
+    """
     beside = path.with_suffix(".tmp")
     try:
         torch.save(content | {"version": VERSION}, beside)
@@ -39,7 +43,7 @@ def write_state(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """What `write_state` wrote, None where there is no file; UserError for anything else."""
+    """What `write_state` wrote; None without a file; UserError where the file cannot be used."""
     if not path.exists():
         return None
     try:
@@ -52,15 +56,17 @@ def read_state(path: Path) -> dict[str, Any] | None:
 
 
 def unfit(path: Path) -> UserError:
+    """The error for a state file that cannot be used."""
     said = f"{path} is damaged or of another version"
     return UserError(f"{said}; delete it to start anew, or give another out=DIR.")
 
 
 class Standing:
-    """How far a stage has come: `origin` of what it is now, and the `state` from which it goes on, if any.
+    """How far a stage has come. `origin`: what it would be made from now; `state`: the saved state to
+    continue from, None to begin.
 
-    Raises UserError where what is there was made otherwise; with `again` that is left out of account, and
-    said.
+    Raises UserError where the saved state has another origin; with `again=true` that is printed, and the
+    stage begins anew.
     """
 
     def __init__(self, config: TrainConfig):
@@ -68,8 +74,8 @@ class Standing:
         check_upstream(config, config.stage)
         self.origin = origin_of(config)
         self.state = read_state(state_file(config))
-        if self.state and (told := self._differences()):
-            said = f"{state_file(config)} was begun otherwise: {', '.join(told[:4])}"
+        if self.state and (found := self._differences()):
+            said = f"{state_file(config)} was begun otherwise: {', '.join(found[:4])}"
             if not config.again:
                 raise UserError(f"{said}; give the same again, or {ELSEWHERE}.")
             print(f"{said}. It is trained anew.", file=sys.stderr)
@@ -78,13 +84,13 @@ class Standing:
             print(f"Recordings in {config.data} came or went since {config.stage} began.", file=sys.stderr)
 
     def _differences(self) -> list[str]:
-        told = differences(self.config, self.state["origin"], self.origin)
+        found = differences(self.config, self.state["origin"], self.origin)
         wanted, was = self.config.precision, self.state["precision"]
-        return told + ([f"precision was {was} and is {wanted}"] if wanted not in ("auto", was) else [])
+        return found + ([f"precision was {was} and is {wanted}"] if wanted not in ("auto", was) else [])
 
     def finished(self, stage: StageConfig) -> bool:
-        """Whether this stage's steps or minutes are spent, or there was nothing to train, and its
-        checkpoint is there.
+        """Whether the checkpoint is there and nothing is left to do: the steps or minutes of `stage` are
+        spent, or there was nothing to train.
         """
         if not self.state or not checkpoint_of(self.config, self.config.stage).is_file():
             return False

@@ -1,4 +1,4 @@
-"""Self-generated history: games of the model's own, as play has them, and a loss on their windows."""
+"""RolloutLoss: plays games with the model in training, just as play does, and learns from their windows."""
 
 from __future__ import annotations
 
@@ -15,59 +15,62 @@ from ..model.noise import jittered
 from ..model.world_model import Generator
 from ..rollout.rollout import Rollout
 from ..stage_config import DistillStageConfig
-from .denoiser import PlainLoss, least_frames
+from .denoiser import DenoiserLoss, least_frames
 
 
 class Game(NamedTuple):
-    """Some games under way, all of one age, and what they play."""
+    """A group of games of the same age: the model's rollout, and the recorded clip whose keys it plays.
+
+    Frames are counted from the clip's first one.
+    """
 
     rollout: Rollout
     clip: Clip
-    stop: Tensor  # (b,): the clip's frame from which on true game and keys stay as they are
-    known: Tensor  # (b,): the frame up to which that is what is true
-    frame: int  # the next one, counted from the clip's first
-    end: int
-    stood: Tensor  # (b, 1, c, y, x): the true frame that moved last
-    shown: Tensor  # (b, 1, c, y, x): what the game showed then
+    stop_frame: Tensor  # (b,): from this frame on the true frame and the keys do not change any more
+    known_frames: Tensor  # (b,): before this frame the truth is known; later ones are not learnt from
+    frame: int  # the next frame to play
+    end: int  # the frame at which the games are over
+    true_reference: Tensor  # (b, 1, c, y, x): the latest true frame unlike the reference before it
+    own_reference: Tensor  # (b, 1, c, y, x): the model's own frame at that time
 
 
 class Windows(NamedTuple):
-    """What the model has made of a window, and what was true."""
+    """A denoised window of a group of games, and the truth beside it."""
 
-    made: Tensor  # (b, w, c, y, x), with gradients, under the keys held before
-    right: Tensor  # (b, w): 1 where these were held in the end, too, and what is true is known
-    corrected: Tensor | None  # (b, 1, c, y, x): the leaving frame, sent back, if any game's is
-    back: Tensor  # (b,): whose is
+    predicted: Tensor  # (b, w, c, y, x), with gradients, denoised under the keys held before
+    valid: Tensor  # (b, w): 1 where those keys turned out to be the true ones and the truth is known
+    corrected: Tensor | None  # (b, 1, c, y, x): the leaving frame, denoised again under its true keys
+    renoised: Tensor  # (b,): in which games that one replaces the predicted frame
     true: Tensor  # (b, w, c, y, x)
-    still: Tensor  # (b, w): 1 where the true game shows what it showed when it moved last
-    shown: Tensor  # (b, 1, c, y, x): what the own one showed then
-    action: Tensor  # (b, k), the true keys of the leaving frame
+    still: Tensor  # (b, w): 1 where the true frame looks like `Game.true_reference`
+    own_reference: Tensor  # (b, 1, c, y, x): as in Game
+    action: Tensor  # (b, k): the true keys of the leaving frame
 
 
-class RolloutLoss(PlainLoss):
-    """`Rollout` plays recorded actions, and every window that it denoises on the way is held against the true
-    frames, which the state keeps near; what else is asked of it is stage `distill`'s. All that went before a
-    pass is detached.
+class RolloutLoss(DenoiserLoss):
+    """Squared error of the windows that `Rollout` denoises while it plays recorded actions. DistillLoss
+    overrides `window_errors`. Gradients flow through one pass; everything before it is detached.
 
-    Games go on from iteration to iteration, in groups of different ages: what a game has cost to become old
-    is not paid again for the few frames that are learnt from. A window is denoised under the keys held
-    before; those of its frames under which other keys were held in the end are not learnt from. Leaving
-    frames that are sent back are, under their true keys.
+    Games are continued from iteration to iteration, in groups of different ages, so that old games are
+    learnt from without being played from their start each time. A window is denoised before the true keys
+    are known; its frames from the first wrong key on are not learnt from. A leaving frame that is sent back
+    and denoised under its true keys is.
     """
 
     def __init__(self, generator: Generator, stage: DistillStageConfig):
         super().__init__(generator, stage)
         self.games: list[Game] = []
-        self.still: Game | None = None
+        self.still_game: Game | None = None
 
     @property
     def start_frames(self) -> int:
+        """True frames that a game begins with."""
         return self.denoiser.config.sink_frames + self.denoiser.config.context_frames
 
     @property
     def all_games(self) -> list[Game]:
-        """`games`, and behind them the one group that stands still."""
-        return self.games + ([self.still] if self.still else [])
+        """`games`, followed by `still_game` where there is one."""
+        return self.games + ([self.still_game] if self.still_game else [])
 
     def forward(self, clip: Clip, turn: int) -> tuple[Tensor, dict[str, Tensor]]:
         choice = random.Random(f"kind {turn}")
@@ -75,7 +78,7 @@ class RolloutLoss(PlainLoss):
             length = min(least_frames(self.denoiser.config, self.stage), clip.latents.shape[1])
             first = choice.randint(0, clip.latents.shape[1] - length)
             return super().forward(_cut(clip, first, length), turn)
-        self._renew(clip)
+        self._restart(clip)
         errors, weights, logs = [], [], {}
         for number, game in enumerate(self.all_games):
             still = number == len(self.games)
@@ -86,7 +89,7 @@ class RolloutLoss(PlainLoss):
                 errors.append(error.flatten())
                 weights.append(weight.flatten())
             if still:
-                self.still = game
+                self.still_game = game
                 logs["own_still"] = head
                 continue
             self.games[number] = game
@@ -95,9 +98,9 @@ class RolloutLoss(PlainLoss):
         error, weight = torch.cat(errors), torch.cat(weights)
         return (error * weight).sum() / weight.sum().clamp_min(1), logs
 
-    def _renew(self, clip: Clip) -> None:
-        """Begins the games that are over anew, each group with its share of the clip; at the very first in
-        steps of age, so that they do not all end at once.
+    def _restart(self, clip: Clip) -> None:
+        """Replaces the games that are over by new ones on this clip, each group with its share of the batch.
+        The very first games get different lengths, so that later they do not all end at once.
         """
         groups = min(self.stage.game_groups, len(clip.latents))
         shares = [Clip(*parts) for parts in zip(*(part.tensor_split(groups) for part in clip), strict=True)]
@@ -112,73 +115,80 @@ class RolloutLoss(PlainLoss):
         for number, (game, share) in enumerate(zip(self.games, shares, strict=True)):
             if game.frame >= game.end:
                 self.games[number] = self._begin(share, game.rollout, longest)
-        if self.stage.still_games and (self.still is None or self.still.frame >= self.still.end):
-            self.still = self._begin_still(clip, self.still and self.still.rollout)
+        old = self.still_game
+        if self.stage.still_games and (old is None or old.frame >= old.end):
+            self.still_game = self._begin_still(clip, old and old.rollout)
 
     def _step(self, game: Game) -> tuple[Tensor, Tensor, Tensor, Game]:
-        """Plays the game's next frame → squared errors and their weights (b, w or more), that of what is
-        shown, and the game after it.
+        """Plays the game's next frame → errors and weights as `window_errors` has them, the mean squared
+        error of the finished frame (), and the game after it.
         """
         rollout, clip, frame = game.rollout, game.clip, game.frame
         size = self.denoiser.config.window_frames
-        at = torch.minimum(torch.arange(frame, frame + size, device=game.stop.device), game.stop[:, None])
+        window = torch.arange(frame, frame + size, device=game.stop_frame.device)
+        at = torch.minimum(window, game.stop_frame[:, None])  # (b, w)
         rows = torch.arange(len(at), device=at.device)[:, None]
         true = clip.latents[rows, at]
+        still = self._alike(true, game.true_reference).to(true.dtype)
         actions = clip.actions[rows, self.denoiser.config.action_history - 1 + at]
         action, assumed = actions[:, 0], rollout.assumed_action(actions[:, 0])
-        made = rollout.predict(assumed)
-        right = (actions == assumed[:, None]).all(-1) & (frame + size <= game.known)[:, None]
-        right = right.to(made.dtype).cumprod(1)
-        back, corrected = rollout.needs_renoise(action), None
-        if rollout.correction:  # whether a game needs it is known to the device alone
-            corrected = rollout.correct(made[:, :1].detach(), action)
-        still = self._alike(true, game.stood).to(true.dtype)
-        windows = Windows(made, right, corrected, back, true, still, game.shown, action)
-        error, weight = self.judged(rollout, windows)
-        head = rollout.advance(made.detach(), action, corrected is not None, corrected)
+        predicted = rollout.predict(assumed)
+        valid = (actions == assumed[:, None]).all(-1) & (frame + size <= game.known_frames)[:, None]
+        valid = valid.to(predicted.dtype).cumprod(1)
+        renoised, corrected = rollout.needs_renoise(action), None
+        if rollout.correction:  # always: only the device knows whether a game needs it
+            corrected = rollout.correct(predicted[:, :1].detach(), action)
+        windows = Windows(predicted, valid, corrected, renoised, true, still, game.own_reference, action)
+        error, weight = self.window_errors(rollout, windows)
+        head = rollout.advance(predicted.detach(), action, corrected is not None, corrected)
         return error, weight, (head - true[:, 0]).square().mean(), self._after(game, true[:, :1], head)
 
     @torch.no_grad()
     def _skip(self, game: Game) -> Game:
-        """Plays a frame that is not learnt from, at a third of the cost."""
-        rows, at = torch.arange(len(game.stop), device=game.stop.device), game.stop.clamp(max=game.frame)
+        """Plays a frame that is not learnt from, at a third of the cost → the game after it."""
+        rows = torch.arange(len(game.stop_frame), device=game.stop_frame.device)
+        at = game.stop_frame.clamp(max=game.frame)
         action = game.clip.actions[rows, self.denoiser.config.action_history - 1 + at]
         head = game.rollout.step(action, renoise=game.rollout.correction > 0)
         return self._after(game, game.clip.latents[rows, at][:, None], head)
 
     def _after(self, game: Game, true: Tensor, head: Tensor) -> Game:
-        """The game when it has shown `head` (b, c, y, x) where `true` (b, 1, c, y, x) was to be seen."""
-        stays = self._alike(true, game.stood)[..., None, None, None]
-        stood = torch.where(stays, game.stood, true)
-        shown = torch.where(stays, game.shown, head[:, None])
-        return game._replace(frame=game.frame + 1, stood=stood, shown=shown)
+        """The game after its frame `head` (b, c, y, x), where the true one is (b, 1, c, y, x)."""
+        alike = self._alike(true, game.true_reference)[..., None, None, None]
+        true_reference = torch.where(alike, game.true_reference, true)
+        own_reference = torch.where(alike, game.own_reference, head[:, None])
+        return game._replace(frame=game.frame + 1, true_reference=true_reference, own_reference=own_reference)
 
     def _alike(self, one: Tensor, other: Tensor) -> Tensor:
-        """Whether true frames (b, t, c, y, x) show the same → (b, t)."""
-        return (one - other).square().mean((2, 3, 4)) < self.stage.still
+        """True frames (b, t, c, y, x), twice → bool (b, t): whether they show the same."""
+        return (one - other).square().mean((2, 3, 4)) < self.stage.still_threshold
 
-    def judged(self, rollout: Rollout, windows: Windows) -> tuple[Tensor, Tensor]:
-        """Errors and weights, both (b, w) or with one more for frames that were sent back."""
-        made, right, corrected, back, true, *_ = windows
-        error = (made - true).square().mean((2, 3, 4))
+    def window_errors(self, rollout: Rollout, windows: Windows) -> tuple[Tensor, Tensor]:
+        """→ the squared errors of a window and their weights, both (b, w), or (b, w + 1) with the corrected
+        frame's where there is one.
+        """
+        predicted, valid, corrected, renoised, true, *_ = windows
+        error = (predicted - true).square().mean((2, 3, 4))
         if corrected is None:
-            return error, right
+            return error, valid
         again = (corrected - true[:, :1]).square().mean((2, 3, 4))
-        return torch.cat([error, again], 1), torch.cat([right, back[:, None].to(right.dtype)], 1)
+        return torch.cat([error, again], 1), torch.cat([valid, renoised[:, None].to(valid.dtype)], 1)
 
     def _begin(self, clip: Clip, rollout: Rollout | None, end: int) -> Game:
-        """Games (in the memory of earlier ones, if given) right after true frames. A share of them, where the
-        truth stands still, stand so to their end: recorded players hardly ever stand as long as people do.
+        """New games that start from the clip's first frames, in the memory of `rollout` if given. In a share
+        of them the true game, once it stands still, never moves again: recorded players hardly ever stand
+        still for as long as people do.
         """
-        n, first = clip.latents.shape[1], self._stands(clip)
-        stop = torch.where(torch.rand(len(first), device=first.device) < self.stage.stop, first, n)
+        n, first = clip.latents.shape[1], self._first_still(clip)
+        stop = torch.where(torch.rand(len(first), device=first.device) < self.stage.stop_share, first, n)
         return self._begin_game(clip, stop, torch.full_like(stop, n), rollout, end)
 
     def _begin_still(self, clip: Clip, rollout: Rollout | None) -> Game:
-        """Those of the clip that come to stand still first, and stand so for `still_frames`. What others
-        among them would show when their clip is over is not known, nor learnt from.
+        """`still_games` new games of `still_frames` generated frames: those of the batch that stand still the
+        soonest, and then never move again. If one never stands still, its truth is known only as far as its
+        clip goes.
         """
-        n, first = clip.latents.shape[1], self._stands(clip)
+        n, first = clip.latents.shape[1], self._first_still(clip)
         chosen = first.argsort(stable=True)[: self.stage.still_games]
         clip, stop = Clip(*(part[chosen] for part in clip)), first[chosen]
         end = self.start_frames + self.stage.still_frames
@@ -199,9 +209,9 @@ class RolloutLoss(PlainLoss):
         stop = stop.clamp(max=clip.latents.shape[1] - 1)
         return Game(rollout, clip, stop, known, start, end, last, last)
 
-    def _stands(self, clip: Clip) -> Tensor:
-        """(b,): the first frame after the start at which the truth stands still under keys that have been
-        held for as long as they count; the clip's length where there is none.
+    def _first_still(self, clip: Clip) -> Tensor:
+        """(b,): the first frame after the start that looks like the one before it, while the keys have not
+        changed for all of `action_history`; the clip's length where there is none.
         """
         history, n = self.denoiser.config.action_history, clip.latents.shape[1]
         same = self._alike(clip.latents[:, 1:], clip.latents[:, :-1])
@@ -210,29 +220,29 @@ class RolloutLoss(PlainLoss):
         count = torch.arange(n, device=stands.device)
         return torch.where(stands & (count >= self.start_frames), count, n).amin(1)
 
-    def under_way(self) -> list[dict]:
-        """The games, as plain values and tensors."""
+    def resume_state(self) -> list[dict]:
+        """All games, as plain values and tensors."""
         return [
             game._asdict() | {"rollout": game.rollout.state(), "clip": game.clip._asdict()}
             for game in self.all_games
         ]
 
-    def take_up(self, under_way: list[dict]) -> None:
-        """Goes on with games of another time."""
+    def load_resume_state(self, saved: list[dict]) -> None:
+        """Continues the games of `resume_state`; KeyError or RuntimeError if other networks made them."""
         device = self.denoiser.ladder.device
         games = []
-        for told in under_way:
-            rollout = Rollout(self.generator, len(told["stop"]), told["rollout"]["buffer"].dtype)
-            rollout.load_state(told["rollout"])
-            clip = Clip(**told["clip"]).to(device)
-            parts = {name: told[name].to(device) for name in ("stop", "known", "stood", "shown")}
-            games.append(Game(**told | parts | {"rollout": rollout, "clip": clip}))
-        self.still = games.pop() if games and self.stage.still_games else None
+        for values in saved:
+            rollout = Rollout(self.generator, len(values["stop_frame"]), values["rollout"]["buffer"].dtype)
+            rollout.load_state(values["rollout"])
+            parts = {"rollout": rollout, "clip": Clip(**values["clip"]).to(device)}
+            parts |= {name: x.to(device) for name, x in values.items() if torch.is_tensor(x)}
+            games.append(Game(**values | parts))
+        self.still_game = games.pop() if games and self.stage.still_games else None
         self.games = games
 
 
 def _cut(clip: Clip, first: int, length: int) -> Clip:
-    """`length` frames from `first` on, with the keys before them."""
+    """Frames first … first + length - 1 of a clip, with the keys before them."""
     before = clip.actions.shape[1] - clip.latents.shape[1]
     stop = first + length
     return Clip(

@@ -1,4 +1,4 @@
-"""The stage that a config names, with its data open. A new one: CONTRIBUTING.md, "A new stage"."""
+"""make_stage: from a stage's name to its class. How to add one: CONTRIBUTING.md, "A new stage"."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .state import StateStage
 
 
 def make_stage(config: TrainConfig, device: torch.device, dtype: torch.dtype | None, rank: int, ranks: int):
-    """One of the stages that are trained."""
+    """The training stage that `config.stage` names, with its networks made and its data open."""
     kinds = {
         "autoencoder": AutoencoderStage,
         "state": StateStage,

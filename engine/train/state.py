@@ -1,5 +1,5 @@
-"""Stage `state`: the network that predicts a world's state from keys, on logs alone, and beside it the one
-that reads a state off a picture.
+"""Stage `state`: trains the network that predicts a world's state from keys, on recorded states alone; and,
+on single frames, the reader (frame → state) and the scene (state → frame).
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from ..model.state import StateModel
 from ..model.state_reader import StateReader
 from ..model.state_spec import StateSpec, difference, heading, pick, state_features, turned
 from ..stage_config import StateStageConfig
-from .stage import LICENCE, check_world, open_caches
+from .latents_stage import LICENCE, check_world, open_caches
 
-MEASURED = 1000  # held-out pictures that are read
+MEASURED = 1000  # held-out frames that are measured
 
 
 class Given(NamedTuple):
-    """An iteration's games, and pictures that belong to other frames."""
+    """What an iteration learns from: games, and single frames of other games."""
 
     games: StateBatch
     pictures: StatePictures
 
 
 class StateLoss(nn.Module):
-    """A state network and its loss on its own unrolled states; a reader (picture → state) and a scene (state
-    → picture) and their losses on single pictures.
+    """Three networks and the sum of their losses: the state network, on states that it predicts in a row; the
+    reader (latents → state) and the scene (state → latents), on single frames.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class StateLoss(nn.Module):
         self.model, self.reader, self.scene, self.stage = model, reader, scene, stage
 
     def forward(self, given: Given, turn: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        """→ the sum of the losses, and their parts."""
+        """→ the sum of the losses (), and its parts to log."""
         games, parts = self.predict(given.games)
         few = StatePictures(*(part[: len(part) // self.stage.read_share] for part in given.pictures))
         read, seen = self.reader.loss(*few), self.scene_error(given.pictures)
@@ -66,14 +66,16 @@ class StateLoss(nn.Module):
         return loss, parts | {"read": read.detach(), "scene": seen.detach()}
 
     def scene_error(self, pictures: StatePictures) -> Tensor:
-        """Variance of the latents that the scene of their state has not."""
+        """Mean squared error () of the latents that the scene draws for the frames' states."""
         features = state_features(self.model.scales, pictures.states, pictures.states)
         return (self.scene(features) - pictures.latents).square().mean()
 
     def predict(self, batch: StateBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """→ the state network's loss: where the state is, and how it changed since the frame before.
+        """→ the state network's loss: the error of the states (place) and of their changes from frame to
+        frame (pace).
 
-        Where nothing is to be unrolled (warm 0), each frame is predicted from the recorded ones before it.
+        With `batch.warm` frames given, the rest is predicted in a row, each frame from the predicted one
+        before it. With warm 0 every frame is predicted from the recorded ones, and only its change counts.
         """
         model, warm = self.model, batch.warm
         if not warm:
@@ -92,7 +94,9 @@ class StateLoss(nn.Module):
         return place + pace, {"place": place.detach(), "pace": pace.detach()}
 
     def _error(self, made: Tensor, true: Tensor, seen_from: Tensor) -> Tensor:
-        """(b, t, follows) in large steps, angles the short way round, positions in the true body's axes."""
+        """States (b, t, S), three times → their error (b, t, n) without numbers that are read off frames: in
+        large steps, angles the short way round, positions along and across the heading of `seen_from`.
+        """
         spec, scales = self.model.spec, self.model.scales
         error = difference(spec, made, true) / scales.step
         places = spec.indices("position")
@@ -105,7 +109,7 @@ class StateLoss(nn.Module):
         return torch.stack([columns[i] for i in follows], -1)
 
     def _beside(self, state: Tensor) -> Tensor:
-        """Some of the games begin a little beside the truth."""
+        """States (b, S) with noise on the positions of a share of the games (`noise_share`)."""
         spec, scales = self.model.spec, self.model.scales
         some = (torch.rand(len(state), 1, device=state.device) < self.stage.noise_share).float()
         moved = self.stage.noise * some * torch.randn_like(state) * scales.step
@@ -118,8 +122,8 @@ def _huber(error: Tensor, delta: float) -> Tensor:
 
 
 class StateStage:
-    """Trains the predictor and the reader of the state that the true recordings tell; where they tell none,
-    there is nothing to train, and play does without.
+    """Trains the networks of the state on recordings of the true world that have one. If none has, nothing is
+    trained, and play does without.
     """
 
     def __init__(
@@ -130,7 +134,7 @@ class StateStage:
         before = Checkpoint(config.weights or Path(config.out) / "autoencoder.safetensors")
         check_world(before, config.world)
         self.autoencoder = load_autoencoder(before).to(device).eval().requires_grad_(False)
-        parts = [_told(part) for part in true_recordings(config.data, config.world)]
+        parts = [_with_states(part) for part in true_recordings(config.data, config.world)]
         spec = common_spec(parts[0])
         keys = tuple(config.world.keys)
         self.logs = StateLogs.read(parts[0], spec.names, keys) if spec else None
@@ -138,7 +142,7 @@ class StateStage:
         state = StateConfig(**spec.to_dict()) if self.trains else StateConfig()
         self.model = replace(before.model, state=state)
         if not self.trains:
-            self.module = nn.Linear(1, 1)  # stands in for what there is nothing to train of
+            self.module = nn.Linear(1, 1)  # a placeholder: there is nothing to train
             return
         self.held_out = StateLogs.read(parts[1], spec.names, keys) or self.logs
         caches = open_caches(config, self.autoencoder, device, dtype, (rank, ranks))
@@ -151,7 +155,9 @@ class StateStage:
         self.module = StateLoss(states, reader, scene, config.stage_config())
 
     def _networks(self, before: Checkpoint) -> tuple[StateModel, StateReader, SceneModel]:
-        """With the weights of `before` where it knows the same of its world; else fresh ones."""
+        """The networks, with the weights of `before` if it has the same state; else fresh ones with units
+        measured from the recordings.
+        """
         if before.model.state == self.model.state:
             return load_states(before), load_reader(before), load_scene(before)
         made = (make(self.model, self.config.world) for make in (make_states, make_reader, make_scene))
@@ -168,7 +174,7 @@ class StateStage:
 
     @torch.no_grad()
     def unrolled(self, module: StateLoss, frames: int) -> tuple[Tensor, Tensor]:
-        """Held-out games → true states and the network's own (b, frames, S); b may be 0."""
+        """True and predicted states of `frames` frames of held-out games, (b, frames, S) each; b may be 0."""
         starts = torch.nonzero(self.held_out.left >= WARM + frames)[:, 0]
         starts = starts[:: max(1, len(starts) // 256)]
         batch = self.held_out.cut(starts, WARM + frames, WARM).to(self.device)
@@ -177,9 +183,9 @@ class StateStage:
 
     @torch.no_grad()
     def validate(self, module: StateLoss) -> dict[str, float]:
-        """Median and 95th percentile, raw units, of the errors of held-out games after some frames, and of
-        what is read off held-out pictures; of numbers that only pictures tell, the share that is read (R2);
-        the variance of latents that the scene misses.
+        """Median and 95th percentile, in raw units, of errors on held-out data: of states predicted over 8
+        and 64 frames, and of states read off frames; R2 of numbers that can only be read off frames;
+        `scene_missed`, the mean squared error of the scene.
         """
         if not self.trains:
             return {}
@@ -196,7 +202,7 @@ class StateStage:
         return scores | {f"{spec.names[i]}_r2": float(shares[i]) for i in spec.pictured_indices}
 
     def picture(self, module: StateLoss) -> np.ndarray:
-        """Paths of held-out games seen from above, true ones bright, own ones red."""
+        """Paths of held-out games seen from above: true ones grey, predicted ones red."""
         picture = np.zeros((256, 256, 3), np.uint8)
         if not self.trains:
             return picture
@@ -215,23 +221,23 @@ class StateStage:
     def save(self, path: Path, module: StateLoss, about: dict[str, Any]) -> None:
         modules: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
         if self.trains:
-            reader = copy.deepcopy(module.reader)  # what is measured here is no part of the training
+            reader = copy.deepcopy(module.reader)  # `share` is set in the copy alone
             pictures = self.unseen.to(self.device)
             reader.share.copy_(reader.measured(pictures.latents.float(), pictures.states))
             modules |= {"states": module.model, "reader": reader, "scene": module.scene}
         world = self.config.world
         save_checkpoint(path, modules, self.model, world, licence=LICENCE, **about)
 
-    def under_way(self) -> list:
-        """Nothing is under way that a save does not hold."""
+    def resume_state(self) -> list:
+        """Empty: a stage without games (see LatentsStage.resume_state)."""
         return []
 
-    def take_up(self, under_way: list) -> None:
-        """Nothing to take up."""
+    def load_resume_state(self, saved: list) -> None:
+        """Nothing to load."""
 
 
 def _sizes(spec: StateSpec, error: Tensor, after: str) -> dict[str, float]:
-    """Median and 95th percentile of errors (n, S) of positions and angles."""
+    """Errors (n, S) → median and 95th percentile of the sizes of those of positions and of angles."""
     scores = {}
     for kind in ("angle", "position"):
         if spec.indices(kind):
@@ -241,19 +247,19 @@ def _sizes(spec: StateSpec, error: Tensor, after: str) -> dict[str, float]:
     return scores
 
 
-def _told(paths: list[Path]) -> list[Recording]:
-    """Recordings that tell what their world said of itself."""
+def _with_states(paths: list[Path]) -> list[Recording]:
+    """Those recordings that hold their world's state."""
     return [one for one in map(Recording, paths) if one.state_kinds]
 
 
 def _only(cache: LatentsCache, recordings: list[Recording]) -> LatentsCache | None:
-    """The part of a cache that is of these recordings; None where there are none."""
+    """The part of a cache that belongs to these recordings; None where there are none."""
     directories = [Path(recording.directory) for recording in recordings]
     return LatentsCache(cache.path, cache.key, directories) if directories else None
 
 
 def common_spec(recordings: list[Recording]) -> StateSpec | None:
-    """What all recordings tell of their world; None where they have nothing in common."""
+    """The state's numbers that all recordings have; None where there are none."""
     kinds = [recording.state_kinds for recording in recordings]
     names = [name for name in kinds[0] if all(name in other for other in kinds)] if kinds else []
     return StateSpec.of({name: kinds[0][name] for name in names}) if names else None

@@ -1,6 +1,4 @@
-"""Being stopped and being paused: signals, and a file called `pause` in the folder of a training. What is
-saved then, says resume.py.
-"""
+"""Stop: signals that end a training; and pauses, while a file called `pause` is in its folder."""
 
 from __future__ import annotations
 
@@ -13,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PAUSE = "pause"  # in out=DIR: while a file of this name is there, training waits
-# Ctrl-C, the system's end, and that of the terminal
+GONE = 13  # SIGPIPE's number: the reader of the output has left, which stops a training as a signal does
+# Ctrl-C, a request to end (also at shutdown), and the end of the terminal
 CAUGHT = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stopped(BaseException):
-    """The program was told to stop. The message, if there is one, says what is saved."""
+    """A signal asked the program to stop. The message, if any, says what is saved."""
 
     def __init__(self, number: int, said: str = ""):
         super().__init__(said)
@@ -26,8 +25,9 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """What arrived: `signal` is 0 or the number of one that asks to stop, for which the loop looks at the end
-    of a step. Where nobody looks, and at the second one, the signal raises Stopped there and then.
+    """Receives signals. Inside `gently` the first one is only noted: `signal` is its number, 0 before, and
+    the training loop looks at it after each step. A second one, or any outside of `gently`, raises Stopped at
+    once.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """A context in which signals come here instead of ending the program as they are."""
+        """A context in which signals are received here instead of ending the program."""
         before = {number: signal.getsignal(number) for number in CAUGHT}
         before = {number: how for number, how in before.items() if how is not signal.SIG_IGN}  # nohup
         for number in before:
@@ -51,7 +51,7 @@ class Stop:
 
     @contextmanager
     def gently(self) -> Iterator[None]:
-        """A context whose owner looks at `signal` himself."""
+        """A context in which the first signal is only noted."""
         self._gentle = True
         try:
             yield
@@ -59,7 +59,7 @@ class Stop:
             self._gentle = False
 
     def _arrive(self, number: int, frame: object) -> None:
-        if os.getpid() != self._process:  # a process of ours that reads data
+        if os.getpid() != self._process:  # a forked process that reads data
             raise KeyboardInterrupt
         again, self.signal = self.signal, number
         if again or not self._gentle:
@@ -72,7 +72,7 @@ def paused(folder: Path) -> bool:
 
 
 def hold(folder: Path, seconds: float = 1.0) -> None:
-    """Waits as long as the folder's pause file is there; says so once."""
+    """Waits while the folder's pause file is there, looking every `seconds`; prints once that it does."""
     if paused(folder):
         say_paused(folder)
     while paused(folder):
@@ -80,4 +80,5 @@ def hold(folder: Path, seconds: float = 1.0) -> None:
 
 
 def say_paused(folder: Path) -> None:
+    """Prints that training waits, and for what."""
     print(f"Paused; training goes on when {folder / PAUSE} is gone.", file=sys.stderr, flush=True)

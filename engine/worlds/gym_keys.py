@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..config import UserError
+from ..bounds import shortened
+from ..config import KEYS, UserError
 
 NATURAL = {
     "left": ("Left", "A"),
@@ -30,6 +31,7 @@ OPPOSITES = ({"left", "right"}, {"up", "down"}, {"forward", "backward"})
 # what a name may be made of: UPRIGHTFIRE, "right A B"
 DIRECTIONS = r"up|down|left|right|forward|backward|fire"
 BUTTONS = {*NATURAL, "a", "b", "c", "x", "y", "z", "l", "r", "select", "start"}
+MANY = f"more than {KEYS} keys; it has to be wrapped into fewer actions"
 REST = ("noop", "no_op", "nop", "none", "nothing", "do_nothing", "idle")
 
 
@@ -52,6 +54,8 @@ def moves_of(env: Any) -> Moves:
         moves = _actions(int(space.n), int(space.start), list(map(_tidy, said)))
     else:
         moves = _part(space, "", getattr(env.unwrapped, "buttons", None))
+    if len(moves.names) > KEYS:
+        raise UserError(f"The action space {shortened(str(space))} would need {MANY}.")
     if not moves.names:
         raise UserError(f"There is nothing to play in the action space {space}: it has a single action.")
     names = moves.names
@@ -78,6 +82,7 @@ def bindings_of(names: list[str], given: dict[str, tuple[str, ...]]) -> list[tup
 
 def _actions(size: int, start: int, names: list[str]) -> Moves:
     """One of a list of actions, named or not: held keys are composed as far as the game has it."""
+    _check_size(size)
     if len(names) != size or len(set(names)) != size or not all(names):
         names = [f"action_{i}" for i in range(size)]
     keys = composed(names)
@@ -163,14 +168,22 @@ def _part(space: Any, name: str, buttons: Any = None) -> Moves:
 
 def _choice(size: int, start: int, name: str) -> Moves:
     """One of several values; with no key held the one that means nothing, 0, or the first."""
+    _check_size(size)
     rest = min(max(0, -start), size - 1)
     others = [start + i for i in range(size) if i != rest]
     names = [name] if len(others) == 1 else [f"{name}_{value}".replace("-", "minus_") for value in others]
     return Moves(names, lambda held: others[int(np.argmax(held))] if held.any() else start + rest)
 
 
+def _check_size(size: int) -> None:
+    """Before names are made, of which there may be billions."""
+    if size - 1 > KEYS:
+        raise UserError(f"An action space of {size:,} values would need {MANY}.")
+
+
 def _axes(space: Any, name: str) -> Moves:
     """Each number has a key for its lowest and one for its highest value; both together are none."""
+    _check_size(space.low.size)
     low, high = (np.nan_to_num(side, posinf=1, neginf=-1) for side in (space.low, space.high))
     rest = np.clip(np.zeros_like(low), low, high).astype(space.dtype)
     names, entries = [], []

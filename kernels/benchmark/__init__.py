@@ -1,1 +1,1 @@
-"""One command that proves and times the operations: python -m engine.kernels.benchmark."""
+"""One command that checks and times the operations: python -m engine.kernels.benchmark."""

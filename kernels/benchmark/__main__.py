@@ -1,12 +1,12 @@
-"""One command that proves and measures the kernels on a GPU:
+"""One command that checks and measures the kernels on a GPU:
 
 python -m engine.kernels.benchmark --budget 450 --out DIR
 
-First all operations are checked; nothing is timed when one is wrong. Then ceilings of the machine, each
-operation beside libraries, the shipped model's step, and the paper's step beside the reference's loop. The
-last line printed is JSON; DIR gets bench.json, with more in it, and table.md. `--device cpu` rehearses all of
-it at toy size. `--tune` makes the GPU's table of kernel configurations, `--table FILES` the tables of a
-document.
+First all operations are checked; if one is wrong, nothing is timed. Then it measures the machine's ceilings,
+each operation against libraries, the shipped model's step, and the paper's step against the reference's loop.
+The last line printed is JSON; bench.json in DIR has more figures, and table.md the tables. `--device cpu`
+runs all of it at toy size. `--tune` makes the GPU's table of kernel configurations, `--table FILES` the
+tables of a document.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from .processes import share
 from .report import last_line, markdown, rounded, with_tables
 from .timing import Budget, ceilings, why
 
-# The largest share of the budget that a section may take; what one leaves over is the next one's.
+# the largest share of the remaining budget for each section
 SHARES = {"gate": 0.25, "tune": 0.9, "ceilings": 0.04, "table": 0.3, "shipped": 0.08, "paper": 1.0}
 TUNING = ("gate", "tune")
 MEASURING = ("gate", "ceilings", "table", "shipped", "paper")
 ROOT = Path(__file__).resolve().parents[2]
-# The shipped model's step: which kernels, as one graph or not, commit folded into the window's pass or not.
+# the shipped model's step: kernels, whether it is one CUDA graph, whether the commit is in the window's pass
 STEPS = {
     "graph": ("auto", True, True),
     "eager": ("auto", False, True),
     "peer-style": ("reference", False, False),
 }
-STOP = 5.0  # seconds at the end of the budget in which no section is begun
+STOP = 5.0  # seconds: no section begins when less of the budget is left
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,7 +123,7 @@ def say(text: str) -> None:
 
 
 def bench(device: torch.device, options: argparse.Namespace) -> dict:
-    """All sections that are wanted and that there is time for."""
+    """Runs the wanted sections while there is time → their figures."""
     budget, result = Budget(options.budget), {"gate": "not run", "checked": 0, **about(device)}
 
     def section(name: str, work: Callable[[Budget], object]) -> object | None:
@@ -136,7 +136,7 @@ def bench(device: torch.device, options: argparse.Namespace) -> dict:
         say(f"{name}: {part.left():.0f} s at most, {budget.left():.0f} s left")
         try:
             return work(part)
-        except Exception as error:  # whatever else was measured is worth keeping
+        except Exception as error:  # other sections' figures are still of use
             result.setdefault("skipped", {})[name] = why(error)
             say(f"{name} failed: {why(error)}")
             return None
@@ -174,7 +174,7 @@ def about(device: torch.device) -> dict[str, str]:
 
 
 def shipped_step(device: torch.device, budget: Budget) -> dict:
-    """The shipped model's step in the ways above, in turns: median and 99th of 100 in ms."""
+    """Times the shipped model's step in the ways above, by turns: median and 99th percentile in ms."""
     import numpy as np
 
     from engine.rollout.player import Player

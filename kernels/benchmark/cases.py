@@ -12,7 +12,9 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Groups of queries over pages: `groups` has how many queries each has, and how many pages it sees."""
+    """Groups of queries over pages; `groups`: for each, how many queries it has, and how many pages it
+    sees.
+    """
 
     name: str
     heads: int
@@ -110,10 +112,10 @@ class AttentionInput:
 def attention_input(
     case: AttentionCase, dtype: torch.dtype, device: torch.device, seed: int, loose: bool = False
 ) -> AttentionInput:
-    """Each group sees the first slots, in an order of its own: what libraries compute from these as they lie.
+    """Random inputs. Each group sees the first slots, in an order of its own, so that libraries can compute
+    the same from contiguous keys.
 
-    `loose` takes any slots in any order, with some to spare that hold large numbers, and lists that end
-    within a page: rings at whatever head.
+    `loose`: any slots in any order, others filled with large numbers, and lengths that end within a page.
     """
     draw = torch.Generator().manual_seed(seed)
     counts = [pages for _, pages in case.groups]
@@ -123,7 +125,7 @@ def attention_input(
     q, keys, values = (
         _normal(shape, dtype, device, seed + i) for i, shape in enumerate((of_queries, *2 * (of_keys,)))
     )
-    keys *= 2  # sharper than uniform: a key that is left out or counted twice shows
+    keys *= 2  # sharper than uniform, so that a key that is missed or counted twice shows
     pages = torch.zeros(len(counts), max(counts), dtype=torch.int32)
     lengths = torch.tensor([count * case.page for count in counts], dtype=torch.int32)
     for group, count in enumerate(counts):
@@ -172,7 +174,7 @@ class ProjectionInput:
 def projection_input(
     case: TokenCase, dtype: torch.dtype, device: torch.device, seed: int, spare: int = 3
 ) -> ProjectionInput:
-    """Frames go to slots in any order, of which `spare` ones are left over."""
+    """Random inputs; frames are written to slots in random order, and `spare` slots stay unused."""
     count, draw = case.frames * case.tokens, torch.Generator().manual_seed(seed)
     qkv = _normal((case.batch, count, 3 * case.width), dtype, device, seed) + 0.5
     over = case.width if case.together else case.dim
@@ -188,7 +190,9 @@ def projection_input(
 
 
 def residual_input(case: TokenCase, dtype: torch.dtype, device: torch.device, seed: int) -> list[Tensor]:
-    """What gate_residual_norm_modulate takes; gate, scale and shift lie side by side, as a layer has them."""
+    """Random arguments of gate_residual_norm_modulate; gate, scale and shift are parts of one tensor, as in a
+    layer.
+    """
     shape = case.batch, case.frames, case.tokens, case.width
     x, y = (_normal(shape, dtype, device, seed + i) + 0.5 for i in range(2))
     shared = _normal((case.batch, case.frames, 3 * case.width), dtype, device, seed + 2)

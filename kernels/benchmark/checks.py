@@ -1,7 +1,7 @@
-"""What is checked of each operation: against its definition in double precision.
+"""Checks of each operation against its definition in double precision.
 
-Outputs are filled with NaN beforehand, so that nothing unwritten passes; the same input must give the same
-bits; a replayed CUDA graph must give the eager result, also after its page lists have changed.
+Outputs are filled with NaN before, so that unwritten numbers are found; the same input must give the same
+bits; a replayed CUDA graph must give the eager result, also with other page lists.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Wrong(Exception):
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """New tensors are NaN where they would be whatever memory held."""
+    """A context in which uninitialised tensors are filled with NaN."""
     made = {(torch, "empty"): torch.empty, (torch, "empty_like"): torch.empty_like}
     made |= {(Tensor, "new_empty"): Tensor.new_empty}
 
@@ -57,7 +57,7 @@ def poisoned() -> Iterator[None]:
 
 
 def rel_rms(made: Tensor, true: Tensor) -> float:
-    """Root of the mean square difference, as a share of the true one's."""
+    """Root mean square difference, relative to the root mean square of the true result."""
     return ((made.double() - true.double()).norm() / true.double().norm().clamp_min(1e-6)).item()
 
 
@@ -90,7 +90,9 @@ def check_attention(
 
 
 def sampled(rows: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
-    """Which queries are checked, the first and last of each group among them, and how many of each group."""
+    """→ indices of the queries to check, with the first and last of each group, and how many of each
+    group.
+    """
     found, start = [], 0
     for count in rows:
         few = torch.linspace(0, max(count - 1, 0), min(count, SAMPLED), dtype=torch.float64)
@@ -143,7 +145,9 @@ def check_residual(ops, case: TokenCase, dtype: torch.dtype, device: torch.devic
 
 
 def check_gradients(ops, name: str, case: TokenCase, dtype: torch.dtype, device: torch.device) -> None:
-    """Of either operation on tokens, against the definition's; twice as far off as results may be."""
+    """Checks gradients of an operation on tokens against the definition's; they may be off by twice as much
+    as results.
+    """
     if name == "qknorm_rope":
         given = projection_input(case, dtype, device, 17)
         inputs, fixed = [given.qkv, given.q_weight, given.k_weight], (given.cos, given.sin, given.rms)

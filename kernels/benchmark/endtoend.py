@@ -1,4 +1,6 @@
-"""The paper's step end to end: the emulated reference loop and ours in turns, outputs compared first."""
+"""The paper's step end to end: the emulated reference loop and ours, compared first and then timed by
+turns.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,16 @@ from .paper import TOY, Shape, Weights
 from .peerloop import PeerLoop
 from .timing import Budget, synchronize, why
 
-STEPS = 3  # compared before any is timed
+STEPS = 3  # steps whose results are compared before timing
 ROUNDS = 8
 WARM = 2
 AGREE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # relative RMS
-WRONG = 2.5  # times as far off is no rounding: such a loop is not timed
+WRONG = 2.5  # times AGREE: a loop that is farther off is wrong, and not timed
 
 
 def variants(device: torch.device) -> dict[str, tuple[str, str, int]]:
-    """By name: whose loop, the attention in it, and how many clean frames a committed block sees (0: as many
-    as the reference's).
+    """Name → whose loop, its attention, and how many clean frames a committed block sees (0: as in the
+    reference).
     """
     if device.type != "cuda":
         own = {"ours own": ("ours", "triton", 0), "ours own short": ("ours", "triton", 6)}
@@ -46,7 +48,7 @@ def variants(device: torch.device) -> dict[str, tuple[str, str, int]]:
 def paper_step(
     device: torch.device, budget: Budget, ceiling: dict[str, float], say: Callable[[str], None]
 ) -> dict:
-    """Times, rates, ratios and differences of the variants; those that cannot run say why."""
+    """Times, rates, ratios and differences of the variants, or the reason why one cannot run."""
     gpu = device.type == "cuda"
     shape, dtype = (Shape(), torch.bfloat16) if gpu else (TOY, torch.float32)
     _clean(device)
@@ -88,7 +90,7 @@ def paper_step(
 
 
 class Peer:
-    """The reference's loop with one attention or another: they share the loop, and its cache of 7 GB."""
+    """The reference's loop with a given attention; all share one loop, whose cache has 7 GB."""
 
     def __init__(self, loop: PeerLoop, attend: Attend):
         self.loop, self.attend = loop, attend
@@ -114,7 +116,9 @@ def _warm(loop: Loop, weights: Weights) -> None:
 
 
 def _captured(loop: OurLoop) -> bool | str:
-    """Whether a step is one graph from now on, or why not; then it is timed launch by launch."""
+    """Captures the loop's step as one CUDA graph → True, or the reason why not; then it is timed launch by
+    launch.
+    """
     try:
         return loop.capture()
     except Exception as error:
@@ -125,8 +129,9 @@ def _captured(loop: OurLoop) -> bool | str:
 def _compare(
     loops: dict[str, Loop], weights: Weights, dtype: torch.dtype, skipped: dict[str, str]
 ) -> dict[str, float]:
-    """How far each is off the first after some steps of the same noise, relative RMS; the worst step. What is
-    to be the same and is not is dropped; a shorter memory of committed blocks is another model.
+    """Relative RMS difference of each loop from the first, in the worst of some steps with the same noise.
+    Loops that should agree and do not are removed; one with a shorter memory of committed blocks is another
+    model.
     """
     made: dict[str, list[torch.Tensor]] = {}
     for name, loop in list(loops.items()):
@@ -149,7 +154,7 @@ def _compare(
 def _race(
     loops: dict[str, Loop], weights: Weights, device: torch.device, budget: Budget
 ) -> dict[str, list[float]]:
-    """ms of single steps, one of each loop in turn, from call to result."""
+    """Milliseconds of single steps from call to result, one of each loop by turns."""
     samples: dict[str, list[float]] = {name: [] for name in loops}
     noise = weights.noise()
     for number in range(WARM + ROUNDS):

@@ -1,4 +1,4 @@
-"""Are the operations right on this device? What is checked, and the verdict: without it no time is told."""
+"""All checks of the operations on this device, and their verdict, without which nothing is timed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def interpreted() -> bool:
 
 
 def operations(device: torch.device):
-    """What is checked and timed: Triton's kernels on GPUs and in the interpreter, elsewhere the definitions,
-    which rehearse the benchmark.
+    """The operations to check and to time: Triton's kernels on GPUs and in the interpreter, else the
+    definitions, to try out the benchmark.
     """
     if device.type != "cuda" and not interpreted():
         return reference
@@ -39,15 +39,17 @@ def operations(device: torch.device):
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """The interpreter cannot multiply bfloat16, and the definition is itself only right to its type."""
+    """Types to check on a device: the interpreter cannot multiply bfloat16, and the definition itself is no
+    more exact than its type.
+    """
     if device.type == "cuda":
         return (*HALVES, torch.float32)
     return (torch.float32, torch.float16) if interpreted() else (torch.float32,)
 
 
 def small_cases(dim: int) -> list[tuple[AttentionCase, tuple[str, ...]]]:
-    """The shipped model's pages and odd ones, with two groups, with one, in a batch, and with many keys; and
-    the ways to cut the kernel that each is checked with besides the tables' own.
+    """Small cases: the shipped model's pages and odd ones, with one and two groups, in a batch, and with many
+    keys. With each, names of kernel configurations to check besides that of the tables.
     """
     rings = [(f"13 tokens, {n} pages", 13, ((13, n - 4), (52, n)), 1, ("5 parts",)) for n in (14, 9, 11)]
     others = [
@@ -62,7 +64,7 @@ def small_cases(dim: int) -> list[tuple[AttentionCase, tuple[str, ...]]]:
 
 
 def variant(ops, name: str):
-    """A way to cut the attention kernel; None for definitions, which cannot be cut."""
+    """The configuration of the attention kernel with this name; None for the definitions."""
     if not hasattr(ops, "attention"):
         return None
     how, *parts = name.split(", ") if "TMA" in name else ("plain", name)
@@ -73,14 +75,14 @@ def variant(ops, name: str):
 
 
 def chosen(ops, case: AttentionCase, dtype: torch.dtype, device: torch.device):
-    """How the tables cut the attention kernel for this shape."""
+    """The configuration that the tables choose for this shape."""
     rows, pages = (max(x) for x in zip(*case.groups, strict=True))
     names = ops.attention.names(device)
     return ops.attention.pick(names, case.dim, dtype, rows, pages * case.page, case.page)
 
 
 def checks(ops, device: torch.device) -> Iterator[Check]:
-    """All of them: first the shapes that are timed, then small and odd ones."""
+    """All checks: first of the shapes that are timed, then of small and odd ones."""
     gpu = device.type == "cuda"
     for dtype in dtypes(device):
         yield from _timed_shapes(ops, dtype, device)
@@ -97,7 +99,7 @@ def checks(ops, device: torch.device) -> Iterator[Check]:
 
 
 def _timed_shapes(ops, dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
-    """The largest only in the types that they are played in: in float32 they take too long."""
+    """Checks of the timed shapes; of the largest not in float32, which would take too long."""
     for case in attention_cases(device):
         if dtype in HALVES or case.flops < 1e11:
             run = _later(check_attention, ops, case, dtype, device, False)
@@ -146,7 +148,7 @@ def _later(function: Callable, *args) -> Callable[[], None]:
 
 
 def run(device: torch.device, budget: Budget, workers: int) -> dict:
-    """The verdict: green when nothing that was checked is wrong and something was checked."""
+    """Runs all checks → the verdict: green if something was checked and nothing is wrong."""
     todo = list(checks(operations(device), device))
     found = side_by_side("gate", todo, device, budget, workers) if workers else []
     if not any(x["state"] == "right" for x in found):  # none wanted, or none could start

@@ -1,4 +1,4 @@
-"""Attention as libraries offer it, all with one signature: what the project's own is measured against."""
+"""Attention of libraries, all with one signature, with which the project's own is compared."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NAMES = ("cudnn", "flash", "varlen", "flex")
 
 
 def library(name: str) -> Attend:
-    """`cudnn` and `flash` (FlashAttention 2) are backends of PyTorch's SDPA and named, as its own choice on
-    Hopper is the slow one; `varlen` is FlashAttention 2 as the peers call it; `flex` is FlexAttention,
-    compiled; `sdpa` leaves the choice to PyTorch.
+    """The attention of this name. `cudnn`, `flash` (FlashAttention 2): backends of PyTorch's SDPA; `sdpa`:
+    PyTorch's own choice, which on Hopper is a slow one; `varlen`: FlashAttention 2 as peers call it; `flex`:
+    FlexAttention, compiled.
     """
     made = {
         "sdpa": lambda: _sdpa,
@@ -41,7 +41,7 @@ def _backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # not in every PyTorch that there is
+    from torch.nn.attention.varlen import varlen_attn  # missing in some versions of PyTorch
 
     if len(q) != 1:
         raise ValueError(f"one sequence at a time, not {len(q)}")
@@ -51,13 +51,13 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _ends(count: int, device: torch.device) -> Tensor:
-    """Where the one sequence begins and ends; kept, since making it anew would wait for the device."""
+    """Begin and end of the only sequence; cached, as making it waits for the device."""
     return torch.tensor([0, count], dtype=torch.int32, device=device)
 
 
 def _flex() -> Attend:
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch.compiler.reset()  # each shape is compiled for itself, and there is a limit to how many are kept
+    torch.compiler.reset()  # each shape is compiled, and the number of compiled ones is limited
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)

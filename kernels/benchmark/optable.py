@@ -1,4 +1,4 @@
-"""Each operation's time beside what libraries and compilers make of the same, as rows of one table."""
+"""Times of each operation and of the same in libraries and compilers, as rows of one table."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from .gate import operations
 from .libraries import NAMES, library
 from .timing import Budget, Call, Timing, interleaved, limit, sets_for, why
 
-AGREE = 2e-2  # relative RMS between providers in half types; a row that differs more is no time
+AGREE = 2e-2  # relative RMS between providers in half types; one that differs more is not timed
 PATIENCE = 30.0  # seconds that compiling a provider for one shape may take
-FLEX = ("paper window", "one frame 1560 x 32760", "tiny B")  # it is compiled for each, which takes long
+# cases for FlexAttention, which compiles long for each
+FLEX = ("paper window", "one frame 1560 x 32760", "tiny B")
 
 
 def table(
     device: torch.device, budget: Budget, ceiling: dict[str, float], say: Callable[[str], None]
 ) -> list[dict]:
-    """All rows; those that the time did not suffice for say so."""
+    """All rows; a row without a time says why."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     work: list[tuple[str, str, Callable[[float], Iterator[dict]]]] = []
     for case in attention_cases(device):
@@ -47,7 +48,7 @@ def table(
             continue
         say(f"table: {op}, {shape}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # backends say at length why they cannot
+            warnings.simplefilter("ignore")  # backends explain at length why they cannot run
             try:
                 rows += [{**about, **row} for row in measure(budget.left() / (len(work) - number))]
             except Exception as error:
@@ -62,7 +63,7 @@ def _bind(function: Callable, *args) -> Callable[[float], Iterator[dict]]:
 def attention_rows(
     case: AttentionCase, dtype: torch.dtype, device: torch.device, ceiling: dict[str, float], seconds: float
 ) -> Iterator[dict]:
-    """TFLOP/s, as a share of what a matrix product reaches."""
+    """Rows of attention: TFLOP/s, and as a share of what a matrix product reaches."""
     count = sets_for(case.size * dtype.itemsize, device)
     sets = [attention_input(case, dtype, device, 100 + i) for i in range(count)]
     calls = attention_calls(sets, case, device)
@@ -76,7 +77,7 @@ def attention_rows(
 
 
 def attention_calls(sets: list[AttentionInput], case: AttentionCase, device: torch.device) -> dict[str, Call]:
-    """Providers by name. Libraries get each group in a call of its own, over keys that lie side by side."""
+    """Name of a provider → a call to time. Libraries are called once for each group, with contiguous keys."""
     ops = operations(device)
     own = "triton" if hasattr(ops, "attention") else "definition"
     calls: dict[str, Call] = {own: lambda i: ops.window_attention(*sets[i].all())}
@@ -105,7 +106,9 @@ def _library_call(name: str, sets: list[AttentionInput]) -> Call:
 
 
 def unfit(calls: dict[str, Call], given: AttentionInput) -> dict[str, str]:
-    """Why a provider is not timed: it raises, compiles too long, or its result is not the first one's."""
+    """Providers that cannot be timed → why: they raise, compile for too long, or differ from the first one's
+    result.
+    """
     first, found = None, {}
     for name, call in calls.items():
         try:
@@ -129,7 +132,9 @@ def token_rows(
     ceiling: dict[str, float],
     seconds: float,
 ) -> Iterator[dict]:
-    """GB/s of what must be read and written once, as a share of what a copy reaches."""
+    """Rows of operations on tokens: GB/s of what must be read and written, and as a share of what a copy
+    reaches.
+    """
     moved = (6 if op == "qknorm_rope_write" else 4) * case.size * dtype.itemsize
     count = sets_for(moved, device)
     make = projection_input if op == "qknorm_rope_write" else residual_input
@@ -149,7 +154,7 @@ def token_rows(
 
 
 def row(provider: str, timing: Timing | str, work: float, unit: str, ceiling: float) -> dict:
-    """`work` is what a millisecond's rate is counted in: GFLOP for TFLOP/s, MB for GB/s."""
+    """A row; `work`: GFLOP for a rate in TFLOP/s, MB for one in GB/s."""
     if isinstance(timing, str):
         return {"provider": provider, "skipped": timing}
     rate = work / timing.ms

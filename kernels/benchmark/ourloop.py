@@ -1,9 +1,8 @@
 """The project's step at the paper's size: the three operations, a ring that never moves, one pass a step.
 
-The finished block is committed by the next pass, as rows that see the ring and themselves beside the window's
-rows, which see sink, recent context and window: what a second pass would give, without one. Rows and columns
-of q and k are permuted within each head, so that the pairs that turn lie half a head apart and not side by
-side; scores stay what they are.
+The finished block is committed in the next pass: its queries see the ring and itself, the window's queries
+see sink, recent context and window. That gives the same as a second pass. Channels of q and k are permuted
+within each head, so that rotated pairs are half a head apart instead of adjacent; scores do not change.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from .timing import capture
 class OurLoop:
     """`start`, then one finished block (block, n, channels) a `step`.
 
-    `attention` is `triton` (the operation itself, from pages) or a library's name. A library reads whole
-    slices, so the slots lie [older ring | committed | sink | window], commit rows see the first two parts and
-    window rows the last three; the block that was committed moves to the older ring before the next is.
+    `attention`: `triton` (the operation itself, from pages) or a library's name. A library reads contiguous
+    slots, in the order [older ring | committed | sink | window]: the committed block's queries see the first
+    two parts, the window's the last three, and the committed block moves to the older ring before the next
+    one.
     """
 
     def __init__(self, weights: Weights, ops, attention: str = "triton", kept: int = 0):
@@ -52,7 +52,9 @@ class OurLoop:
         self.replay: Callable[[], None] | None = None
 
     def _modulation(self) -> None:
-        """Levels never change, so neither does what they make of each layer: (layers, 6) of (1, t, c)."""
+        """Computes each layer's modulation once, as noise levels never change: (layers, 6) tensors (1,
+        t, c).
+        """
         w, s = self.weights, self.shape
         sigma = torch.cat([torch.zeros(s.block, device=w.device), w.levels()])
         condition, parts = w.condition(sigma)
@@ -69,7 +71,7 @@ class OurLoop:
         self.time, self.place = time.to(device), place.to(device)
 
     def _lists(self, kept: int) -> None:
-        """Slots of a pass's frames (t,), and pages that its two groups see."""
+        """Sets the slots of a pass's frames (t,), and the pages of its two groups."""
         s, device = self.shape, self.weights.device
         self.within = torch.arange(s.block, dtype=torch.int32, device=device)
         window = torch.arange(kept + s.sink, kept + s.sink + s.window, dtype=torch.int32, device=device)
@@ -86,7 +88,7 @@ class OurLoop:
 
     @torch.no_grad()
     def start(self) -> None:
-        """From the common past on; state is filled in place, as a graph that was captured needs it."""
+        """Starts from the common past; state is filled in place, as a captured graph needs it."""
         s, (pending, window) = self.shape, self.weights.start()
         kept, half = self.ring * s.block, _halves(s.dim)
         older = s.first - s.block - kept  # index of the first frame of the ring
@@ -109,7 +111,9 @@ class OurLoop:
         self.first.fill_(s.first)
 
     def _slot(self, block: int) -> int:
-        """Of the ring's block with this index at the start, when the newest is where it was committed."""
+        """The place in the ring, at the start, of the block with this index; the newest one has just been
+        committed.
+        """
         if self.attend is None:
             return block % self.ring
         newest = self.shape.first // self.shape.block - 2
@@ -128,7 +132,7 @@ class OurLoop:
 
     @torch.no_grad()
     def step(self, noise: Tensor) -> Tensor:
-        """`noise` (w, n, channels) is the next window's. The result is overwritten by the next step."""
+        """`noise` (w, n, channels): of the next window → the finished block, overwritten by the next step."""
         self.noise.copy_(noise)
         if self.replay is None:
             self._step()
@@ -138,7 +142,7 @@ class OurLoop:
 
     @torch.no_grad()
     def capture(self) -> bool:
-        """From now on a step is the replay of one CUDA graph; False where it cannot be. Starts anew."""
+        """Captures the step as one CUDA graph → whether that worked. Starts again from the common past."""
         self.replay = capture(self._step)
         self.start()
         return self.replay is not None
@@ -157,7 +161,9 @@ class OurLoop:
         self.first += s.block
 
     def _place(self) -> None:
-        """Where this pass's block goes in the ring; and the sink, turned to stand right before that block."""
+        """Sets the slots of this pass's block in the ring, and rotates the sink to the position right before
+        it.
+        """
         s, kept = self.shape, self.ring * self.shape.block
         block = self.first // s.block - 1  # the one that this pass commits
         if self.attend is None:

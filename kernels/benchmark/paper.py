@@ -1,7 +1,7 @@
 """The paper's step at its own size, without its weights: Wan2.1-1.3B's widths under Rolling Forcing.
 
-Two loops run it: the reference's, as it is described (peerloop.py), and the project's (ourloop.py). Both take
-the same weights, past and noise, and emit the same frames; here is what they share, and what times them.
+Two loops run it: the reference's, as its paper describes it (peerloop.py), and the project's (ourloop.py).
+Both take the same weights, past and noise, which are defined here, and give the same frames.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LEVELS = (0.5556, 0.7692, 0.8824, 0.9524, 1.0)  # noise of the window's blocks, 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the network and of its window, in frames where nothing else is said."""
+    """Sizes of the network and of its window, in frames unless stated otherwise."""
 
     heads: int = 12
     dim: int = 128
@@ -28,9 +28,9 @@ class Shape:
     rows: int = 30
     columns: int = 52
     text: int = 512  # tokens
-    channels: int = 64  # numbers of a token's patch
-    block: int = 3  # leaves, and enters, at once
-    blocks: int = len(LEVELS)  # in the window
+    channels: int = 64  # channels of a token's patch
+    block: int = 3  # frames that leave, and enter, at once
+    blocks: int = len(LEVELS)  # blocks in the window
     sink: int = 3
     recent: int = 3  # clean frames that the window sees
     kept: int = 21  # clean frames that a committed block sees, itself included
@@ -49,8 +49,8 @@ class Shape:
         return self.block * self.blocks
 
     def flops(self) -> float:
-        """Of one step: products of weights with the tokens of window and commit, and attention to what each
-        sees (2 floating-point operations a multiplication; norms and the like are not counted).
+        """Floating-point operations of one step: matrix products for the tokens of window and commit, and
+        attention (2 for each multiplication; norms and the like are not counted).
         """
         c, n = self.width, self.tokens
         per_token = 2 * (6 * c * c + 2 * c * self.hidden) + 4 * self.text * c
@@ -64,7 +64,7 @@ TOY = Shape(2, 32, 2, 96, rows=2, columns=3, text=5, channels=8)
 
 @dataclass
 class Layer:
-    """One layer's weights: matrices as (out, in), each with its bias behind it."""
+    """One layer's weights; matrices (out, in) are paired with their biases."""
 
     q: tuple[Tensor, Tensor]
     k: tuple[Tensor, Tensor]
@@ -84,7 +84,7 @@ class Layer:
 
 @dataclass
 class Weights:
-    """Random ones, from a seed."""
+    """Random weights from a seed, and the past and the noise for the loops."""
 
     shape: Shape
     dtype: torch.dtype
@@ -118,8 +118,8 @@ class Weights:
         return scale * torch.randn(shape, generator=self.draw, device=self.device, dtype=self.dtype)
 
     def past(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Clean keys, not yet rotated, and values of the frames before the window: first the sink, then
-        `kept` ones before the block to be committed, (1, (sink + kept) n, h, d); always the same.
+        """Keys, not rotated, and values of the frames before the window: the sink, then the `kept` frames
+        before the block to be committed (1, (sink + kept) · n, h, d). The same at each call.
         """
         s = self.shape
         draw = torch.Generator(self.device).manual_seed(1000 + layer)
@@ -137,7 +137,7 @@ class Weights:
         return made[: s.block], made[s.block :]
 
     def noise(self) -> Iterator[Tensor]:
-        """For each step that of the next window (window, n, channels)."""
+        """For each step, the noise of the next window (window, n, channels)."""
         s = self.shape
         draw = torch.Generator(self.device).manual_seed(3)
         while True:
@@ -160,7 +160,7 @@ class Weights:
 
 
 def frequencies(dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Radians a frame, a row and a column, float64: 22, 21 and 21 of 64 pairs turn with each."""
+    """Radians for each frame, row and column, float64: of 64 pairs 22, 21 and 21 rotate with them."""
     place = dim // 2 // 3
     counts = dim // 2 - 2 * place, place, place
     made = (10000 ** (-torch.arange(n, dtype=torch.float64) / n) for n in counts)

@@ -1,11 +1,10 @@
-"""The reference loop of Rolling Forcing, emulated from a description of what it does, to be measured against.
+"""The reference loop of Rolling Forcing, emulated from a description of it, for comparison.
 
-It does what the published loop does, at the same cost, in words of its own: rotations in complex double
-precision, a root-mean-square norm of elementary operations for q and one for k, separate projections,
-separate modulation and gates, indices and sizes read on the host in each layer, a cache that is moved along
-by cloning, a sink that is kept without its rotation and rotated anew in each pass, sink, recent keys and
-window concatenated for each attention, and a second pass over the finished block, whose only use is to be
-cached. Where the description leaves a choice, the cheaper one is taken.
+It does the same as the published loop at the same cost, but is written independently: rotations in complex
+double precision; RMS norms from elementary operations for q and k; separate projections, modulation and
+gates; indices and sizes read on the host in each layer; a cache shifted by cloning; a sink stored unrotated
+and rotated in each pass; sink, recent keys and window concatenated for each attention; and a second pass over
+the finished block, only to cache it. Where the description leaves a choice, the cheaper one is taken.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class PeerLoop:
 
     @torch.no_grad()
     def start(self) -> None:
-        """From the common past on."""
+        """Starts from the common past."""
         s, (pending, window) = self.shape, self.weights.start()
         grid = self._grid(s.kept)
         sink = s.sink * s.tokens
@@ -57,7 +56,7 @@ class PeerLoop:
 
     @torch.no_grad()
     def step(self, noise: Tensor) -> Tensor:
-        """`noise` (w, n, channels) is the next window's."""
+        """`noise` (w, n, channels): of the next window → the finished block."""
         s = self.shape
         flow = self._forward(self.window, self.sigma, self.first, commit=False)
         clean = (self.window.double() - self.sigma[:, None, None] * flow.double()).to(flow.dtype)
@@ -77,7 +76,7 @@ class PeerLoop:
         self._forward(clean, torch.zeros(len(clean), device=clean.device), first, commit=True)
 
     def _grid(self, frames: int) -> Tensor:
-        """Frames, rows and columns of a pass, where the loop keeps them: on the device."""
+        """Numbers of frames, rows and columns of a pass, on the device, where the reference has them."""
         s = self.shape
         return torch.tensor([[frames, s.rows, s.columns]], device=self.weights.device)
 
@@ -134,7 +133,7 @@ class PeerLoop:
         return F.linear(self.attend(turned[0], *seen).flatten(2), *layer.out)
 
     def _see_window(self, number: int, k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Sink, recent keys and the window's own, one behind the other."""
+        """Keys and values of sink, recent frames and window, concatenated."""
         s, keys, values = self.shape, self.keys[number], self.values[number]
         end, total = int(self.end[number].item()), int(self.total[number].item())
         recent = min(s.recent, total // s.tokens - s.sink)
@@ -144,7 +143,7 @@ class PeerLoop:
         return torch.cat([placed, keys[:, at], k], 1), torch.cat([values[:, :sink], values[:, at], v], 1)
 
     def _see_commit(self, number: int, k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Moves what is in the cache along, puts the block behind, and shows as much as a block may see."""
+        """Shifts the cache, appends the block → the keys and values that the block sees."""
         s, keys, values = self.shape, self.keys[number], self.values[number]
         end, total = int(self.end[number].item()), int(self.total[number].item())
         sink, new = s.sink * s.tokens, k.shape[1]
@@ -160,7 +159,7 @@ class PeerLoop:
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
-    """Over all heads, by the root mean square, in float32 one operation after another."""
+    """RMS normalisation over all heads, in float32, from elementary operations."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
     return wide.to(x.dtype) * weight
@@ -182,7 +181,9 @@ def _table(dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, grid: Tensor, table: Tensor, first: int) -> Tensor:
-    """x (1, t n, h, d), whose neighbours x[2 i], x[2 i + 1] are a complex number, from frame `first` on."""
+    """Rotates x (1, t · n, h, d), in which x[2 i], x[2 i + 1] are a complex number, for frames from `first`
+    on.
+    """
     t, rows, columns = grid[0].tolist()
     time, row, column = table.split([len(part) for part in frequencies(x.shape[-1])], 1)
     turn = torch.cat(

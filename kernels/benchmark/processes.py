@@ -1,7 +1,7 @@
-"""Checks run one after another, or shared out among processes, with what came of each.
+"""Runs checks in turn or in several processes, and collects their outcomes.
 
-Processes side by side compile in parallel and leave what they compiled in Triton's cache; and a kernel that
-breaks its process is a failed check, not the end of the benchmark.
+Several processes compile in parallel, into Triton's cache; and a kernel that crashes its process is a failed
+check, not the end of the benchmark.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Outcome = dict[str, str]  # name, state (right, wrong, refused, left) and why
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that must hold; `run` raises otherwise. What is `optional` may be refused by the device or
-    the compiler (tensor memory accelerator), but not be wrong.
+    """A check; `run` raises if it fails. An `optional` one may be refused by device or compiler (TMA), but
+    must not be wrong.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Check:
 
 
 def outcomes(todo: Iterable[Check], budget: Budget, began: Callable[[str], None]) -> Iterator[Outcome]:
-    """Runs checks one after another while there is time."""
+    """Runs checks in turn while there is time → yields their outcomes."""
     for check in todo:
         if budget.left() <= 0:
             yield {"name": check.name, "state": "left"}
@@ -55,7 +55,7 @@ def outcomes(todo: Iterable[Check], budget: Budget, began: Callable[[str], None]
 
 
 def in_turn(todo: Iterable[Check], budget: Budget, title: str) -> list[Outcome]:
-    """In this process; a terminal is told what is being checked."""
+    """Runs checks in this process, and shows on a terminal which one is running."""
 
     def say(name: str) -> None:
         if sys.stderr.isatty():
@@ -67,7 +67,7 @@ def in_turn(todo: Iterable[Check], budget: Budget, title: str) -> list[Outcome]:
 
 
 def share(todo: list[Check], part: int, parts: int, seconds: float, file: Path) -> None:
-    """One process's share; what it finds goes into `file`, a line each."""
+    """Runs one process's share of the checks, and writes each outcome as a line of `file`."""
     with file.open("w") as out:
 
         def note(what: Outcome) -> None:
@@ -83,7 +83,9 @@ def share(todo: list[Check], part: int, parts: int, seconds: float, file: Path) 
 def side_by_side(
     kind: str, todo: list[Check], device: torch.device, budget: Budget, workers: int
 ) -> list[Outcome]:
-    """In processes, each of which makes the same list itself (`kind` is what to make) and runs its share."""
+    """Runs checks in several processes, each of which makes the same list (`kind` names it) and runs its
+    share.
+    """
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{part}.jsonl" for part in range(workers)]
         started = [
@@ -91,7 +93,7 @@ def side_by_side(
         ]
         while any(process.poll() is None for process in started) and budget.left() > -10:
             time.sleep(0.2)
-        broken = [process.poll() not in (None, 0) for process in started]  # others are late, or done
+        broken = [process.poll() not in (None, 0) for process in started]  # others are still running, or done
         for process in started:
             process.kill()
             process.wait()
@@ -110,7 +112,7 @@ def _start(kind: str, device: torch.device, part: str, seconds: float, file: Pat
 
 
 def read_outcomes(file: Path, names: list[str], broken: bool) -> list[Outcome]:
-    """A process's findings; one that broke did so on the check that it had begun, and left the others."""
+    """A process's outcomes. If it crashed, the check that it had begun is wrong, and later ones are left."""
     found = {name: {"name": name, "state": "left"} for name in names}
     log = file.with_suffix(".log")
     said = log.read_text(errors="replace").split("\n") if log.exists() else []

@@ -12,7 +12,7 @@ OPS = ("window_attention", "qknorm_rope_write", "gate_residual_norm_modulate")
 
 
 def rounded(x):
-    """Numbers to four digits, in whatever holds them; None for infinities and the like, which JSON lacks."""
+    """x with all numbers in it rounded to four digits; None for infinity and NaN, which JSON lacks."""
     if isinstance(x, float):
         return float(f"{x:.4g}") if math.isfinite(x) else None
     if isinstance(x, dict):
@@ -21,7 +21,7 @@ def rounded(x):
 
 
 def last_line(result: dict) -> str:
-    """What a program reads: without what only bench.json has room for."""
+    """The figures as one line of JSON, without what is in bench.json only."""
     names = ("op", "shape", "dtype", "provider", "ms", "spread", "share")
     rows = [{key: row[key] for key in names} for row in result.get("rows", ()) if "ms" in row]
     gate = {

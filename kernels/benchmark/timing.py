@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-ROUNDS = 60  # samples of each provider at most
-SHORT = 1.0  # ms; what is shorter is timed as a replayed graph, or the launches are what is measured
+ROUNDS = 60  # most samples of each provider
+SHORT = 1.0  # ms; shorter calls are timed as a CUDA graph, as otherwise launches would be measured
 Call = Callable[[int], object]  # takes the number of the input set to run on
 
 
 class Budget:
-    """Seconds that a piece of work may take, from now on."""
+    """Seconds that some work may take, counted from now."""
 
     def __init__(self, seconds: float):
         self.seconds, self.start = seconds, time.monotonic()
@@ -31,13 +31,13 @@ class Budget:
         return self.seconds - self.spent()
 
     def part(self, seconds: float) -> Budget:
-        """A budget of its own for one section, never more than what is left here."""
+        """A budget for a part of the work, at most what is left."""
         return Budget(min(seconds, self.left()))
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median of the samples in ms, the distance from their first to their ninth tenth, and how many."""
+    """Median of the samples in ms, the range from the 10th to the 90th percentile, and their number."""
 
     ms: float
     spread: float
@@ -47,7 +47,9 @@ class Timing:
 
 @contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside when it takes longer, as soon as Python runs; only in the main thread."""
+    """A context that raises TimeoutError after some seconds, once Python code runs; for the main thread
+    only.
+    """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -65,7 +67,7 @@ def limit(seconds: float) -> Iterator[None]:
 
 
 def why(error: BaseException) -> str:
-    """An exception in one short line, for a row that could not be measured."""
+    """An exception as one short line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
 
@@ -76,7 +78,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def sets_for(size: int, device: torch.device) -> int:
-    """How many input sets of `size` bytes to go round in, so that none is still in the L2 cache when it comes
+    """How many input sets of `size` bytes to use by turns, so that none is still in the L2 cache when used
     again.
     """
     if device.type != "cuda":
@@ -88,9 +90,9 @@ def sets_for(size: int, device: torch.device) -> int:
 def interleaved(
     calls: dict[str, Call], device: torch.device, seconds: float, sets: int = 1, patience: float = 60.0
 ) -> dict[str, Timing | str]:
-    """Times the calls against each other, one sample of each a round → timing, or why there is none.
+    """Times the calls by turns, one sample of each in a round → timing, or why there is none.
 
-    Whatever drifts (clocks, heat, neighbours) meets all of them alike.
+    Whatever drifts (clocks, heat, other load) affects all of them alike.
     """
     found: dict[str, Timing | str] = {}
     samplers: dict[str, tuple[Callable[[], float], bool]] = {}
@@ -98,7 +100,7 @@ def interleaved(
         try:
             with limit(patience):
                 samplers[name] = _sampler(call, sets, device)
-        except Exception as error:  # a provider that cannot is a row that says so, never the end
+        except Exception as error:  # a provider that fails is a row that says why
             found[name] = why(error)
             _clean(device)
     budget, samples = Budget(seconds), {name: [] for name in samplers}
@@ -123,7 +125,7 @@ def _summary(samples: list[float], graph: bool) -> Timing:
 
 
 def _sampler(call: Call, sets: int, device: torch.device) -> tuple[Callable[[], float], bool]:
-    """A function that returns one sample in ms a call, and whether a graph is what it replays."""
+    """→ a function that returns one sample in ms, and whether it replays a CUDA graph."""
     call(0)  # compiles
     synchronize(device)
     if device.type != "cuda":
@@ -139,7 +141,7 @@ def _sampler(call: Call, sets: int, device: torch.device) -> tuple[Callable[[], 
 
     replay = None
     if each < SHORT:
-        with suppress(Exception):  # what cannot be captured is timed launch by launch
+        with suppress(Exception):  # if it cannot be captured it is timed launch by launch
             replay = capture(loop)
     return lambda: clock.sample(replay or loop, len(numbers)), replay is not None
 
@@ -151,7 +153,7 @@ def _host_sample(call: Call) -> float:
 
 
 class _DeviceClock:
-    """Times work on a GPU by events, behind a write that empties the L2 cache and covers the launches."""
+    """Times work on a GPU by events, after a write that empties the L2 cache and hides the launches."""
 
     def __init__(self, device: torch.device):
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -159,7 +161,7 @@ class _DeviceClock:
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample(self, work: Callable[[], object], count: int) -> float:
-        """ms of one of `count` calls that `work` makes."""
+        """Milliseconds of one call, if `work` makes `count` of them."""
         self.flush.zero_()
         self.start.record()
         work()
@@ -169,9 +171,9 @@ class _DeviceClock:
 
 
 def capture(work: Callable[[], object]) -> Callable[[], None] | None:
-    """`work` as a CUDA graph's replay; None where it waits for the device, as a graph cannot.
+    """`work` as the replay of a CUDA graph; None if it waits for the device, which a graph cannot do.
 
-    That is found out beforehand: a capture that fails half way leaves the random generator unusable.
+    That is tested before, as a failed capture leaves the random generator unusable.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -202,7 +204,7 @@ def _clean(device: torch.device) -> None:
 
 
 def ceilings(device: torch.device, seconds: float) -> dict[str, float]:
-    """What this machine does at best: TFLOP/s of a matrix product, TB/s of a copy, read and written."""
+    """What this machine reaches: TFLOP/s of a matrix product, and TB/s of a copy, reads plus writes."""
     gpu = device.type == "cuda"
     side, size, dtype = (8192, 2**32, torch.bfloat16) if gpu else (512, 2**26, torch.float32)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))  # zeros would run faster

@@ -1,6 +1,6 @@
-"""The table of a GPU: for each shape that is timed, the fastest of some ways to cut the attention kernel.
+"""Makes a GPU's table: for each timed shape, the fastest of some configurations of the attention kernel.
 
-Each is first checked against the definition, in processes side by side, which compiles it as well.
+Each configuration is first checked against the definition, in several processes, which also compile it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .gate import chosen, operations
 from .processes import Check, in_turn, side_by_side
 from .timing import Budget, Timing, interleaved, sets_for
 
-DTYPE = torch.bfloat16  # float16 behaves alike and takes the same rules
+DTYPE = torch.bfloat16  # float16 behaves the same and has the same rules
 Key = tuple[
     int, int, int, int
-]  # head dim, queries of the longest group, keys, tokens a page: what a rule asks
+]  # conditions of a rule: head dim, queries of the longest group, keys, tokens of a page
 
 
 def key(case: AttentionCase) -> Key:
@@ -30,7 +30,7 @@ def key(case: AttentionCase) -> Key:
 
 
 def candidates(ops, case: AttentionCase, device: torch.device) -> list:
-    """Ways to cut the kernel that may pay for this shape, the tables' own among them."""
+    """Configurations to try for this shape, including the present table's."""
     make, (dim, rows, _, page) = ops.attention.Config, key(case)
     deep = 2 if dim == 128 else 4
     tried = [make(128, 128, 8, deep, 0, True), make(128, 128, 8, deep), make(128, 64, 8, 3)]
@@ -64,7 +64,9 @@ def checks(ops, device: torch.device) -> list[Check]:
 def tune(
     device: torch.device, budget: Budget, workers: int, folder: Path, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """Writes the device's table into kernels/tables, and into `folder` → what was chosen for each shape."""
+    """Writes the device's table into kernels/tables and into `folder` → the configuration chosen for each
+    shape.
+    """
     ops = operations(device)
     if not hasattr(ops, "attention"):
         raise ValueError("the definitions cannot be cut; a GPU is needed, or TRITON_INTERPRET=1")
@@ -94,7 +96,7 @@ def tune(
     name = ops.attention.names(device)[0].replace(" ", "_")
     text = render({"measured": True, "window_attention": rules})
     for where in (Path(__file__).parents[1] / "tables", folder):
-        if device.type == "cuda" or where == folder:  # a rehearsal changes nothing
+        if device.type == "cuda" or where == folder:  # a trial run changes no table
             where.joinpath(f"{name}.json").write_text(text, "utf-8")
     for known in (ops.attention.read_table, ops.attention.pick):
         known.cache_clear()
@@ -130,7 +132,7 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 def _narrow(item: tuple[Key, dict]) -> tuple[int, ...]:
-    """Sorts what asks for less before what asks for more, as the first rule that fits is taken."""
+    """Sort key: rules for smaller shapes come first, as the first matching one is used."""
     dim, rows, keys, page = item[0]
     return dim, rows, keys, -page
 
@@ -143,6 +145,6 @@ def rule(asked: Key, config) -> dict:
 
 
 def render(table: dict) -> str:
-    """As JSON with a rule a line."""
+    """The table as JSON, one rule a line."""
     lines = ",\n".join(f"    {json.dumps(rule)}" for rule in table["window_attention"])
     return f'{{\n  "measured": {json.dumps(table["measured"])},\n  "window_attention": [\n{lines}\n  ]\n}}\n'

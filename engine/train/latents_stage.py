@@ -1,4 +1,4 @@
-"""What the stages on latents share: the networks of the stage before, the latents cache, its batches."""
+"""LatentsStage, the base of all stages on latents: earlier networks, the latents cache, batches, saving."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..data.latents import LatentsCache
 from ..data.segments import Batches, Clip, Segments
 from ..device import autocast
 from ..model.autoencoder import Autoencoder
-from ..model.checkpoint import Checkpoint, kept, save_checkpoint, weights_digest
+from ..model.checkpoint import Checkpoint, apply_overrides, save_checkpoint, weights_digest
 from ..model.networks import load_autoencoder
 from ..model.world_model import WorldModel
 from ..stage_config import TRAINED
 from .stop import hold
 
-FREE = ("ladder", "correction")  # how weights are used, which may be chosen anew in any later stage
-DECODER = ("decoder",)  # may differ where the same latents are spoken of
+FREE = ("ladder", "correction")  # fields of the denoiser that no weight depends on: free to change later
+DECODER = ("decoder",)  # left out of digests of autoencoders: it does not change the latents
 LICENCE = "Weights and start frames derive from ViZDoom (MIT) with Freedoom art (BSD-3-Clause); see NOTICE."
 
 
@@ -36,8 +36,8 @@ def open_caches(
     dtype: torch.dtype | None,
     place: tuple[int, int] = (0, 1),
 ) -> list[LatentsCache]:
-    """Latents of the recordings to train on and of those held out; what is missing is encoded first, by each
-    process (rank, ranks) its share.
+    """Latents of the recordings to train on, and of those held out (the former where none are). Missing ones
+    are encoded first; of `place` = (rank, ranks), each process encodes its share.
     """
 
     @torch.inference_mode()
@@ -53,7 +53,7 @@ def open_caches(
     if rank == 0:
         drop_old(path, config.data, config.out, train + held_out)
     if mine := (train + held_out)[rank::ranks]:
-        # a CPU has its hands full encoding
+        # on a CPU the encoder itself uses all cores
         readers = (os.cpu_count() or 0) if device.type == "cuda" else 0
         LatentsCache.build(mine, encode, path, key, batch=64, workers=readers)
     if ranks > 1:
@@ -62,7 +62,7 @@ def open_caches(
 
 
 def check_world(before: Checkpoint, world: WorldConfig) -> None:
-    """Raises UserError where a checkpoint is of another game than `world`, other keys, size or rate."""
+    """Raises UserError where a checkpoint's world has another name, keys, frame size or rate than `world`."""
     made = before.world
     for one, other, what in (
         ((made.name, made.id), (world.name, world.id), "world"),
@@ -76,7 +76,9 @@ def check_world(before: Checkpoint, world: WorldConfig) -> None:
 
 
 class LatentsStage(ABC):
-    """A stage whose batches are runs of latents, keys and states; `module` is what it trains."""
+    """A stage whose batches are segments of latents, keys and states. `module`: networks and loss, as the
+    loop trains them.
+    """
 
     module: nn.Module
     trains = True  # whether there is anything to train
@@ -97,14 +99,14 @@ class LatentsStage(ABC):
         self.batches = Batches(segments, config.stage_config().batch, config.seed, rank, ranks, tail=tail)
 
     def _model(self) -> ModelConfig:
-        """The parts that this stage makes as they are wanted; the others as they were made, but for what of
-        their use was chosen on the command line.
+        """The model's config: parts that this stage makes as configured, the others as in the checkpoint it
+        starts from, except for fields in FREE that the command line gave.
         """
         wanted, made = self.config.model, self.before.model
         changes = {name: getattr(wanted, name) for name in TRAINED[self.config.stage].makes}
         for name in {field.name for field in fields(made)} - changes.keys():
             own = getattr(made, name), getattr(wanted, name)
-            changes[name] = kept(*own, self.config.given, f"model.{name}", FREE)
+            changes[name] = apply_overrides(*own, self.config.given, f"model.{name}", FREE)
         return replace(made, **changes)
 
     def _source(self) -> Path:
@@ -112,15 +114,17 @@ class LatentsStage(ABC):
         return Path(self.config.out) / f"{TRAINED[self.config.stage].reads[-1]}.safetensors"
 
     def frozen(self, module: nn.Module) -> nn.Module:
-        """A network that is used here but not trained."""
+        """The module on this stage's device, in evaluation mode, without gradients."""
         return module.to(self.device).eval().requires_grad_(False)
 
     @abstractmethod
     def segment(self) -> tuple[int, int]:
-        """Frames of a training segment, and how many of them at its end are to be predicted."""
+        """Frames of a training segment, and how many of these, at its end, are predicted."""
 
     def segments(self, cache: LatentsCache, length: int, near: torch.device | None = None) -> Segments:
-        """Runs of so many frames, with the keys of a frame's history and the states that the model knows."""
+        """Segments of `length` frames, with the keys of `action_history` frames for each, and the states that
+        the model knows; `near`: a device on which to hold the latents.
+        """
         states = self.model.state.names
         before = self.model.denoiser.action_history - 1
         return Segments(cache, length, self.names, states, before, near)
@@ -131,18 +135,20 @@ class LatentsStage(ABC):
         return next(self.batches).to(self.device)
 
     def save(self, path: Path, module: nn.Module, about: dict[str, Any]) -> None:
-        """Writes all networks that play."""
+        """Writes a checkpoint with all networks needed for play; `about`: its provenance."""
         save_checkpoint(
-            path, self.made(module).parts(), self.model, self.config.world, licence=LICENCE, **about
+            path, self.world_model(module).parts(), self.model, self.config.world, licence=LICENCE, **about
         )
 
-    def under_way(self) -> list:
-        """What this process has begun and a save has to hold beside weights: plain values and tensors."""
+    def resume_state(self) -> list:
+        """What an exact continuation needs beside weights and random states, such as games that are being
+        played: plain values and tensors of this process.
+        """
         return []
 
-    def take_up(self, under_way: list) -> None:  # noqa: B027 (most stages have nothing to do)
-        """Goes on with what `under_way` said."""
+    def load_resume_state(self, saved: list) -> None:  # noqa: B027 (most stages have nothing to do)
+        """Takes back what `resume_state` gave."""
 
     @abstractmethod
-    def made(self, module: nn.Module) -> WorldModel:
-        """All networks that play, those of `module` in training among them."""
+    def world_model(self, module: nn.Module) -> WorldModel:
+        """All networks needed for play, with those that `module` trains."""
