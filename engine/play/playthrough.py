@@ -180,6 +180,8 @@ class Playthrough:
         """Begins a recording with the frame that is shown now, and notes what led to it, so that it can be
         replayed. Raises UserError where it cannot write.
         """
+        if self.back_s:
+            self._branch()
         game = self.game
         about = {"names": game.action_space.names, "state_kinds": game.state_kinds}
         about |= {"precision": game.precision, "parent": self._parent()}
