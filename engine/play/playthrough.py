@@ -67,7 +67,11 @@ class Playthrough:
             size = sum(value.nbytes for value in snapshot.values())
             self._history = History(self.game.fps, self.frame.nbytes, size)
         self._remember()
-        for action, frames in began.before if began and not config.start else ():
+        self._come_to(began.before if began and not config.start else ())
+
+    def _come_to(self, before: Sequence[tuple[np.ndarray, int]]) -> None:
+        """Holds these keys for so many frames each, unseen."""
+        for action, frames in before:
             for _ in range(frames):
                 if not self.game.done:  # as it was not, in the same game
                     self._step(action)
@@ -95,7 +99,7 @@ class Playthrough:
         if self._history and self._history.back:
             self._branch()
         if self.replay and not self.over and (began := self.replay.reset_next()) is not None:
-            return self.reset(began.seed, began.start, events)
+            return self.reset(began.seed, began.start, events, began.before)
         if self.game.done:
             return self.reset(events=events)
         action = np.zeros_like(self.action) if held is None else held
@@ -166,13 +170,24 @@ class Playthrough:
         self.game.speculate()
         self._ahead += time.perf_counter() - start
 
-    def reset(self, seed: int | None = None, start: str = "", events: Sequence = ()) -> None:
-        """Starts the next game: with the next seed, from the chosen start, unless told otherwise."""
+    def reset(
+        self,
+        seed: int | None = None,
+        start: str = "",
+        events: Sequence = (),
+        before: Sequence[tuple[np.ndarray, int]] = (),
+    ) -> None:
+        """Starts the next game: with the next seed, from the chosen start, unless told otherwise, and comes to
+        where keys held `before` lead.
+        """
         self.seed = self.seed + 1 if seed is None else seed
         self.frame = self.game.reset(self.seed, start)
         self.action = np.zeros_like(self.action)
         self._age, self._life, self._ahead = 0, Life(self.seed, self.game.start), 0.0
         self._remember()
+        self._come_to(before)
+        if before:
+            self.action = np.zeros_like(self.action)
         self.timings.interrupt()
         self._keep([*events, *self._reset_event()], reset=True)
 
