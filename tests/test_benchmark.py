@@ -36,6 +36,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_command_runs_end_to_end(tmp_path):
     done = run_command("--budget", "30", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

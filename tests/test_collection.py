@@ -78,6 +78,7 @@ def test_an_action_stands_at_the_frame_that_it_caused(two_workers):
     assert np.array_equal(turned[whole] > 1, left[whole]) and np.array_equal(turned[whole] < -1, right[whole])
 
 
+@pytest.mark.slow
 def test_workers_change_nothing_but_the_speed(two_workers, tmp_path):
     collect(config(tmp_path, workers=1))
     assert content(tmp_path) == content(two_workers[0])
@@ -152,6 +153,7 @@ def test_what_an_older_version_collected_is_another_job(name, tmp_path):
     assert collect(config(tmp_path, frames=20))["frames"] == 20
 
 
+@pytest.mark.slow
 def test_seeds_of_any_size_lie_side_by_side(tmp_path):
     seeds = (2**63, -5)
     for seed in seeds:
@@ -162,6 +164,7 @@ def test_seeds_of_any_size_lie_side_by_side(tmp_path):
     assert first != second
 
 
+@pytest.mark.slow
 def test_the_same_collection_twice_at_once(tmp_path):
     """One makes it, the other is refused or finds it made; nothing is spoilt."""
     script = tmp_path / "program.py"
@@ -214,6 +217,7 @@ def test_an_interrupted_collection_is_finished_with_the_same_bytes(two_workers, 
     assert collect(config(data))["frames"] == 0
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(tmp_path):
     """Killed while it plays, in an environment without a simulator process that would be left behind."""
     pytest.importorskip("gymnasium")
@@ -316,6 +320,7 @@ def test_nothing_is_collected_beside_recordings_of_another_world(tmp_path):
     assert len(find_recordings(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_a_person_s_recordings_may_have_any_name(two_workers, tmp_path):
     """What is called as a collection's, and has other pixels, is no other job."""
     with Recorder(tmp_path / "walk-2026-10003", config(tmp_path).world, "true", 0) as recorder:

@@ -250,8 +250,6 @@ def test_games_under_way_go_on_elsewhere():
     torch.save(loss.resume_state(), file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    names = {"rollout", "clip", "stop", "known", "frame", "end", "stood", "shown"}
-    assert all(game.keys() == names for game in saved), "files of older versions have these names"
     other = RolloutLoss(copy.deepcopy(loss.generator), stage)
     other.load_resume_state(saved)
     for turn in range(4, 8):
@@ -277,6 +275,7 @@ def restlessness(denoiser: Denoiser) -> float:
     return (made[:, 1:] - made[:, :-1]).square().mean().item()
 
 
+@pytest.mark.slow
 def test_own_games_learn_to_stand_still():
     torch.manual_seed(0)
     student = make_denoiser()

@@ -718,6 +718,7 @@ def test_the_whole_stage_against_the_simulator(tiny_checkpoint, tmp_path, monkey
     }, "two runs agree"
 
 
+@pytest.mark.slow
 def test_without_a_simulator_what_needs_it_is_left_out_and_said(
     tiny_checkpoint, turns, tmp_path, monkeypatch, capsys
 ):

@@ -500,6 +500,7 @@ def launch(tmp_path: Path, options: list[str], signal: int = -1) -> subprocess.C
     return subprocess.run([*command, str(script), *options], cwd=ROOT, env=environment, **pipes)
 
 
+@pytest.mark.slow
 def test_processes_save_at_one_step_and_go_on_as_they_were(options, tmp_path):
     """Stopped by a signal to the second one alone, and continued, against eight steps in one go."""
     given = options("stages.autoencoder.accumulate=2")

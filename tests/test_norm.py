@@ -144,6 +144,7 @@ def test_what_it_cannot_take_is_refused(change, said):
         norm.gate_residual_norm_modulate(*change(given((1, 2, 3, 8), torch.float32)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_it_compiles_for_gpus_without_spilling(arch):
     """To machine code by the wheel's compiler, in a process of its own: the interpreter replaces it here."""

@@ -22,6 +22,7 @@ def test_precisions_are_named():
     assert load_config("train", TrainConfig, ["precision=fp8", "stage=evaluate"]).precision == "fp8"
 
 
+@pytest.mark.slow
 def test_the_stage_compares_pictures(tiny_checkpoint, capsys):
     code = train.main(["stage=precision", f"checkpoint={tiny_checkpoint}", "device=cpu", "steps=4"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -113,6 +113,7 @@ def test_torch_knows_the_operations():
     torch.library.opcheck(rope.fused_write, (*plain, keys, values, slots, False))
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bits():
     found = []
     for _ in range(2):

@@ -109,6 +109,7 @@ def test_what_is_packed_can_be_played(toy_checkpoint, toy_data, tmp_path):
     assert Player(packed, "cpu", "fp32").checkpoint.path == packed
 
 
+@pytest.mark.slow
 def test_a_ladder_that_was_given_is_kept(started, toy_data):
     """Also where the preset of the later stage says otherwise; and what is given there counts."""
     places = [f"data={toy_data}", f"out={started}", "steps=2"]
@@ -197,6 +198,7 @@ def test_where_no_held_out_game_goes_on_one_is_shown_that_was_trained_on(
     assert np.isfinite(stage.validate(stage.module)["psnr_1"]) and stage.picture(stage.module).ndim == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["denoiser", "distill"])
 def test_two_processes_train_one_network(stage, started, toy_data):
     """That they have the same weights is checked whenever they save; the latents are not cached yet."""
@@ -259,6 +261,7 @@ def test_bad_input_is_one_sentence(options, word, started, toy_data, tmp_path, c
     assert word in refusal(capsys, *({"data": f"data={toy_data}", "out": f"out={started}"} | given).values())
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_encoder_is_refused(started, toy_data, tmp_path, capsys):
     """What it says would be of other latents. Another decoder is no matter."""
     before = Checkpoint(started / "denoiser.safetensors")

@@ -132,6 +132,7 @@ def test_one_command_for_a_world_that_is_not_named_twice(tmp_path, capsys):
         assert len(find_recordings(tmp_path / "data")) == 1
 
 
+@pytest.mark.slow
 def test_a_trained_stage_is_not_gone_on_with_for_another_game(tmp_path, capsys):
     """The same out= with a folder of another world's recordings."""
     pytest.importorskip("gymnasium")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -17,10 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import UserError, reason
 
 PATIENCE = timedelta(days=7)  # a process may wait for another that collects, encodes or is paused
-# the option for buffers that stay each process's own; under its old name torch 2.13 warns
-BUFFERS = "forward_sync_buffers"
-if BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
-    BUFFERS = "broadcast_buffers"
 
 
 class Ranks:
@@ -77,7 +73,10 @@ class Ranks:
         if self.count == 1:
             return module
         # not every iteration uses every weight; and each process has buffers of its own, like its games
-        return DistributedDataParallel(module, find_unused_parameters=True, **{BUFFERS: False})
+        with warnings.catch_warnings():
+            # of a new name, under which all would begin with the buffers of the first process
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
 
     def apart(self, runner: nn.Module, last: bool) -> AbstractContextManager:
         """A context for the backward pass of one of several batches of a step: gradients are exchanged only
