@@ -177,8 +177,8 @@ class Playthrough:
         events: Sequence = (),
         before: Sequence[tuple[np.ndarray, int]] = (),
     ) -> None:
-        """Starts the next game: with the next seed, from the chosen start, unless told otherwise, and comes to
-        where keys held `before` lead.
+        """Starts the next game: with the next seed, from the chosen start, unless told otherwise. Keys held
+        `before` lead on from there, unseen.
         """
         self.seed = self.seed + 1 if seed is None else seed
         self.frame = self.game.reset(self.seed, start)
