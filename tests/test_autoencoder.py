@@ -94,6 +94,7 @@ def test_decode_clips_to_what_a_screen_shows():
     assert torch.equal(autoencoder.decode(to_float(every)), every)
 
 
+@pytest.mark.slow
 def test_it_learns_real_frames(frames):
     autoencoder = make()
     losses = train(autoencoder, lambda: frames, 60)

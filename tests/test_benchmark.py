@@ -94,6 +94,7 @@ def test_what_is_left_unwritten_or_not_repeated_is_wrong():
     assert torch.empty is EMPTY and "new_empty" not in vars(torch.Tensor)  # as they were
 
 
+@pytest.mark.slow
 def test_checks_are_shared_out_among_processes():
     """And done there: where none could start, the gate would do all of them itself."""
     todo = list(gate.checks(reference, CPU))

@@ -84,6 +84,7 @@ def test_workers_change_nothing_but_the_speed(two_workers, tmp_path):
     assert content(tmp_path) == content(two_workers[0])
 
 
+@pytest.mark.slow
 def test_a_collection_grows_to_the_same_bytes(two_workers, tmp_path):
     assert collect(config(tmp_path, frames=100))["frames"] == 100
     grown = collect(config(tmp_path, frames=240, workers=1))
@@ -96,6 +97,7 @@ def test_a_collection_grows_to_the_same_bytes(two_workers, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_recording_that_lost_frames_is_made_anew(two_workers, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(two_workers[0], data)
@@ -244,6 +246,7 @@ def test_a_worker_that_dies_is_replaced(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_killed_parent_takes_its_workers_along(tmp_path):
     program = (
         "import sys, yaml\nfrom engine.data.collection import collect\nfrom engine.config import *\n"

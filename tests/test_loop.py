@@ -293,6 +293,7 @@ def test_checkpoints_know_what_they_were_made_from(run, tmp_path):
     assert made == {"autoencoder": first.digest()}
 
 
+@pytest.mark.slow
 def test_nothing_mixed_comes_of_a_stage_that_changed(run, tmp_path, capsys):
     for stage in ("autoencoder", "state", "denoiser"):
         run(f"stage={stage}")

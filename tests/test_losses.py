@@ -216,6 +216,7 @@ def test_own_windows_are_learnt_from_where_their_keys_came_true(correction):
         assert logs[name].item() == pytest.approx((numbers[frame] - numbers[START - 1]) ** 2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_groups_of_games_are_of_different_ages_and_none_is_longer_than_asked():
     stage = DistillStageConfig(game_frames=8, game_groups=4, teacher_forcing=0.0, still_games=0)
     loss, ages = RolloutLoss(Generator(make_denoiser(True), make_states()), stage), []
@@ -262,6 +263,7 @@ def test_own_history_has_no_gradient_and_targets_are_the_true_frames():
     assert weights["condition.mlp.0.weight"].grad.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_true_frames_are_mixed_in_and_states_are_kept_back():
     stage = DistillStageConfig(teacher_forcing=0.5, stateless=1.0, windows=2, game_frames=4, clip=12)
     clip, kinds = random_clip(), []

@@ -104,6 +104,7 @@ def test_the_definition_has_right_gradients(whole, rms):
     assert torch.autograd.gradcheck(lambda *x: reference.qknorm_rope(*x, rms), parts)
 
 
+@pytest.mark.slow
 def test_torch_knows_the_operations():
     parts = given((1, 2, 3, 2, 8), torch.float32, grad=True)
     torch.library.opcheck(rope.fused, (*parts, False))
