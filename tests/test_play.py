@@ -601,3 +601,27 @@ def test_a_policy_walks_by_the_edges_of_what_was_seen(tiny_checkpoint):
     assert lines.reshape(-1, 2).max(0).tolist() == [300 + BODY, 250 + BODY]
     assert np.array_equal(lines[:, 2:], np.roll(lines[:, :2], -1, 0)), "they meet"
     assert Session(Player(tiny_checkpoint, "cpu", "fp32", state=False)).map_lines().shape == (0, 4)
+
+
+def test_a_generated_game_runs_backwards_while_r_is_held(real_display, tiny_checkpoint, tmp_path):
+    """In a real window; let go, it goes on from there, and the recording tells where that was."""
+    if not shutil.which("xdotool"):
+        pytest.skip("needs xdotool")
+    chosen = [f"checkpoint={tiny_checkpoint}", "display=window", "device=cpu", "precision=fp32"]
+    window = Window({**real_display, "OMP_NUM_THREADS": "1"}, tmp_path, *chosen)
+    window.frames_pass(25)
+    window.do("keydown", "r")
+    time.sleep(0.2)  # a frame under way is still written
+    frames = len(window.lines())
+    time.sleep(0.5)
+    assert len(window.lines()) == frames, "nothing is recorded of what is seen again"
+    window.do("keyup", "r")
+    window.wait(lambda: sum(line["reset"] for line in window.lines()) == 2)
+    window.frames_pass(3)
+    (line,) = [line for line in window.lines()[1:] if line["reset"]]
+    (event,) = [event for event in line["events"] if "reset" in event]
+    assert event["parent"]["recording"] == "r" and 0 <= event["parent"]["frame"] < frames - 3
+    assert line["rng"] == sum(count for _, count in event["reset"].get("held", []))
+    window.do("key", "F10")
+    said, wrong = window.process.communicate(timeout=20)
+    assert window.process.returncode == 0, wrong
