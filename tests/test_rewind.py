@@ -160,6 +160,33 @@ def test_memory_is_bounded_and_holds_two_minutes_of_a_small_world(frame, snapsho
         assert len(history.moments) > 120 * 17.5
 
 
+@pytest.mark.parametrize("frame, snapshot, life", [(36_864, 1_153_953, 3), (36_864, 900_000_000, 500)])
+def test_games_that_begin_anew_all_the_time_and_large_ones_are_remembered_too(frame, snapshot, life):
+    history = History(17.5, frame, snapshot)
+    for age in range(3000):
+        taken = {"state": age} if history.wants_snapshot(age % life) else None
+        history.add(Moment(np.zeros(0, np.uint8), np.zeros(0), Life(0, ""), age % life, taken))
+        assert history.moments[0].snapshot is not None
+    count = sum(moment.snapshot is not None for moment in history.moments)
+    assert count * snapshot + len(history.moments) * frame < max(200e6, 4 * snapshot)
+
+
+def test_a_replay_does_not_go_back_to_what_it_has_not_shown(play, tmp_path):
+    game = play(seed=3)
+    go(game, range(7))
+    game.record(tmp_path / "late")
+    frames = [game.frame, *go(game, range(7, 12))]
+    game.stop_recording()
+    again = play(policy=str(tmp_path / "late"))
+    again.advance()
+    while again.rewind():
+        pass
+    assert np.array_equal(again.frame, frames[0])
+    for frame in frames[1:]:
+        again.advance()
+        assert np.array_equal(again.frame, frame)
+
+
 def test_a_snapshot_of_other_networks_is_refused(tiny_checkpoint):
     session = Session(Player(tiny_checkpoint, "cpu", "fp32"))
     session.reset(1, np.zeros((4, 96, 128, 3), np.uint8))

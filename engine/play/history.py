@@ -61,7 +61,9 @@ class History:
         wanted = int(MINUTES * 60 * fps)
         pictures = min(BUDGET // 2, wanted * frame_bytes)
         self.frames = min(wanted, pictures // frame_bytes)
-        self.spacing = max(8, -(-self.frames * snapshot_bytes // (BUDGET - pictures)))
+        spacing = max(8, -(-self.frames * snapshot_bytes // (BUDGET - pictures)))
+        self.spacing = max(1, min(spacing, self.frames))
+        self.snapshots = self.frames // self.spacing + 2  # at most; a game has one at its reset, too
         self.moments: deque[Moment] = deque()
         self.back = 0
 
@@ -72,7 +74,9 @@ class History:
     def add(self, moment: Moment) -> None:
         """The newest moment. Those that no snapshot leads to any more leave with the oldest one."""
         self.moments.append(moment)
-        if len(self.moments) > self.frames + self.spacing:
+        count = sum(one.snapshot is not None for one in self.moments) if moment.snapshot is not None else 0
+        if len(self.moments) > self.frames + self.spacing or count > self.snapshots:
+            self.moments.popleft()
             while len(self.moments) > self.frames or self.moments[0].snapshot is None:
                 self.moments.popleft()
 

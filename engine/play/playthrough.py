@@ -75,6 +75,9 @@ class Playthrough:
             for _ in range(frames):
                 if not self.game.done:  # as it was not, in the same game
                     self._step(action)
+        if before and self._history:  # what was not seen is not gone back to
+            self._history.moments.clear()
+            self._remember(whole=True)
 
     def _make_policy(self, config: PlayConfig, replay: Replay | None) -> Policy | None:
         if replay:
@@ -117,10 +120,11 @@ class Playthrough:
         self._life.add(list(self.game.action_space.decode(action)))
         self._remember()
 
-    def _remember(self) -> None:
-        """Takes the frame that is shown into the history."""
+    def _remember(self, whole: bool = False) -> None:
+        """Takes the frame that is shown into the history, with a snapshot every so often, or now."""
         if self._history:
-            snapshot = self.game.snapshot() if self._history.wants_snapshot(self._age) else None
+            whole |= self._history.wants_snapshot(self._age)
+            snapshot = self.game.snapshot() if whole else None
             self._history.add(Moment(self.frame, self.action, self._life, self._age, snapshot))
 
     @property
